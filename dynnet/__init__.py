@@ -1,0 +1,24 @@
+"""dynnet: image models that spend compute where the input needs it."""
+
+from dynnet import backbones as backbones
+from dynnet.calibrate import Calibration, calibrate
+from dynnet.checkpoint import load, save
+from dynnet.exits import Boundary
+from dynnet.model import DynamicModel, ExitOutputs, Prediction
+from dynnet.wrap import unwrap, wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Boundary",
+    "Calibration",
+    "DynamicModel",
+    "ExitOutputs",
+    "Prediction",
+    "backbones",
+    "calibrate",
+    "load",
+    "save",
+    "unwrap",
+    "wrap",
+]

@@ -1,0 +1,221 @@
+"""Thresholds from held-out data: for a budget of MACs, or for a bound on the accuracy drop.
+
+For a price lambda of compute, the best thresholds maximise accuracy - lambda * MACs. Given the thresholds of all other
+exits, the best one of an exit is found exactly: sort the samples that reach it by confidence, add up what each gains by
+leaving, cut where the sum is largest. Exits take turns until nothing changes; a sweep over lambda gives the whole
+trade-off. An exit that does not pay for its head is switched off (threshold inf).
+
+    N samples, E exits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from torch import Tensor
+
+from dynnet.answers import Answers, collect
+from dynnet.cost import Ledger
+from dynnet.errors import CalibrationError
+from dynnet.model import DynamicModel
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Thresholds, and what they give on the data they were fitted on.
+
+    Attributes:
+        thresholds: one for each exit.
+        accuracy: in [0, 1].
+        macs: mean per sample.
+    """
+
+    thresholds: tuple[float, ...]
+    accuracy: float
+    macs: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` did. Saved with the model.
+
+    Attributes:
+        goal: "budget" or "accuracy_drop".
+        value: what was asked for.
+        thresholds: what was found, inf as None.
+        samples: how many it was fitted on.
+        confidence: the measure that the thresholds belong to.
+        accuracy, macs: of the dynamic model on those samples; MACs are means per sample.
+        full_accuracy, dense_macs: of the final classifier, and of the bare backbone.
+        rates: share of the samples that leaves at each exit and at the end.
+    """
+
+    goal: str
+    value: float
+    thresholds: tuple[float | None, ...]
+    samples: int
+    confidence: str
+    accuracy: float
+    macs: float
+    full_accuracy: float
+    dense_macs: int
+    rates: tuple[float, ...]
+
+    def __str__(self) -> str:
+        rates = " / ".join(f"{rate:.0%}" for rate in self.rates)
+        return (
+            f"calibrated for {self.goal}={self.value:g} on {self.samples} samples: accuracy {self.accuracy:.2%} "
+            f"(never exiting {self.full_accuracy:.2%}) at {self.macs / self.dense_macs:.1%} of the MACs "
+            f"({self.macs / 1e6:.2f} of {self.dense_macs / 1e6:.2f} MMAC, {2 * self.macs / 1e6:.2f} MFLOP); "
+            f"exits taken {rates}"
+        )
+
+
+def calibrate(
+    model: DynamicModel,
+    loader: Iterable[Sequence[Tensor]],
+    *,
+    budget: float | None = None,
+    accuracy_drop: float | None = None,
+) -> Calibration:
+    """Fit `model.thresholds` on held-out data. Never use the test split.
+
+    Args:
+        model: gets the thresholds, and a record of what they were fitted on.
+        loader: batches of (images, labels, ...) that were not trained on.
+        budget: mean MACs per sample, as a share of the bare backbone's; the best accuracy within it is taken.
+        accuracy_drop: how far accuracy may fall below never exiting, 0.005 for half a point; the fewest MACs are taken.
+
+    Raises:
+        CalibrationError: not exactly one goal, or one that cannot be reached.
+        DataError, NonFiniteError: the loader or the model's answers are no basis; thresholds are left as they were.
+    """
+    if (budget is None) == (accuracy_drop is None):
+        raise CalibrationError(f"got budget={budget} and accuracy_drop={accuracy_drop}; give exactly one of them")
+    if not model.exits:
+        raise CalibrationError("the model has no exits, there are no thresholds to fit")
+    answers = collect(model, loader)
+    ledger = model.ledger()
+    remembers = model.config.confidence == "patience"
+    if budget is not None:
+        floor = float(ledger.bill([remembers, *[remembers] * (len(model.exits) - 1)])[0] + (0 if remembers else ledger.heads[0]))
+        if not budget * ledger.dense >= floor:
+            raise CalibrationError(
+                f"a budget of {budget} of the dense MACs cannot be met: leaving at the first exit {model.exits[0]!r} "
+                f"costs {floor / ledger.dense:.3f} already; give at least that, or put an exit earlier"
+            )
+    elif not 0 <= accuracy_drop < 1:  # type: ignore[operator]
+        raise CalibrationError(f"accuracy_drop={accuracy_drop}: give a share in [0, 1), 0.005 for half a point")
+    points = trade_off(answers, ledger, remembers)
+    full = float(answers.correct[:, -1].mean())
+    if budget is not None:
+        within = [p for p in points if p.macs <= budget * ledger.dense]
+        best = max(within, key=lambda p: (p.accuracy, -p.macs))
+        goal, value = "budget", budget
+    else:
+        assert accuracy_drop is not None
+        within = [p for p in points if p.accuracy >= full - accuracy_drop]
+        best = min(within, key=lambda p: (p.macs, -p.accuracy))
+        goal, value = "accuracy_drop", accuracy_drop
+    model.thresholds = best.thresholds
+    taken = answers.route(best.thresholds)
+    calibration = Calibration(
+        goal=goal,
+        value=value,
+        thresholds=tuple(t if np.isfinite(t) else None for t in best.thresholds),
+        samples=len(answers.labels),
+        confidence=model.config.confidence,
+        accuracy=best.accuracy,
+        macs=best.macs,
+        full_accuracy=full,
+        dense_macs=ledger.dense,
+        rates=tuple(float((taken == e).mean()) for e in range(len(model.exits) + 1)),
+    )
+    model.calibration = asdict(calibration)
+    return calibration
+
+
+def trade_off(answers: Answers, ledger: Ledger, remembers: bool = False, steps: int = 48) -> list[OperatingPoint]:
+    """Operating points from the cheapest to the dearest, each with more accuracy than all cheaper ones.
+
+    Args:
+        answers: of all exits, on held-out data.
+        ledger: the prices.
+        remembers: all heads run whatever the thresholds (patience).
+        steps: prices of compute to try; the gaps that remain are then halved as often as pays.
+    """
+    exits = len(answers.exits)
+    never, always = (np.inf,) * exits, (-np.inf, *(np.inf,) * (exits - 1))
+    found = {never: _point(answers, ledger, never, remembers), always: _point(answers, ledger, always, remembers)}
+    thresholds = never
+    for price in np.geomspace(1e-4, 4.0, steps):
+        for start in (thresholds, never, (0.0,) * exits):
+            candidate = _best_thresholds(answers, ledger, float(price), start, remembers)
+            found[candidate] = _point(answers, ledger, candidate, remembers)
+            if start is thresholds:
+                thresholds = candidate
+    # Points between two neighbours: thresholds on the straight line between theirs.
+    hull = _frontier(found.values())
+    for left, right in zip(hull, hull[1:], strict=False):
+        for part in (0.25, 0.5, 0.75):
+            between = tuple(_between(a, b, part) for a, b in zip(left.thresholds, right.thresholds, strict=True))
+            found[between] = _point(answers, ledger, between, remembers)
+    return _frontier(found.values())
+
+
+def _best_thresholds(
+    answers: Answers, ledger: Ledger, price: float, start: Sequence[float], remembers: bool
+) -> tuple[float, ...]:
+    """Exits take turns to choose their best threshold for this price of compute, until none changes."""
+    thresholds = list(start)
+    exits, samples = len(thresholds), len(answers.labels)
+    everyone = np.arange(samples)
+    unit = price / ledger.dense
+    correct = answers.correct.astype(np.float64)
+    for _ in range(8):
+        before = list(thresholds)
+        for i in reversed(range(exits)):
+            active = [remembers or t < np.inf for t in thresholds]
+            active[i] = True
+            bill = ledger.bill(active).numpy() * unit
+            earlier = answers.route([*thresholds[:i], *[np.inf] * (exits - i)]) < i
+            later = answers.route([*[np.inf] * (i + 1), *thresholds[i + 1 :]])
+            gain = (correct[:, i] - bill[i]) - (correct[everyone, later] - bill[later])
+            confidence = answers.confidences[:, i]
+            rows = np.flatnonzero(~earlier & ~np.isnan(confidence))
+            rows = rows[np.argsort(-confidence[rows], kind="stable")]
+            total = np.concatenate([[0.0], np.cumsum(gain[rows])])
+            # Samples of equal confidence leave together: only where it changes may be cut.
+            sorted_confidence = confidence[rows]
+            cuts = np.concatenate([[0], 1 + np.flatnonzero(np.diff(sorted_confidence)), [len(rows)]])
+            cut = int(cuts[np.argmax(total[cuts])])
+            upkeep = 0.0 if remembers else float((~earlier).sum()) * ledger.heads[i] * unit
+            if cut == 0 or total[cut] <= upkeep:
+                thresholds[i] = np.inf
+            elif cut == len(rows):
+                thresholds[i] = float(sorted_confidence[-1])
+            else:
+                thresholds[i] = float((sorted_confidence[cut - 1] + sorted_confidence[cut]) / 2)
+        if thresholds == before:
+            break
+    return tuple(thresholds)
+
+
+def _point(answers: Answers, ledger: Ledger, thresholds: tuple[float, ...], remembers: bool) -> OperatingPoint:
+    return OperatingPoint(thresholds, *answers.score(thresholds, ledger, remembers))
+
+
+def _frontier(points: Iterable[OperatingPoint]) -> list[OperatingPoint]:
+    kept: list[OperatingPoint] = []
+    for point in sorted(points, key=lambda p: (p.macs, -p.accuracy)):
+        if not kept or point.accuracy > kept[-1].accuracy:
+            kept.append(point)
+    return kept
+
+
+def _between(a: float, b: float, part: float) -> float:
+    if np.isfinite(a) and np.isfinite(b):
+        return a + (b - a) * part
+    return a if part < 0.5 else b

@@ -1,0 +1,179 @@
+"""Files that are whole or not there: safetensors with a JSON description in the header. Never pickles.
+
+A file is written beside its place, flushed to disk and renamed, so a crash leaves the old one. Its header holds a
+SHA-256 over all tensors and the description; a flipped bit is an error that names the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from dynnet.errors import CheckpointError, DynnetError
+from dynnet.exits import title
+from dynnet.heads import HeadFactory
+from dynnet.model import DynamicModel
+from dynnet.wrap import wrap
+
+FORMAT = 1
+
+
+def write_bundle(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON-able description to one file, all or nothing."""
+    path = Path(path)
+    # Safetensors refuses memory that is shared (tied weights) or strided (channels_last): each gets its own, in order.
+    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    text = json.dumps(about, sort_keys=True)
+    header = {"dynnet": text, "format": str(FORMAT), "sha256": _digest(own, text)}
+    write_atomically(path, to_bytes(own, header))
+
+
+def read_bundle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a file that `write_bundle` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, not dynnet's, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint {str(path)!r}")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} is truncated or damaged ({error}); take another copy") from error
+    if not {"dynnet", "format", "sha256"} <= header.keys():
+        raise CheckpointError(f"{str(path)!r} is a safetensors file, but not one of dynnet's")
+    if int(header["format"]) > FORMAT:
+        raise CheckpointError(
+            f"{str(path)!r} has format {header['format']}, this dynnet reads up to {FORMAT}; upgrade dynnet"
+        )
+    if _digest(tensors, header["dynnet"]) != header["sha256"]:
+        raise CheckpointError(f"{str(path)!r} is damaged: its SHA-256 does not match; take another copy")
+    return tensors, json.loads(header["dynnet"])
+
+
+def save(model: DynamicModel, path: str | Path, create: Mapping[str, Any] | None = None) -> None:
+    """Save a wrapped model: weights, configuration, thresholds and what they were fitted on.
+
+    Args:
+        model: its heads must be dynnet's own if the file is to be loaded without further arguments.
+        path: of the file to write, by custom "*.safetensors".
+        create: arguments of `timm.create_model` that make the backbone; by default its name and number of classes.
+    """
+    config = getattr(model.backbone, "pretrained_cfg", None) or {}
+    create = dict(create or {"model_name": config.get("architecture"), "num_classes": model.num_classes})
+    about = {
+        "kind": "model",
+        "backbone": title(model.backbone),
+        "create": create,
+        "wrap": dataclasses.asdict(model.config),
+        "thresholds": [_number(t) for t in model.thresholds],
+        "calibration": model.calibration,
+        "versions": {"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
+    }
+    write_bundle(path, model.state_dict(), about)
+
+
+def load(path: str | Path, backbone: nn.Module | None = None, heads: HeadFactory | None = None) -> DynamicModel:
+    """Load what `save` saved, in eval mode.
+
+    Args:
+        path: the file.
+        backbone: to be used instead of creating one; must be like the one that was saved.
+        heads: what `wrap` was given, if the model has heads of the user's own.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another model.
+    """
+    tensors, about = read_bundle(path)
+    if about.get("kind") != "model":
+        raise CheckpointError(f"{str(path)!r} holds a {about.get('kind')}, not a model")
+    if backbone is None:
+        try:
+            backbone = timm.create_model(**about["create"])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"timm cannot create the backbone of {str(path)!r}, {about['create']}: {error}; pass it as backbone="
+            ) from error
+    settings = dict(about["wrap"])
+    custom = [key for key in ("heads", "confidence") if settings[key] == "custom"]
+    if "heads" in custom and heads is None:
+        raise CheckpointError(f"{str(path)!r} has heads of its own making; pass the factory as heads=")
+    try:
+        model = wrap(
+            backbone,
+            settings["exits"],
+            heads=heads,
+            head_share=settings["head_share"],
+            confidence="max_probability" if "confidence" in custom else settings["confidence"],
+            input_size=tuple(settings["input_size"]),
+        )
+    except DynnetError as error:
+        raise CheckpointError(
+            f"{str(path)!r} was saved for {about['backbone']}, which does not fit the given backbone: {error}"
+        ) from error
+    load_weights(model, tensors, path)
+    model.thresholds = [float(t) for t in about["thresholds"]]
+    model.calibration = about["calibration"]
+    return model.eval()
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Strict loading: same names, same shapes.
+
+    Raises:
+        CheckpointError: a name that is missing or unknown, or a shape that differs; the model is left untouched.
+    """
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if missing or unknown or shapes:
+        problems = [
+            f"lacks {len(missing)} tensors (first {missing[0]!r})" if missing else "",
+            f"has {len(unknown)} unknown tensors (first {unknown[0]!r})" if unknown else "",
+            f"{shapes[0]!r} has shape {tuple(tensors[shapes[0]].shape)}, the model's is {tuple(own[shapes[0]].shape)}"
+            if shapes
+            else "",
+        ]
+        raise CheckpointError(f"{str(source)!r} is of another model: {'; '.join(p for p in problems if p)}")
+    model.load_state_dict(dict(tensors))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside its place, flush it to disk, rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _number(value: float) -> float | str:
+    # JSON has no infinity.
+    return value if abs(value) < float("inf") else str(value)

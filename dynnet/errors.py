@@ -1,0 +1,56 @@
+"""Every error that dynnet raises on purpose.
+
+All are `DynnetError`s, and also the built-in type that a caller would expect (`ValueError`, `FileNotFoundError`, ...).
+A message names the thing, what was got, what was expected, and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DynnetError(Exception):
+    """Base of all errors raised by dynnet."""
+
+
+class ExitError(DynnetError, ValueError):
+    """An exit that cannot stand where it was asked for."""
+
+
+class HeadError(DynnetError, ValueError):
+    """An exit head that does not answer with (B, K) logits."""
+
+
+class ThresholdError(DynnetError, ValueError):
+    """Thresholds that do not fit the model's exits."""
+
+
+class InputError(DynnetError, ValueError):
+    """A batch that the model cannot take."""
+
+
+class NonFiniteError(DynnetError, ValueError):
+    """NaN or infinity where a number was needed."""
+
+
+class DataError(DynnetError, ValueError):
+    """A dataset that is missing, empty or unreadable."""
+
+
+class CalibrationError(DynnetError, ValueError):
+    """A calibration goal that cannot be reached."""
+
+
+class RecipeError(DynnetError, ValueError):
+    """A recipe with an unknown key or a value of the wrong type."""
+
+
+class CheckpointError(DynnetError, ValueError):
+    """A checkpoint that is missing, damaged, or of another model or version."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest known name, or an empty string where none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,318 @@
+"""Where exits can stand: boundaries of a backbone, found by a dry run.
+
+A boundary is a module whose output carries the whole state of the forward, batch first, so that rows taken out of it are
+gone from all that follows. Tensors prepared earlier that are handed on beside it (position tables, masks, the previous
+cell of a NASNet) are its *companions*: they lose the same rows when a later module receives them.
+
+    B batch, C channels, E exits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from torch import nn
+
+from dynnet.errors import ExitError, did_you_mean
+from dynnet.probe import BATCH, Call, Trace, trace
+
+# No exit is proposed after this share of the MACs: it could save next to nothing.
+_LATEST = 0.95
+
+# Where clean boundaries leave a longer stretch of MACs than this, places with companions are proposed as well.
+_WIDEST_GAP = 0.7
+
+Layout = Literal["nchw", "nhwc", "tokens", "vector"]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One floating-point tensor of a boundary's output.
+
+    Attributes:
+        leaf: its position among the tensors of the output.
+        shape: without the batch.
+        layout: "nchw" (C, H, W), "nhwc" (H, W, C), "tokens" (N, C) or "vector" (C,).
+        prefix: leading tokens that are no image patches (class token, registers).
+    """
+
+    leaf: int
+    shape: tuple[int, ...]
+    layout: Layout
+    prefix: int = 0
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0] if self.layout in ("nchw", "vector") else self.shape[-1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of a map, of tokens that form a square, else (1, 1)."""
+        if self.layout == "nchw":
+            return self.shape[1], self.shape[2]
+        if self.layout == "nhwc":
+            return self.shape[0], self.shape[1]
+        if self.layout == "tokens":
+            side = round((self.shape[0] - self.prefix) ** 0.5)
+            return (side, side) if side * side == self.shape[0] - self.prefix else (1, 1)
+        return 1, 1
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A place for an exit.
+
+    Attributes:
+        name: the module, as in `named_modules()`.
+        leaves: positions of the batch's tensors among the leaves of the output.
+        features: what a head may read.
+        share: of the backbone's MACs that are spent when the module is done, in (0, 1).
+    """
+
+    name: str
+    leaves: tuple[int, ...]
+    features: tuple[Feature, ...]
+    share: float
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Batch tensors that a module receives beside the state.
+
+    Attributes:
+        name: the receiving module.
+        leaves: (position among the leaves of (args, kwargs), dimension of the batch).
+    """
+
+    name: str
+    leaves: tuple[tuple[int, int], ...]
+
+
+class Places:
+    """All that a dry run tells about exits in one backbone.
+
+    Args:
+        backbone: a timm model, or any module from (B, C, H, W) images to (B, K) logits.
+        input_size: (C, H, W) of the images.
+
+    Raises:
+        ExitError: the backbone cannot be run, or does not answer with (B, K) logits.
+    """
+
+    def __init__(self, backbone: nn.Module, input_size: tuple[int, int, int]) -> None:
+        self.backbone, self.input_size = backbone, input_size
+        self.trace: Trace = trace(backbone, input_size, BATCH)
+        output = self.trace.output
+        if len(output) != 1 or len(output[0].shape) != 2 or output[0].batch_dim != 0:
+            raise ExitError(
+                f"{title(backbone)} answers with {[leaf.shape for leaf in output]}, where one tensor of (B, K) logits "
+                f"is needed; wrap a classifier, with its pooling and its head"
+            )
+        if getattr(backbone, "num_classes", None) == 0:
+            raise ExitError(
+                f"{title(backbone)} has no classifier (num_classes=0); create it with num_classes=K, or call "
+                f"reset_classifier(K) first"
+            )
+        self.num_classes = output[0].shape[1]
+        self._calls = self.trace.once()
+        prefix = getattr(backbone, "num_prefix_tokens", 0)
+        self.prefix = prefix if isinstance(prefix, int) else 0
+        self.output_fmt = str(getattr(backbone, "output_fmt", "NCHW"))
+        self.candidates: list[Boundary] = self._candidates()
+
+    @property
+    def last_grid(self) -> int:
+        """Pixels a side of the last maps; 1 where there are none."""
+        grids = [min(f.grid) for b in self.candidates for f in b.features if f.layout != "vector"]
+        return min(grids, default=1)
+
+    def boundary(self, name: str) -> Boundary:
+        """The boundary at a module of this name.
+
+        Raises:
+            ExitError: there is no such module, or its output cannot be one.
+        """
+        call = self._calls.get(name)
+        valid = ", ".join(b.name for b in self.candidates)
+        where = f"in {title(self.backbone)}; choose from {valid}"
+        if call is None:
+            modules = dict(self.backbone.named_modules())
+            if name not in modules:
+                hint = did_you_mean(name, [b.name for b in self.candidates])
+                raise ExitError(f"no boundary {name!r} {where}{hint}")
+            times = sum(c.name == name for c in self.trace.calls)
+            raise ExitError(f"module {name!r} runs {times} times in a forward, a boundary must run once, {where}")
+        if not _batch_first(call):
+            shapes = [leaf.shape for leaf in call.leaves]
+            raise ExitError(f"the output of {name!r} is not batch first (shapes {shapes} at batch {BATCH}) {where}")
+        boundary = self._boundary(call)
+        if not boundary.features:
+            raise ExitError(f"the output of {name!r} holds no floating-point features {where}")
+        if not 0 < boundary.share < 1:
+            raise ExitError(
+                f"{name!r} ends when {boundary.share:.0%} of the MACs are spent, an exit must save some {where}"
+            )
+        return boundary
+
+    def resolve(self, exits: int | Sequence[str | float]) -> list[Boundary]:
+        """Turn names, fractions of the MACs, or a number of exits into boundaries, in running order.
+
+        Raises:
+            ExitError: a name that is none, a fraction outside (0, 1), exits out of order or twice, too many exits.
+        """
+        if isinstance(exits, bool) or not isinstance(exits, (int, Sequence)) or isinstance(exits, str):
+            raise ExitError(f"exits={exits!r}: give a list of module names and fractions, or a number of exits")
+        if isinstance(exits, int):
+            if exits < 0:
+                raise ExitError(f"exits={exits}: the number of exits cannot be negative")
+            exits = [(i + 1) / (exits + 1) for i in range(exits)]
+        for exit in exits:
+            if not isinstance(exit, (str, float)):
+                raise ExitError(f"exit {exit!r}: give a module name, or a fraction of the MACs such as 0.5")
+        named: list[Boundary | None] = [self.boundary(e) if isinstance(e, str) else None for e in exits]
+        chosen: list[Boundary] = []
+        for i, boundary in enumerate(named):
+            if i < len(chosen):
+                continue  # a fraction that was placed together with the one before
+            if boundary is None:
+                following = next((b for b in named[i:] if b is not None), None)
+                stop = named.index(following) if following else len(named)
+                fractions = [e for e in exits[i:stop] if isinstance(e, float)]
+                chosen += self._nearest(fractions, chosen[-1] if chosen else None, following)
+                continue
+            if chosen and self._calls[boundary.name].end <= self._calls[chosen[-1].name].end:
+                verb = "stands twice" if boundary.name == chosen[-1].name else f"does not come after {chosen[-1].name!r}"
+                raise ExitError(f"exit {boundary.name!r} {verb}; list exits once each, in the order of the forward")
+            chosen.append(boundary)
+        return chosen
+
+    def companions(self, exits: Sequence[Boundary]) -> list[Companion]:
+        """Modules after an exit that receive batch tensors which no earlier module could thin out."""
+        found: dict[str, dict[int, int]] = {}
+        for boundary in exits:
+            for index, tensors in (self.trace.receivers(self._calls[boundary.name]) or {}).items():
+                call = self.trace.calls[index]
+                for position, tensor in call.inputs.items():
+                    dim = self.trace.lives[tensor].leaf.batch_dim if tensor in tensors else None
+                    if dim is not None:
+                        found.setdefault(call.name, {})[position] = dim
+        return [Companion(name, tuple(sorted(leaves.items()))) for name, leaves in found.items()]
+
+    def _nearest(self, fractions: Sequence[float], after: Boundary | None, before: Boundary | None) -> list[Boundary]:
+        """Boundaries in running order between two given ones, as near to the fractions in sum as can be."""
+        for fraction in fractions:
+            if not 0 < fraction < 1:
+                raise ExitError(f"exit {fraction}: a fraction of the MACs lies strictly between 0 and 1")
+        if any(b <= a for a, b in pairwise(fractions)):
+            raise ExitError(f"exits {list(fractions)}: list fractions in rising order, each once")
+        low = self._calls[after.name].end if after else -1
+        high = self._calls[before.name].end if before else float("inf")
+        free = [b for b in self.candidates if low < self._calls[b.name].end < high]
+        if len(free) < len(fractions):
+            between = f" between {after.name if after else 'the input'!r} and {before.name if before else 'the head'!r}"
+            raise ExitError(
+                f"{title(self.backbone)} has {len(free)} usable boundaries{between if after or before else ''}, "
+                f"too few for {len(fractions)} exits; a boundary is a module whose output carries the whole state, "
+                f"batch first"
+            )
+        # best[k]: the cheapest choice of the first k + 1 fractions among the boundaries seen so far.
+        best: list[tuple[float, list[Boundary]]] = [(0.0, [])] + [(float("inf"), [])] * len(fractions)
+        for boundary in free:
+            for k in range(len(fractions), 0, -1):
+                cost = best[k - 1][0] + abs(boundary.share - fractions[k - 1])
+                if cost < best[k][0]:
+                    best[k] = (cost, [*best[k - 1][1], boundary])
+        return best[-1][1]
+
+    def _candidates(self) -> list[Boundary]:
+        """Boundaries worth proposing: whole blocks and stages rather than single layers within a block."""
+        clean = self._outermost({n: c for n, c in self._calls.items() if not self.trace.beside(c)})
+        shares = [0.0, *(b.share for b in clean), 1.0]
+        if max(b - a for a, b in pairwise(shares)) <= _WIDEST_GAP:
+            return clean
+        # Cells with two inputs (NASNet): no place is clean, but rows can leave with the help of companions.
+        return self._outermost({n: c for n, c in self._calls.items() if self.trace.receivers(c) is not None})
+
+    def _outermost(self, calls: dict[str, Call]) -> list[Boundary]:
+        best: dict[int, Call] = {}
+        for call in calls.values():
+            share = call.macs / max(self.trace.macs, 1)
+            if not 0 < share <= _LATEST or not _batch_first(call):
+                continue
+            if not self._boundary(call).features or not self._on_the_spine(call.name, calls):
+                continue
+            # Of all that end after the same MACs, the outermost; of those, the last (after norm and activation).
+            rival = best.get(call.macs)
+            if rival is None or (-call.name.count("."), call.end) > (-rival.name.count("."), rival.end):
+                best[call.macs] = call
+        return [self._boundary(call) for call in sorted(best.values(), key=lambda c: c.end)]
+
+    def _on_the_spine(self, name: str, calls: dict[str, Call]) -> bool:
+        """Is every module around it a container of blocks (a list, or a stage that holds a list), not a block?"""
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            around = ".".join(parts[:depth])
+            module = self.backbone.get_submodule(around)
+            if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+                continue
+            lists = [k for k, m in module.named_children() if isinstance(m, (nn.Sequential, nn.ModuleList))]
+            if not any(n.startswith(f"{around}.{key}.") for key in lists for n in calls):
+                return False
+        return True
+
+    def _boundary(self, call: Call) -> Boundary:
+        features = tuple(
+            Feature(i, shape, layout, self.prefix if layout == "tokens" and shape[0] > self.prefix else 0)
+            for i, leaf in enumerate(call.leaves)
+            if leaf.floating and leaf.batch_dim == 0
+            for shape in [leaf.shape[1:]]
+            for layout in [self._layout(shape)]
+            if layout is not None
+        )
+        leaves = tuple(i for i, leaf in enumerate(call.leaves) if leaf.batch_dim == 0)
+        return Boundary(call.name, leaves, features, call.macs / max(self.trace.macs, 1))
+
+    def _layout(self, shape: tuple[int, ...]) -> Layout | None:
+        if len(shape) == 1:
+            return "vector"
+        if len(shape) == 2:
+            return "tokens"
+        if len(shape) != 3:
+            return None
+        # Images are mostly square, which tells the channels apart; where it does not, the host is asked.
+        first, second, third = shape
+        if first == second != third:
+            return "nhwc"
+        if second == third != first:
+            return "nchw"
+        return "nhwc" if self.output_fmt == "NHWC" else "nchw"
+
+
+def input_size_of(backbone: nn.Module) -> tuple[int, int, int]:
+    """The (C, H, W) that a timm model was made for: its patch embedding's, else its pretrained configuration's."""
+    config: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
+    channels, height, width = config.get("input_size", (3, 224, 224))
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    if isinstance(size, (tuple, list)) and len(size) == 2:
+        height, width = size
+    first = config.get("first_conv")
+    if isinstance(first, str):
+        try:
+            channels = getattr(backbone.get_submodule(first), "in_channels", channels)
+        except AttributeError:
+            pass  # a name that is no module says nothing
+    return int(channels), int(height), int(width)
+
+
+def _batch_first(call: Call) -> bool:
+    """Does the output carry the batch, and all of it in the first dimension?"""
+    dims = {leaf.batch_dim for leaf in call.leaves}
+    return 0 in dims and dims <= {0, None}
+
+
+def title(backbone: nn.Module) -> str:
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(backbone).__name__)

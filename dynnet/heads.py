@@ -1,0 +1,140 @@
+"""Exit heads made to fit a boundary: from any nesting of features to (B, K) logits.
+
+Maps with more pixels than the backbone's last ones are brought down by strided 3x3 convolutions first (as in MSDNet,
+https://arxiv.org/abs/1703.09844): pooling them at once would lose what a classifier needs. Average and maximum are
+pooled side by side (as in Shallow-Deep Networks, https://arxiv.org/abs/1810.07052).
+
+    B batch, C channels, K classes, N tokens, H x W pixels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynnet.exits import Boundary, Feature
+from dynnet.flow import features
+
+HeadFactory = Callable[[Boundary, int], nn.Module]
+
+_NARROWEST = 16  # channels of a head's convolutions, at least
+_HIDDEN = 512  # units of a token head's hidden layer, at most
+
+
+class ExitHead(nn.Module):
+    """Reads every feature of a boundary, joins what it found, and answers.
+
+    Args:
+        boundary: where it stands.
+        num_classes: K.
+        grid: pixels a side of the backbone's last maps; larger maps are brought down to it.
+        budget: MACs that the head may cost; its width follows from it.
+    """
+
+    def __init__(self, boundary: Boundary, num_classes: int, grid: int, budget: float) -> None:
+        super().__init__()
+        self.leaves = [feature.leaf for feature in boundary.features]
+        share = budget / len(boundary.features)
+        self.necks = nn.ModuleList(_neck(feature, grid, share) for feature in boundary.features)
+        self.classifier = nn.Linear(sum(int(neck.out_features) for neck in self.necks), num_classes)
+
+    def forward(self, output: Any) -> Tensor:
+        """The boundary's output to (B, K) logits."""
+        tensors = features(output)
+        found = [neck(tensors[leaf]) for leaf, neck in zip(self.leaves, self.necks, strict=True)]
+        return self.classifier(found[0] if len(found) == 1 else torch.cat(found, 1))
+
+
+class MapNeck(nn.Module):
+    """A feature map, in any layout, to a vector.
+
+    Args:
+        feature: of layout "nchw", "nhwc", or square "tokens".
+        widths: output channels of the strided convolutions, none for pooling alone.
+    """
+
+    def __init__(self, feature: Feature, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.feature = feature
+        channels = [feature.channels, *widths]
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(channels, channels[1:], strict=False):
+            layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        self.convs = nn.Sequential(*layers)
+        self.out_features = 2 * channels[-1]
+        # Raw features of a pre-norm backbone have any scale; the convolutions' batch norm has taken care of it already.
+        self.norm = nn.Identity() if widths else nn.LayerNorm(self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.feature.layout == "nhwc":
+            x = x.permute(0, 3, 1, 2)
+        elif self.feature.layout == "tokens":
+            x = x[:, self.feature.prefix :].transpose(1, 2).unflatten(2, self.feature.grid)
+        x = self.convs(x)
+        return self.norm(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+
+
+class TokenNeck(nn.Module):
+    """Tokens to a vector: the class token, if any, beside the mean of the patches, through one hidden layer."""
+
+    def __init__(self, feature: Feature) -> None:
+        super().__init__()
+        self.prefix = feature.prefix
+        inputs = feature.channels * (2 if self.prefix else 1)
+        self.out_features = min(feature.channels, _HIDDEN)
+        self.norm = nn.LayerNorm(feature.channels)
+        self.hidden = nn.Sequential(nn.Linear(inputs, self.out_features), nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        pooled = x[:, self.prefix :].mean(1)
+        return self.hidden(torch.cat([x[:, 0], pooled], 1) if self.prefix else pooled)
+
+
+class VectorNeck(nn.Module):
+    """A vector, normalised."""
+
+    def __init__(self, feature: Feature) -> None:
+        super().__init__()
+        self.out_features = feature.channels
+        self.norm = nn.LayerNorm(feature.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+def _neck(feature: Feature, grid: int, budget: float) -> MapNeck | TokenNeck | VectorNeck:
+    if feature.layout == "vector":
+        return VectorNeck(feature)
+    widths = _widths(feature, grid, budget)
+    if feature.layout == "tokens" and not widths:
+        return TokenNeck(feature)
+    return MapNeck(feature, widths)
+
+
+def _widths(feature: Feature, grid: int, budget: float) -> list[int]:
+    """Channels of the strided convolutions: doubling as the pixels are quartered, as wide as the budget allows."""
+    side = min(feature.grid)
+    steps = 0
+    while side > grid:
+        side, steps = (side + 1) // 2, steps + 1
+    best: list[int] = []
+    for last in range(_NARROWEST, 4 * max(feature.channels, _NARROWEST) + 1, 8):
+        widths = [max(_NARROWEST, last >> (steps - 1 - i)) for i in range(steps)]
+        if best and _conv_macs(feature, widths) > budget:
+            break
+        best = widths
+    return best
+
+
+def _conv_macs(feature: Feature, widths: Sequence[int]) -> int:
+    height, width = feature.grid
+    macs, inputs = 0, feature.channels
+    for outputs in widths:
+        height, width = (height + 1) // 2, (width + 1) // 2
+        macs += 9 * inputs * outputs * height * width
+        inputs = outputs
+    return macs

@@ -1,0 +1,91 @@
+"""What training minimises. B batch, K classes, E exits.
+
+    loss = CE(final) + sum_i w_i * ((1 - a) * CE(exit_i) + a * T^2 * KL(final || exit_i))
+
+The weights w_i are fixed, or grow from 0.01 over the first part of training (Kaya et al., "Shallow-Deep Networks",
+https://arxiv.org/abs/1810.07052), so that early exits do not disturb features that are still forming. The second term
+lets exits learn from the final one (Phuong & Lampert, "Distillation-Based Training for Multi-Exit Architectures", 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynnet.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How exits are weighed and taught.
+
+    Attributes:
+        weights: "equal" (1 each), "depth" (the share of the MACs at the exit), or a number for each exit.
+        ramp: share of the joint stage over which the weights grow from 0.01 to their value.
+        distill: a, the part of an exit's loss that comes from the final exit.
+        temperature: T of the distillation.
+        equilibrium: scale gradients by the number of exits behind (see `DynamicModel.forward_exits`).
+        label_smoothing: of the cross-entropy.
+    """
+
+    weights: Literal["equal", "depth"] | tuple[float, ...] = "equal"
+    ramp: float = 0.0
+    distill: float = 0.1
+    temperature: float = 1.0
+    equilibrium: bool = True
+    label_smoothing: float = 0.0
+
+
+def exit_weights(config: LossConfig, shares: Sequence[float], progress: float) -> tuple[float, ...]:
+    """w_i at a moment of training.
+
+    Args:
+        config: how exits are weighed.
+        shares: of the backbone's MACs spent at each of the E exits.
+        progress: of the stage, in [0, 1].
+
+    Raises:
+        RecipeError: the weights are not one for each exit.
+    """
+    if config.weights == "equal":
+        weights = [1.0] * len(shares)
+    elif config.weights == "depth":
+        weights = list(shares)
+    else:
+        weights = [float(w) for w in config.weights]
+    if len(weights) != len(shares):
+        raise RecipeError(f"loss.weights has {len(weights)} numbers for {len(shares)} exits; give one for each exit")
+    grown = 1.0 if config.ramp <= 0 else min(1.0, progress / config.ramp)
+    return tuple(0.01 + (w - 0.01) * grown for w in weights)
+
+
+def exit_losses(logits: Sequence[Tensor], target: Tensor, config: LossConfig) -> Tensor:
+    """The loss of each classifier, unweighted.
+
+    Args:
+        logits: E + 1 tensors (B, K), the final one last.
+        target: (B,) classes or (B, K) probabilities.
+
+    Returns:
+        (E + 1,) mean losses over the batch; the last is the final classifier's cross-entropy.
+    """
+    teacher = logits[-1].detach().float()
+    losses = []
+    for i, student in enumerate(logits):
+        loss = F.cross_entropy(student.float(), target, label_smoothing=config.label_smoothing)
+        if config.distill and i < len(logits) - 1:
+            loss = (1 - config.distill) * loss + config.distill * distillation(student, teacher, config.temperature)
+        losses.append(loss)
+    return torch.stack(losses)
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) of softened (B, K) logits, mean over the batch (https://arxiv.org/abs/1503.02531)."""
+    log_p = F.log_softmax(student.float() / temperature, 1)
+    log_q = F.log_softmax(teacher.float() / temperature, 1)
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)

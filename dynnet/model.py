@@ -1,0 +1,310 @@
+"""A backbone with exits: `DynamicModel`, what it answers, and the flows that run it.
+
+    B batch, K classes, E exits; exit number E is the backbone's own head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dynnet import flow
+from dynnet.cost import Ledger, price
+from dynnet.errors import InputError
+from dynnet.exits import Boundary
+from dynnet.flow import Finished, Flow, Tag
+from dynnet.policy import Measure, check_thresholds, leaves, make_measure
+
+
+class Prediction(NamedTuple):
+    """What a batch got, and what it cost.
+
+    Attributes:
+        logits: (B, K) of the exit at which each sample left.
+        exit: (B,) int64, its number; E is the backbone's own head.
+        confidence: (B,) of that exit, in the unit of the model's measure.
+        macs: (B,) int64, multiply-adds that ran for the sample; FLOPs are twice as many.
+    """
+
+    logits: Tensor
+    exit: Tensor
+    confidence: Tensor
+    macs: Tensor
+
+    @property
+    def flops(self) -> Tensor:
+        """(B,) int64, 2 x MACs."""
+        return 2 * self.macs
+
+
+class ExitOutputs(NamedTuple):
+    """What every exit says of every sample, as in training.
+
+    Attributes:
+        logits: E + 1 tensors of (B, K), the backbone's own last.
+    """
+
+    logits: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class WrapConfig:
+    """All that is needed to wrap an equal backbone in the same way.
+
+    Attributes:
+        exits: module names, in running order.
+        input_size: (C, H, W) for which fractions, heads and prices were computed.
+        head_share: MACs of one head, as a share of the backbone's.
+        confidence: name of the measure; "custom" for a callable.
+        heads: "fitted", or "custom" for heads of the user's own.
+    """
+
+    exits: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    head_share: float = 0.01
+    confidence: str = "max_probability"
+    heads: str = "fitted"
+
+
+class DynamicModel(nn.Module):
+    """A timm model that answers each sample as early as its confidence allows. Made by `dynnet.wrap`.
+
+    In eval mode `model(x)` gives (B, K) logits, as the backbone does; `model.predict(x)` also tells exits, confidence and
+    MACs. In train mode `model(x)` gives `ExitOutputs`.
+
+    Attributes:
+        backbone: as it came, with hooks on its boundaries.
+        heads: one for each exit.
+        config: how it was wrapped.
+        boundaries: where the exits stand.
+        num_classes: K.
+        calibration: what the thresholds were fitted on and for, as `dynnet.calibrate` reports it; None if set by hand.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: Sequence[nn.Module],
+        boundaries: Sequence[Boundary],
+        config: WrapConfig,
+        num_classes: int,
+        confidence: str | Callable[[Tensor], Tensor],
+        tag: Tag,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleList(heads)
+        self.boundaries = tuple(boundaries)
+        self.config = config
+        self.num_classes = num_classes
+        self.measure: Measure = make_measure(confidence, len(boundaries))
+        self.calibration: dict[str, Any] | None = None
+        self._thresholds = (float("inf"),) * len(boundaries)
+        self._ledgers: dict[tuple[int, ...], Ledger] = {}
+        self._tag = tag
+        self.train(backbone.training)
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Module names of the E exits."""
+        return self.config.exits
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """One for each exit: a sample leaves where its confidence >= the threshold; inf never, -inf always.
+
+        At inf an exit is switched off: its head does not run and costs nothing (except under "patience", where every
+        exit's vote counts).
+        """
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, values: Sequence[float]) -> None:
+        self._thresholds = check_thresholds(values, self.exits)
+        self.calibration = None
+
+    @property
+    def active(self) -> tuple[bool, ...]:
+        """Which heads run at the present thresholds."""
+        remembers = self.config.confidence == "patience"
+        return tuple(remembers or threshold < float("inf") for threshold in self.thresholds)
+
+    def forward(self, x: Tensor, equilibrium: bool = False) -> Tensor | ExitOutputs:
+        """Answer a batch.
+
+        Args:
+            x: (B, C, H, W) float images.
+            equilibrium: in train mode, see `forward_exits`.
+
+        Returns:
+            In eval mode (B, K) logits, each sample's from the exit at which it left; in train mode all exits' logits.
+        """
+        if self.training:
+            return self.forward_exits(x, equilibrium)
+        return self._answer(x).logits()
+
+    def forward_exits(self, x: Tensor, equilibrium: bool = False) -> ExitOutputs:
+        """The logits of every exit for every sample; nobody leaves.
+
+        Args:
+            x: (B, C, H, W) float images.
+            equilibrium: scale gradients so that every part of the backbone feels the exits behind it evenly (Li et al.,
+                "Improved Techniques for Training Adaptive Deep Networks", https://arxiv.org/abs/1908.06294).
+        """
+        self._check(x)
+        return self._run_every_exit(x, equilibrium)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Prediction:
+        """Answer a batch, and tell for each sample where it left and what it cost.
+
+        Args:
+            x: (B, C, H, W) float images.
+
+        Raises:
+            InputError: the model is in train mode, or the images do not fit it.
+        """
+        if self.training:
+            raise InputError("predict() answers in eval mode; call model.eval() first")
+        answers = self._answer(x)
+        exits = answers.exits().to(x.device)
+        bill = self.ledger(tuple(x.shape[1:])).bill(self.active).to(x.device)
+        return Prediction(answers.logits(), exits, answers.confidence(), bill[exits])
+
+    def ledger(self, input_size: tuple[int, ...] | None = None) -> Ledger:
+        """Prices of segments and heads for one sample of (C, H, W); by default of the size it was wrapped for."""
+        size = tuple(input_size or self.config.input_size)
+        if size not in self._ledgers:
+            self._ledgers[size] = price(self, self._run_every_exit, size, self.exits)
+        return self._ledgers[size]
+
+    def unwrap(self) -> nn.Module:
+        """Take the hooks away and return the backbone as it came. This model cannot be used afterwards."""
+        flow.detach(self.backbone)
+        return self.backbone
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"exit {i} at {b.name} ({b.share:.0%} of MACs)" for i, b in enumerate(self.boundaries))
+
+    def _run_every_exit(self, x: Tensor, equilibrium: bool = False) -> ExitOutputs:
+        every = _EveryExit(self, equilibrium)
+        with flow.run(every):
+            every.logits.append(self.backbone(x))
+        return ExitOutputs(tuple(every.logits))
+
+    def _answer(self, x: Tensor) -> _Answering:
+        self._check(x)
+        answers = _Answering(self, len(x))
+        with flow.run(answers):
+            answers.finish(self.backbone(x))
+        return answers
+
+    def _check(self, x: Tensor) -> None:
+        channels = self.config.input_size[0]
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
+            got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"got {got}; expected float images of shape (B, {channels}, H, W), normalised")
+        if len(x) == 0:
+            raise InputError("got an empty batch; give at least one image")
+        expected = next((p.dtype for p in self.backbone.parameters()), x.dtype)
+        if x.dtype != expected and not torch.is_autocast_enabled(x.device.type):
+            raise InputError(f"got images of {x.dtype} for a model of {expected}; convert with x.to({expected})")
+        if tuple(x.shape[1:]) not in self._ledgers:
+            self.ledger(tuple(x.shape[1:]))  # a dry run, which tells in words where a size does not fit
+
+
+class _EveryExit(Flow):
+    """All heads answer, all samples go on."""
+
+    def __init__(self, model: DynamicModel, equilibrium: bool) -> None:
+        super().__init__(model._tag)
+        self.model, self.equilibrium = model, equilibrium
+        self.logits: list[Tensor] = []
+
+    def reach(self, index: int, output: Any, leaves: Sequence[int]) -> Any:
+        # A backbone may go on in place (an activation, say), which must not touch what a head keeps for its backward.
+        grad = torch.is_grad_enabled()
+        onward = None
+        if grad and self.equilibrium:
+            behind = len(self.model.heads) - index  # classifiers after this one
+            onward = _scale_gradients(output, behind / (behind + 1))
+            output = _scale_gradients(output, 1 / (behind + 1))
+        elif grad:
+            output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+        self.logits.append(self.model.heads[index](output))
+        return onward
+
+
+class _Answering(Flow):
+    """Each sample leaves at the first exit that is confident of it."""
+
+    def __init__(self, model: DynamicModel, batch: int) -> None:
+        super().__init__(model._tag)
+        self.model, self.batch, self.active = model, batch, model.active
+        self.memory: Tensor | None = None
+        # One entry for each group that left: exit, original rows (None: all), logits, confidence.
+        self.left: list[tuple[int, Tensor | None, Tensor, Tensor]] = []
+
+    def reach(self, index: int, output: Any, batched: Sequence[int]) -> Any:
+        if not self.active[index]:
+            return None
+        logits = self.model.heads[index](output)
+        confidence, memory = self.model.measure(logits, self.memory)
+        leaving = leaves(confidence, self.model.thresholds[index])
+        count = int(leaving.sum())  # the one synchronisation of an exit
+        if count == 0:
+            self.memory = memory
+            return None
+        if count == len(leaving):
+            self.left.append((index, self.rows, logits, confidence))
+            raise Finished
+        gone, kept = leaving.nonzero().squeeze(1), (~leaving).nonzero().squeeze(1)
+        rows = gone if self.rows is None else self.rows[gone]
+        self.left.append((index, rows, logits[gone], confidence[gone]))
+        self.memory = None if memory is None else memory[kept]
+        return self.thin_out(output, batched, kept)
+
+    def finish(self, logits: Tensor) -> None:
+        confidence, _ = self.model.measure(logits, self.memory)
+        self.left.append((len(self.active), self.rows, logits, confidence))
+
+    def logits(self) -> Tensor:
+        return self._in_order([logits for _, _, logits, _ in self.left])
+
+    def confidence(self) -> Tensor:
+        return self._in_order([confidence for _, _, _, confidence in self.left])
+
+    def exits(self) -> Tensor:
+        return self._in_order([torch.full((len(logits),), exit, device=logits.device) for exit, _, logits, _ in self.left])
+
+    def _in_order(self, parts: list[Tensor]) -> Tensor:
+        """Parts of the batch, in the order of leaving, put back into the order of the batch."""
+        if len(parts) == 1:
+            return parts[0]
+        rows = torch.cat([rows for _, rows, _, _ in self.left if rows is not None])
+        joined = torch.cat(parts)
+        return torch.empty_like(joined).index_copy(0, rows, joined)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def _scale_gradients(output: Any, factor: float) -> Any:
+    """The same numbers; what comes back through them is scaled."""
+    return tree_map(
+        lambda leaf: _ScaleGradient.apply(leaf, factor) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+        output,
+    )

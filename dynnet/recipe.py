@@ -1,0 +1,196 @@
+"""A recipe: everything that decides what a training run gives. Read from YAML, saved beside the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dynnet.data import DataConfig
+from dynnet.errors import RecipeError, did_you_mean
+from dynnet.losses import LossConfig
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The backbone, by timm's name.
+
+    Attributes:
+        name: for `timm.create_model`.
+        kwargs: further arguments of the model, such as {"width": 2.0}.
+        pretrained: start from timm's weights.
+        weights: start from this safetensors file instead.
+    """
+
+    name: str = "cifar_resnet20"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class ExitConfig:
+    """Where exits stand and how they decide; see `dynnet.wrap`."""
+
+    at: int | list[str | float] = 2
+    head_share: float = 0.01
+    confidence: str = "max_probability"
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training.
+
+    Attributes:
+        epochs: 0 skips the stage.
+        lr: peak learning rate.
+        batch_size: over all processes together.
+        opt: timm's name of the optimiser.
+        momentum: of the optimiser, where it has one.
+        weight_decay: on weights; biases and norms are spared unless `decay_norms`.
+        decay_norms: weight decay on biases and norms too.
+        sched: timm's name of the schedule, stepped after every update.
+        warmup: share of the stage spent raising the learning rate.
+        final_lr: the last learning rate, as a share of `lr`.
+        clip_grad: largest norm of the gradient; None for no limit.
+    """
+
+    epochs: int = 0
+    lr: float = 0.1
+    batch_size: int = 128
+    opt: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_norms: bool = False
+    sched: str = "cosine"
+    warmup: float = 0.1
+    final_lr: float = 0.0
+    clip_grad: float | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What thresholds are fitted for; exactly one of the two. See `dynnet.calibrate`."""
+
+    budget: float | None = None
+    accuracy_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run.
+
+    Attributes:
+        description: the command, the hardware, the hours, the accuracy to expect.
+        seed: of weights, batches and augmentation.
+        data, backbone, exits, loss: see their classes.
+        dense: trains the backbone alone.
+        heads: trains the heads on the frozen backbone.
+        joint: trains everything together.
+        calibration: for the thresholds that are saved with the model.
+        amp: bfloat16 autocast.
+        channels_last: memory format of images and weights.
+        ema: decay of an exponential moving average of the weights, which is then what is saved; None for none.
+        mixup, cutmix: alpha of timm's Mixup; 0 for none.
+        log_steps: steps between lines of the training log.
+        checkpoint_steps: steps between checkpoints; one is also written after every epoch.
+    """
+
+    description: str = ""
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    exits: ExitConfig = field(default_factory=ExitConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    dense: StageConfig = field(default_factory=StageConfig)
+    heads: StageConfig = field(default_factory=StageConfig)
+    joint: StageConfig = field(default_factory=StageConfig)
+    calibration: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(accuracy_drop=0.005))
+    amp: bool = False
+    channels_last: bool = True
+    ema: float | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    log_steps: int = 20
+    checkpoint_steps: int = 200
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file; keys left out have their defaults.
+
+    Args:
+        path: the file.
+        overrides: dotted, as on a command line: ["--joint.epochs", "3", "--seed=1"].
+
+    Raises:
+        RecipeError: a missing or malformed file, an unknown key, a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        given = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError as error:
+        raise RecipeError(f"no recipe {str(path)!r}; the zoo's recipes are models/*/recipe.yaml") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read recipe {str(path)!r}: {error}") from error
+    check_keys(given)
+    parser = recipe_parser()
+    from jsonargparse import ArgumentError
+
+    for argument in overrides:
+        key = argument.removeprefix("--").split("=")[0]
+        known = [a.dest for a in parser._actions]
+        if argument.startswith("--") and key not in known:
+            raise RecipeError(f"unknown recipe key {key!r}{did_you_mean(key, known)}")
+    try:
+        config = parser.parse_object(given)
+        config = parser.parse_args(list(overrides), namespace=config)
+        return Recipe(**vars(parser.instantiate(config)))
+    except ArgumentError as error:
+        raise RecipeError(f"recipe {str(path)!r}: {error}") from error
+
+
+def recipe_parser() -> Any:
+    """A jsonargparse parser with every key of a recipe as a dotted option."""
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError:
+        raise RecipeError("recipes are read with jsonargparse; install it with `pip install dynnet[train]`") from None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, as_group=False)
+    return parser
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as YAML that `read_recipe` reads back."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, width=120)
+
+
+def check_keys(given: Any, kind: type = Recipe, path: str = "") -> None:
+    """Refuse keys that a recipe does not have, with the nearest that it has.
+
+    Raises:
+        RecipeError: an unknown key, or something other than a mapping where one is needed.
+    """
+    if not isinstance(given, dict):
+        raise RecipeError(f"{path or 'the recipe'} is a {type(given).__name__}; expected keys and values")
+    hints = typing.get_type_hints(kind)
+    for key, value in given.items():
+        here = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            raise RecipeError(
+                f"unknown recipe key {here!r}{did_you_mean(str(key), hints)}; "
+                f"{path or 'a recipe'} has {', '.join(hints)}"
+            )
+        if dataclasses.is_dataclass(hints[key]):
+            check_keys(value, typing.cast(type, hints[key]), here)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,1 @@
+"""Programs that train: `python -m training.train --help`."""

@@ -1,0 +1,431 @@
+"""Train a backbone, then its exits, then all together.
+
+    python -m training.train --recipe models/digits/recipe.yaml --out runs/digits
+    python -m training.train --recipe models/cifar10-resnet20/recipe.yaml --data path/to/cifar10 --out runs/cifar
+    python -m training.train --out runs/cifar --resume
+    torchrun --nproc-per-node 2 -m training.train --recipe ... --out ...
+
+The folder of a run holds recipe.yaml (resolved), log.jsonl, state.safetensors (for --resume), backbone.safetensors (after
+the dense stage) and, at the end, model.safetensors with fitted thresholds.
+
+    B batch, K classes, E exits
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dynnet import DynamicModel, calibrate, wrap
+from dynnet.checkpoint import load_weights, read_bundle, save, write_atomically, write_bundle
+from dynnet.data import Data, load_data
+from dynnet.errors import CheckpointError, DynnetError, NonFiniteError, RecipeError, did_you_mean
+from dynnet.losses import exit_losses, exit_weights
+from dynnet.recipe import Recipe, StageConfig, read_recipe, recipe_parser, recipe_to_yaml
+from training.distributed import SyncedBatchNorm, World, world
+
+STAGES = ("dense", "heads", "joint")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options, overrides = _command_line(argv)
+    try:
+        out = Path(options.out)
+        saved = out / "recipe.yaml"
+        if options.resume and not (out / "state.safetensors").is_file():
+            raise CheckpointError(f"nothing to resume in {str(out)!r}: it holds no state.safetensors")
+        if options.resume and (overrides or options.recipe):
+            raise CheckpointError(f"--resume goes on with {str(saved)!r}; leave out --recipe and {overrides or 'overrides'}")
+        if not options.resume and saved.exists():
+            raise CheckpointError(f"{str(out)!r} holds a run already; go on with --resume, or choose another --out")
+        recipe = read_recipe(saved if options.resume else options.recipe, overrides)
+        if options.data is not None:
+            recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=options.data))
+        with world() as here:
+            train(recipe, out, options.resume, here)
+    except DynnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
+    """Run a recipe to its end, from the beginning or from the last checkpoint in `out`."""
+    torch.manual_seed(recipe.seed)
+    backbone_cfg = recipe.backbone
+    data = load_data(recipe.data, _pretrained_cfg(backbone_cfg.name))
+    create = {
+        "model_name": backbone_cfg.name,
+        "num_classes": len(data.classes),
+        "in_chans": data.input_size[0],
+        **backbone_cfg.kwargs,
+    }
+    backbone = timm.create_model(pretrained=backbone_cfg.pretrained, **create)
+    if backbone_cfg.weights and not resume:
+        load_weights(backbone, _read_weights(backbone_cfg.weights), backbone_cfg.weights)
+    model = wrap(
+        backbone,
+        recipe.exits.at,
+        head_share=recipe.exits.head_share,
+        confidence=recipe.exits.confidence,
+        input_size=data.input_size,
+    )
+    model.to(here.device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+    if here.first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "recipe.yaml", recipe_to_yaml(recipe).encode())
+        print(f"{model.config.exits} on {backbone_cfg.name}, {data.label}: {len(data.train)} training images, "
+              f"{len(data.calibration)} for calibration, {len(data.test)} for testing")  # fmt: skip
+    start = Position()
+    state: State | None = None
+    if resume:
+        state = State.read(out / "state.safetensors")
+        start = state.position
+        state.restore(model, None, None)
+    with Log(out, state.log_bytes if state else 0, here) as log:
+        for stage in range(start.stage, len(STAGES)):
+            config: StageConfig = getattr(recipe, STAGES[stage])
+            if config.epochs > 0:
+                begin = start if stage == start.stage else Position(stage)
+                run_stage(model, data, recipe, begin, state if stage == start.stage else None, log, out, here)
+            if stage == 0 and here.first:
+                write_bundle(out / "backbone.safetensors", model.backbone.state_dict(), {"kind": "backbone", **create})
+        model.eval()
+        if here.first:
+            settings = {k: v for k, v in dataclasses.asdict(recipe.calibration).items() if v is not None}
+            fitted = calibrate(model, data.loader("calibration", 256), **settings)
+            save(model, out / "model.safetensors", create)
+            log.write({"kind": "calibration", **dataclasses.asdict(fitted)})
+            print(fitted)
+        here.wait()
+    return model
+
+
+def run_stage(
+    model: DynamicModel,
+    data: Data,
+    recipe: Recipe,
+    begin: Position,
+    state: State | None,
+    log: Log,
+    out: Path,
+    here: World,
+) -> None:
+    """Train one of the stages, from its beginning or from a checkpoint within it."""
+    stage = STAGES[begin.stage]
+    config: StageConfig = getattr(recipe, stage)
+    trained: nn.Module = {"dense": model.backbone, "heads": model.heads, "joint": model}[stage]
+    model.requires_grad_(False)
+    trained.requires_grad_(True)
+    optimizer = create_optimizer_v2(
+        trained,
+        config.opt,
+        config.lr,
+        config.weight_decay,
+        config.momentum,
+        filter_bias_and_bn=not config.decay_norms,
+    )
+    loader = data.train_loader(config.batch_size, seed=recipe.seed, rank=here.rank, world=here.size)
+    steps = len(loader)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        config.sched,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup * config.epochs,  # type: ignore[arg-type]
+        warmup_lr=config.lr / 100,
+        min_lr=config.lr * config.final_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    ema = ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
+    if state is not None:
+        state.restore(model, ema, optimizer)
+    parallel = here.parallel(model.backbone if stage == "dense" else model)
+    mixup = _mixup(recipe, len(data.classes))
+    shares = [boundary.share for boundary in model.boundaries]
+
+    for epoch in range(begin.epoch, config.epochs):
+        first_step = begin.step if epoch == begin.epoch else 0
+        began = time.monotonic()
+        model.train()
+        if stage == "heads":
+            model.backbone.eval()
+        batches = loader.epoch(10_000 * begin.stage + epoch, first_step)
+        bar = tqdm(batches, f"{stage} {epoch + 1}/{config.epochs}", steps, initial=first_step, leave=False, disable=None if here.first else True)  # fmt: skip
+        for step, batch in enumerate(bar, first_step):
+            update = epoch * steps + step
+            _seed(recipe.seed, begin.stage, update, here.rank)
+            if scheduler is not None:
+                scheduler.step_update(update)
+            images, target = batch.images.to(here.device), batch.labels.to(here.device)
+            if mixup is not None:
+                images, target = mixup(images, target)
+
+            with _forward_context(recipe, here):
+                if stage == "dense":
+                    logits: tuple[Tensor, ...] = (parallel(images),)
+                else:
+                    logits = parallel(images, equilibrium=recipe.loss.equilibrium and stage == "joint").logits
+            losses = exit_losses(logits, target, recipe.loss)
+            weights = exit_weights(recipe.loss, shares, (update + 1) / (steps * config.epochs))
+            if stage == "heads":
+                loss = losses[:-1].sum()
+            elif stage == "dense":
+                loss = losses[-1]
+            else:
+                loss = losses[-1] + (losses[:-1] * losses.new_tensor(weights)).sum()
+            _refuse_non_finite(loss, losses, stage, epoch, step)
+
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.clip_grad is not None:
+                nn.utils.clip_grad_norm_(trained.parameters(), config.clip_grad)
+            optimizer.step()
+            if ema is not None:
+                ema.update(model, step=update)
+
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            if step % recipe.log_steps == 0:
+                mean = here.sum(losses.detach().clone()) / here.size
+                lr = optimizer.param_groups[0]["lr"]
+                log.write({"kind": "step", "stage": stage, "epoch": epoch, "step": step, "lr": lr, "losses": mean.tolist()})  # fmt: skip
+            if (step + 1) % recipe.checkpoint_steps == 0 and step + 1 < steps:
+                State.write(out, Position(begin.stage, epoch, step + 1), model, ema, optimizer, log, here)
+        judged = ema.module if ema is not None else model
+        accuracy = accuracies(judged, data, here)
+        seconds = time.monotonic() - began
+        log.write({"kind": "epoch", "stage": stage, "epoch": epoch, "accuracy": accuracy, "seconds": round(seconds, 1)})
+        if here.first:
+            shown = " / ".join(f"{a:.2%}" for a in (accuracy[-1:] if stage == "dense" else accuracy))
+            print(f"{stage} {epoch + 1}/{config.epochs}: held-out accuracy {shown}, {seconds:.0f} s", flush=True)
+        State.write(out, Position(begin.stage, epoch + 1, 0), model, ema, optimizer, log, here)
+    if ema is not None:
+        model.load_state_dict(ema.module.state_dict())
+    model.requires_grad_(True)
+    State.write(out, Position(begin.stage + 1), model, None, None, log, here)
+
+
+@torch.no_grad()
+def accuracies(model: DynamicModel, data: Data, here: World) -> list[float]:
+    """Held-out accuracy of each exit and the final head, on the calibration split; every image counts once."""
+    model.eval()
+    right = torch.zeros(len(model.exits) + 2, dtype=torch.float64, device=here.device)
+    for images, labels, _ in data.loader("calibration", 256, rank=here.rank, world=here.size):
+        logits = model.forward_exits(images.to(here.device)).logits
+        hits = [(x.argmax(1) == labels.to(here.device)).sum() for x in logits]
+        right += torch.stack([*hits, torch.tensor(len(labels), device=here.device)])
+    here.sum(right)
+    return [float(r / right[-1]) for r in right[:-1]]
+
+
+@dataclass(frozen=True)
+class Position:
+    """The next step to do."""
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass
+class State:
+    """A checkpoint: everything that a run needs to go on as if it had never stopped.
+
+    Random numbers are a function of the position, so no generator has to be saved.
+    """
+
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+    @property
+    def position(self) -> Position:
+        return Position(**self.about["position"])
+
+    @property
+    def log_bytes(self) -> int:
+        return int(self.about["log_bytes"])
+
+    @classmethod
+    def read(cls, path: Path) -> State:
+        tensors, about = read_bundle(path)
+        if about.get("kind") != "state":
+            raise CheckpointError(f"{str(path)!r} holds a {about.get('kind')}, not the state of a run")
+        return cls(tensors, about)
+
+    @classmethod
+    def write(
+        cls,
+        out: Path,
+        position: Position,
+        model: nn.Module,
+        ema: ModelEmaV3 | None,
+        optimizer: torch.optim.Optimizer | None,
+        log: Log,
+        here: World,
+    ) -> None:
+        if not here.first:
+            return
+        tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+        if ema is not None:
+            tensors |= {f"ema.{k}": v for k, v in ema.module.state_dict().items()}
+        kept: dict[str, Any] = {"state": {}, "param_groups": []}
+        if optimizer is not None:
+            full = optimizer.state_dict()
+            kept["param_groups"] = full["param_groups"]
+            for i, entries in full["state"].items():
+                tensors |= {f"optimizer.{i}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
+                kept["state"][str(i)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+        about = {
+            "kind": "state",
+            "position": dataclasses.asdict(position),
+            "optimizer": kept,
+            "log_bytes": log.bytes(),
+        }
+        write_bundle(out / "state.safetensors", tensors, about)
+
+    def restore(self, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer | None) -> None:
+        load_weights(model, self._part("model."), "state.safetensors")
+        if ema is not None and self._part("ema."):
+            load_weights(ema.module, self._part("ema."), "state.safetensors")
+        kept = self.about["optimizer"]
+        if optimizer is not None and kept["param_groups"]:
+            state = {int(i): dict(entries) for i, entries in kept["state"].items()}
+            for name, tensor in self._part("optimizer.").items():
+                i, key = name.split(".", 1)
+                state[int(i)][key] = tensor
+            optimizer.load_state_dict({"state": state, "param_groups": kept["param_groups"]})
+
+    def _part(self, prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+
+class Log:
+    """log.jsonl, one record a line; TensorBoard too where it is installed.
+
+    Args:
+        out: folder of the run.
+        size: bytes to keep of a log that is there already; what a dead run wrote after its last checkpoint is cut off.
+        here: only the first process writes.
+    """
+
+    def __init__(self, out: Path, size: int, here: World) -> None:
+        self.path, self.size, self.here = out / "log.jsonl", size, here
+        self.updates = 0
+
+    def __enter__(self) -> Log:
+        self.file, self.board = None, None
+        if self.here.first:
+            self.file = self.path.open("ab")
+            self.file.truncate(self.size)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.path.parent / "tensorboard"))
+            except ImportError:
+                pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.file is None:
+            return
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+        self.updates += 1
+        if self.board is not None and "stage" in record:
+            for kind in ("losses", "accuracy"):
+                for i, value in enumerate(record.get(kind, [])):
+                    self.board.add_scalar(f"{record['stage']}/{kind}/{i}", value, self.updates)
+
+    def bytes(self) -> int:
+        return self.file.tell() if self.file is not None else 0
+
+
+@contextmanager
+def _forward_context(recipe: Recipe, here: World) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(here.device.type, torch.bfloat16, enabled=recipe.amp))
+        if here.size > 1:
+            stack.enter_context(SyncedBatchNorm())
+        yield
+
+
+def _seed(*key: int) -> None:
+    """Dropout, drop path and mixup depend on the position alone."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+
+
+def _refuse_non_finite(loss: Tensor, losses: Tensor, stage: str, epoch: int, step: int) -> None:
+    if not math.isfinite(loss.item()):
+        raise NonFiniteError(
+            f"the loss is {loss.item()} in stage {stage!r}, epoch {epoch + 1}, step {step + 1} (classifiers: "
+            f"{[round(x, 4) for x in losses.tolist()]}); lower {stage}.lr, set {stage}.clip_grad, or look at the images. "
+            f"The last checkpoint is untouched"
+        )
+
+
+def _mixup(recipe: Recipe, classes: int) -> Mixup | None:
+    if recipe.mixup == recipe.cutmix == 0:
+        return None
+    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.loss.label_smoothing, num_classes=classes)
+
+
+def _pretrained_cfg(name: str) -> dict[str, Any]:
+    if not timm.is_model(name):
+        raise RecipeError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    config = timm.get_pretrained_cfg(name)
+    return config.to_dict() if config is not None else {}
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read weights {path!r}: {error}; give a safetensors file") from error
+
+
+def _command_line(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser("training.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--recipe", default=None, help="YAML file; the zoo's are models/*/recipe.yaml")
+    parser.add_argument("--data", default=None, help="folder of the dataset, in place of the recipe's data.root")
+    parser.add_argument("--out", required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    wanted = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(wanted):
+        parser.epilog = "Every key of a recipe is an option as well:\n\n" + recipe_parser().format_help()
+    options, overrides = parser.parse_known_args(argv)
+    if not options.recipe and not options.resume:
+        parser.error("give --recipe, or --resume with the --out of a run")
+    return options, overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())
