@@ -4,6 +4,8 @@ from dynnet import backbones as backbones
 from dynnet.calibrate import Calibration, calibrate
 from dynnet.checkpoint import load, save
 from dynnet.exits import Boundary
+from dynnet.latency import Latency, latency
+from dynnet.measure import Measurement, measure
 from dynnet.model import DynamicModel, ExitOutputs, Prediction
 from dynnet.wrap import unwrap, wrap
 
@@ -14,10 +16,14 @@ __all__ = [
     "Calibration",
     "DynamicModel",
     "ExitOutputs",
+    "Latency",
+    "Measurement",
     "Prediction",
     "backbones",
     "calibrate",
+    "latency",
     "load",
+    "measure",
     "save",
     "unwrap",
     "wrap",

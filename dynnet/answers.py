@@ -1,6 +1,6 @@
 """What every exit says of every sample: the table from which thresholds are fitted and reports are drawn.
 
-    N samples, K classes, E exits; exit number E is the backbone's own head
+N samples, K classes, E exits; exit number E is the backbone's own head
 """
 
 from __future__ import annotations
@@ -77,9 +77,11 @@ def collect(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Answers:
         model.eval()
         for batch in loader:
             images, target = batch[0].to(device), batch[1]
-            if target.ndim != 1 or (len(target) and not 0 <= int(target.min()) <= int(target.max()) < model.num_classes):
+            if target.ndim != 1 or (
+                len(target) and not 0 <= int(target.min()) <= int(target.max()) < model.num_classes
+            ):
                 raise DataError(
-                    f"labels of samples {seen} to {seen + len(images) - 1} are not classes 0 .. {model.num_classes - 1} "
+                    f"labels of samples {seen} to {seen + len(images) - 1} are no classes 0 .. {model.num_classes - 1} "
                     f"(shape {tuple(target.shape)}, from {target.min()} to {target.max()}); the model has "
                     f"{model.num_classes} classes"
                 )

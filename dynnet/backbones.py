@@ -1,8 +1,9 @@
 """Backbones for small images, registered with timm: `timm.create_model("cifar_resnet20", width=2.0)`.
 
-He et al., "Deep Residual Learning for Image Recognition", section 4.2 (https://arxiv.org/abs/1512.03385): a 3x3 stem and
-three stages of 16, 32 and 64 channels on 32x32 images, 6n+2 layers deep. A stage that changes the shape has a 1x1
-projection with batch norm on its shortcut (the paper's option B), so that channels can be cut on either side of the sum.
+He et al., "Deep Residual Learning for Image Recognition", section 4.2 (https://arxiv.org/abs/1512.03385): a 3x3 stem
+and three stages of 16, 32 and 64 channels on 32x32 images, 6n+2 layers deep. A stage that changes the shape has a 1x1
+projection with batch norm on its shortcut (the paper's option B), so that channels can be cut on either side of the
+sum.
 """
 
 from __future__ import annotations

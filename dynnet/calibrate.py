@@ -10,6 +10,7 @@ trade-off. An exit that does not pay for its head is switched off (threshold inf
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -100,7 +101,9 @@ def calibrate(
     ledger = model.ledger()
     remembers = model.config.confidence == "patience"
     if budget is not None:
-        floor = float(ledger.bill([remembers, *[remembers] * (len(model.exits) - 1)])[0] + (0 if remembers else ledger.heads[0]))
+        floor = float(
+            ledger.bill([remembers, *[remembers] * (len(model.exits) - 1)])[0] + (0 if remembers else ledger.heads[0])
+        )
         if not budget * ledger.dense >= floor:
             raise CalibrationError(
                 f"a budget of {budget} of the dense MACs cannot be met: leaving at the first exit {model.exits[0]!r} "
@@ -158,7 +161,7 @@ def trade_off(answers: Answers, ledger: Ledger, remembers: bool = False, steps: 
                 thresholds = candidate
     # Points between two neighbours: thresholds on the straight line between theirs.
     hull = _frontier(found.values())
-    for left, right in zip(hull, hull[1:], strict=False):
+    for left, right in itertools.pairwise(hull):
         for part in (0.25, 0.5, 0.75):
             between = tuple(_between(a, b, part) for a, b in zip(left.thresholds, right.thresholds, strict=True))
             found[between] = _point(answers, ledger, between, remembers)

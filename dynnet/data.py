@@ -239,9 +239,7 @@ class Loader:
             images = source.images[rows[mine]].float()
             if self.augment:
                 # Drawn for the global batch, then sliced: the same pixels whatever the number of processes.
-                images = _crop_and_flip(
-                    images, self.data.config, len(rows), mine, _generator(self.seed, epoch, step)
-                )
+                images = _crop_and_flip(images, self.data.config, len(rows), mine, _generator(self.seed, epoch, step))
             images = ((images - mean) / std).contiguous(memory_format=torch.channels_last)
             yield Batch(images, source.labels[rows[mine]], rows[mine])
 
@@ -257,7 +255,7 @@ class Loader:
         stream = _Stream(source, transform, seed=(self.seed, epoch) if self.augment else None)
         loader: DataLoader[Any] = DataLoader(
             stream,
-            batch_sampler=[b[self.rank :: self.world].tolist() for b in batches if len(b) > self.rank],  # type: ignore[arg-type]
+            batch_sampler=[b[self.rank :: self.world].tolist() for b in batches if len(b) > self.rank],
             num_workers=config.workers,
         )
         for images, labels, ids in loader:
@@ -269,7 +267,8 @@ def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Da
 
     Args:
         config: what to load.
-        model_cfg: timm's `pretrained_cfg` of the backbone; its input size, mean and std serve where `config` names none.
+        model_cfg: timm's `pretrained_cfg` of the backbone; its input size, mean and std serve where `config` names
+        none.
 
     Raises:
         DataError: the dataset is missing or empty, or an image held in memory cannot be read.
@@ -303,9 +302,7 @@ def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Da
             f"{config.name or config.root!r} has images of {channels} channels, but mean and std have {len(mean)} and "
             f"{len(std)} values; set data.mean and data.std"
         )
-    return Data(
-        pool.subset(train), pool.subset(calibration), test_source, classes, input_size, mean, std, config
-    )
+    return Data(pool.subset(train), pool.subset(calibration), test_source, classes, input_size, mean, std, config)
 
 
 def _digits() -> tuple[MemorySource, tuple[str, ...]]:
@@ -343,7 +340,7 @@ def _open(config: DataConfig, split: str) -> tuple[MemorySource | StreamSource, 
     labels = _labels(dataset)
     classes = _classes(dataset, labels)
     first = _decode(dataset, 0, mode)
-    if max(first.size) > _SMALL_SIDE or config.input_size and config.input_size[1:] != (first.height, first.width):
+    if max(first.size) > _SMALL_SIDE or (config.input_size and config.input_size[1:] != (first.height, first.width)):
         return StreamSource(dataset, torch.arange(count), labels, mode), classes
     images = np.empty((count, channels, first.height, first.width), np.uint8)
     for i in tqdm(range(count), desc=f"decoding {split}", leave=False, disable=None):
@@ -382,7 +379,7 @@ def _classes(dataset: Any, labels: Tensor) -> tuple[str, ...]:
 
 def _labels(dataset: Any) -> Tensor:
     """(N,) int64, without decoding an image where the dataset allows it."""
-    reader = getattr(dataset, "reader", None)
+    reader: Any = getattr(dataset, "reader", None)
     for owner in (dataset, reader):
         if getattr(owner, "targets", None) is not None:
             return torch.as_tensor(np.asarray(owner.targets)).long()
@@ -426,9 +423,7 @@ def _generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
-def _crop_and_flip(
-    images: Tensor, config: DataConfig, total: int, mine: slice, generator: torch.Generator
-) -> Tensor:
+def _crop_and_flip(images: Tensor, config: DataConfig, total: int, mine: slice, generator: torch.Generator) -> Tensor:
     """Zero-padded random crops and mirrored halves, a batch at a time; rows `mine` of a global batch of `total`."""
     shifts = torch.randint(0, 2 * config.crop + 1, (2, total), generator=generator)[:, mine]
     mirrored = torch.rand(total, generator=generator)[mine] < 0.5

@@ -1,14 +1,17 @@
 """Where exits can stand: boundaries of a backbone, found by a dry run.
 
-A boundary is a module whose output carries the whole state of the forward, batch first, so that rows taken out of it are
-gone from all that follows. Tensors prepared earlier that are handed on beside it (position tables, masks, the previous
-cell of a NASNet) are its *companions*: they lose the same rows when a later module receives them.
+A boundary is a module whose output carries the whole state of the forward, batch first, so that rows taken out of it
+are gone from all that follows. Tensors prepared earlier that are handed on beside it (position tables, masks, the
+previous cell of a NASNet) are its *companions*: they lose the same rows when a later module receives them.
 
     B batch, C channels, E exits
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -56,7 +59,7 @@ class Feature:
         if self.layout == "nhwc":
             return self.shape[0], self.shape[1]
         if self.layout == "tokens":
-            side = round((self.shape[0] - self.prefix) ** 0.5)
+            side = math.isqrt(self.shape[0] - self.prefix)
             return (side, side) if side * side == self.shape[0] - self.prefix else (1, 1)
         return 1, 1
 
@@ -67,13 +70,13 @@ class Boundary:
 
     Attributes:
         name: the module, as in `named_modules()`.
-        leaves: positions of the batch's tensors among the leaves of the output.
+        leaves: the batch's tensors among the leaves of the output, as (position, entries per sample).
         features: what a head may read.
         share: of the backbone's MACs that are spent when the module is done, in (0, 1).
     """
 
     name: str
-    leaves: tuple[int, ...]
+    leaves: tuple[tuple[int, int], ...]
     features: tuple[Feature, ...]
     share: float
 
@@ -84,11 +87,11 @@ class Companion:
 
     Attributes:
         name: the receiving module.
-        leaves: (position among the leaves of (args, kwargs), dimension of the batch).
+        leaves: (position among the leaves of (args, kwargs), dimension of the batch, entries per sample).
     """
 
     name: str
-    leaves: tuple[tuple[int, int], ...]
+    leaves: tuple[tuple[int, int, int], ...]
 
 
 class Places:
@@ -128,6 +131,12 @@ class Places:
         """Pixels a side of the last maps; 1 where there are none."""
         grids = [min(f.grid) for b in self.candidates for f in b.features if f.layout != "vector"]
         return min(grids, default=1)
+
+    def among(self, candidates: Sequence[Boundary]) -> Places:
+        """The same dry run, with only these boundaries to propose."""
+        narrowed = copy.copy(self)
+        narrowed.candidates = list(candidates)
+        return narrowed
 
     def boundary(self, name: str) -> Boundary:
         """The boundary at a module of this name.
@@ -184,22 +193,24 @@ class Places:
                 chosen += self._nearest(fractions, chosen[-1] if chosen else None, following)
                 continue
             if chosen and self._calls[boundary.name].end <= self._calls[chosen[-1].name].end:
-                verb = "stands twice" if boundary.name == chosen[-1].name else f"does not come after {chosen[-1].name!r}"
+                verb = (
+                    "stands twice" if boundary.name == chosen[-1].name else f"does not come after {chosen[-1].name!r}"
+                )
                 raise ExitError(f"exit {boundary.name!r} {verb}; list exits once each, in the order of the forward")
             chosen.append(boundary)
         return chosen
 
     def companions(self, exits: Sequence[Boundary]) -> list[Companion]:
         """Modules after an exit that receive batch tensors which no earlier module could thin out."""
-        found: dict[str, dict[int, int]] = {}
+        found: dict[str, set[tuple[int, int, int]]] = {}
         for boundary in exits:
             for index, tensors in (self.trace.receivers(self._calls[boundary.name]) or {}).items():
                 call = self.trace.calls[index]
                 for position, tensor in call.inputs.items():
-                    dim = self.trace.lives[tensor].leaf.batch_dim if tensor in tensors else None
-                    if dim is not None:
-                        found.setdefault(call.name, {})[position] = dim
-        return [Companion(name, tuple(sorted(leaves.items()))) for name, leaves in found.items()]
+                    leaf = self.trace.lives[tensor].leaf if tensor in tensors else None
+                    if leaf is not None and leaf.batch_dim is not None:
+                        found.setdefault(call.name, set()).add((position, leaf.batch_dim, leaf.per_sample))
+        return [Companion(name, tuple(sorted(leaves))) for name, leaves in found.items()]
 
     def _nearest(self, fractions: Sequence[float], after: Boundary | None, before: Boundary | None) -> list[Boundary]:
         """Boundaries in running order between two given ones, as near to the fractions in sum as can be."""
@@ -219,7 +230,7 @@ class Places:
                 f"batch first"
             )
         # best[k]: the cheapest choice of the first k + 1 fractions among the boundaries seen so far.
-        best: list[tuple[float, list[Boundary]]] = [(0.0, [])] + [(float("inf"), [])] * len(fractions)
+        best: list[tuple[float, list[Boundary]]] = [(0.0, []), *((float("inf"), []) for _ in fractions)]
         for boundary in free:
             for k in range(len(fractions), 0, -1):
                 cost = best[k - 1][0] + abs(boundary.share - fractions[k - 1])
@@ -258,22 +269,30 @@ class Places:
             module = self.backbone.get_submodule(around)
             if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
                 continue
+            alike = len({type(child) for child in module.children()}) == 1  # RegNet's stages hold b1, b2, ...
             lists = [k for k, m in module.named_children() if isinstance(m, (nn.Sequential, nn.ModuleList))]
-            if not any(n.startswith(f"{around}.{key}.") for key in lists for n in calls):
+            if not alike and not any(n.startswith(f"{around}.{key}.") for key in lists for n in calls):
                 return False
         return True
 
     def _boundary(self, call: Call) -> Boundary:
         features = tuple(
-            Feature(i, shape, layout, self.prefix if layout == "tokens" and shape[0] > self.prefix else 0)
+            Feature(i, shape, layout, self._prefix(shape[0]) if layout == "tokens" else 0)
             for i, leaf in enumerate(call.leaves)
-            if leaf.floating and leaf.batch_dim == 0
+            if leaf.floating and leaf.batch_dim == 0 and leaf.per_sample == 1
             for shape in [leaf.shape[1:]]
             for layout in [self._layout(shape)]
             if layout is not None
         )
-        leaves = tuple(i for i, leaf in enumerate(call.leaves) if leaf.batch_dim == 0)
+        leaves = tuple((i, leaf.per_sample) for i, leaf in enumerate(call.leaves) if leaf.batch_dim == 0)
         return Boundary(call.name, leaves, features, call.macs / max(self.trace.macs, 1))
+
+    def _prefix(self, tokens: int) -> int:
+        """Leading tokens that are no patches: the host's word if it fits, else one if that leaves a square."""
+        if 0 < self.prefix < tokens:
+            return self.prefix
+        square = math.isqrt(tokens) ** 2 == tokens
+        return 1 if tokens > 1 and not square and math.isqrt(tokens - 1) ** 2 == tokens - 1 else 0
 
     def _layout(self, shape: tuple[int, ...]) -> Layout | None:
         if len(shape) == 1:
@@ -299,11 +318,10 @@ def input_size_of(backbone: nn.Module) -> tuple[int, int, int]:
     if isinstance(size, (tuple, list)) and len(size) == 2:
         height, width = size
     first = config.get("first_conv")
-    if isinstance(first, str):
-        try:
-            channels = getattr(backbone.get_submodule(first), "in_channels", channels)
-        except AttributeError:
-            pass  # a name that is no module says nothing
+    with contextlib.suppress(AttributeError):  # a name that is no module says nothing
+        found = backbone.get_submodule(first).in_channels if isinstance(first, str) else channels
+        # TResNet moves 4x4 pixels into channels before its first convolution.
+        channels = channels if found in (4 * channels, 16 * channels) else found
     return int(channels), int(height), int(width)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dynnet.exits import Boundary, Companion
@@ -24,7 +25,7 @@ from dynnet.exits import Boundary, Companion
 _running: ContextVar[Flow | None] = ContextVar("dynnet_flow", default=None)
 
 
-class Finished(Exception):
+class Finished(Exception):  # noqa: N818 (no error)
     """All rows have left: the rest of the backbone has nothing to do. Never seen outside `run`."""
 
 
@@ -46,46 +47,87 @@ class Flow:
         # tells the time.
         self._survivors: dict[int, Tensor] = {}
 
-    def reach(self, index: int, output: Any, leaves: Sequence[int]) -> Any:
+    def reach(self, index: int, output: Any, leaves: Sequence[tuple[int, int]]) -> Any:
         """Called with the output of boundary `index`; returns what goes on, None to leave it untouched."""
         raise NotImplementedError
 
-    def thin_out(self, output: Any, leaves: Sequence[int], kept: Tensor) -> Any:
+    def thin_out(self, output: Any, leaves: Sequence[tuple[int, int]], kept: Tensor) -> Any:
         """Take rows out of the batch.
 
         Args:
             output: of a boundary, any nesting of tensors.
-            leaves: positions of the batch's tensors in it.
+            leaves: the batch's tensors in it, as (position, entries per sample).
             kept: (b',) int64, the rows of `output` that stay.
         """
         flat, spec = tree_flatten(output)
-        before = _tensors(flat)[leaves[0]].shape[0]
+        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+        position, per_sample = leaves[0]
+        before = tensors[position].shape[0] // per_sample
         self._survivors = {n: rows[kept] for n, rows in self._survivors.items()}
         self._survivors[before] = kept
         self.rows = kept if self.rows is None else self.rows[kept]
-        return tree_unflatten(_replace(flat, {i: _take(_tensors(flat)[i], kept, 0) for i in leaves}), spec)
+        return tree_unflatten(_replace(flat, {i: _take(tensors[i], kept, 0, n) for i, n in leaves}), spec)
 
-    def catch_up(self, args: Any, leaves: Sequence[tuple[int, int]]) -> Any:
-        """Take the rows that have left out of tensors made earlier; None if there are none."""
+    def catch_up(self, args: Any, leaves: Sequence[tuple[int, int, int]]) -> Any:
+        """Take the rows that have left out of tensors made earlier; None if there are none.
+
+        Args:
+            args: any nesting of tensors.
+            leaves: the batch's tensors in it, as (position, dimension of the batch, entries per sample).
+        """
         flat, spec = tree_flatten(args)
-        tensors = _tensors(flat)
-        late = {
-            i: _take(tensors[i], self._survivors[tensors[i].shape[dim]], dim)
-            for i, dim in leaves
-            if tensors[i].shape[dim] in self._survivors
-        }
+        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+        late = {}
+        for i, dim, per_sample in leaves:
+            rows = self._survivors.get(tensors[i].shape[dim] // per_sample)
+            if rows is not None:
+                late[i] = _take(tensors[i], rows, dim, per_sample)
         return tree_unflatten(_replace(flat, late), spec) if late else None
+
+    def present(self, size: int) -> int:
+        """How many rows of a batch that once had `size` are still running."""
+        return len(self._survivors[size]) if size in self._survivors else size
 
 
 @contextlib.contextmanager
-def run(flow: Flow) -> Iterator[None]:
-    """Let the hooks of the flow's model listen to it; ends early and quietly once all rows have left."""
+def run(flow: Flow, notes_size: bool = False) -> Iterator[None]:
+    """Let the hooks of the flow's model listen to it; ends early and quietly once all rows have left.
+
+    Args:
+        flow: of one call.
+        notes_size: the backbone notes the batch size before an exit and reshapes with it afterwards; correct that.
+    """
     token = _running.set(flow)
     try:
-        with contextlib.suppress(Finished):
+        with contextlib.suppress(Finished), _NotedSizes(flow) if notes_size else contextlib.nullcontext():
             yield
     finally:
         _running.reset(token)
+
+
+class _NotedSizes(TorchFunctionMode):
+    """Some forwards begin with `B = x.shape[0]` and end with `x.reshape(B, H, W, -1)`, when there may be fewer rows.
+
+    Calls that shape a tensor of the present batch to a past one get the present size. Only for backbones that need it
+    (a rehearsal tells): every torch function then costs a Python call.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.flow.rows is not None and func in _RESHAPES and len(args) > 1:
+            x, *sizes = args
+            nested = isinstance(sizes[0], (tuple, list))
+            first, *rest = sizes[0] if nested else sizes
+            if isinstance(first, int) and x.shape[0] in (1, len(self.flow.rows)):
+                shape = (self.flow.present(first), *rest)
+                args = (x, shape) if nested else (x, *shape)
+        return func(*args, **(kwargs or {}))
+
+
+_RESHAPES = {Tensor.reshape, Tensor.view, Tensor.expand, torch.reshape}
 
 
 @dataclass(eq=False)
@@ -94,7 +136,7 @@ class ExitHook:
 
     tag: Tag
     index: int
-    leaves: tuple[int, ...]
+    leaves: tuple[tuple[int, int], ...]
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         flow = _running.get()
@@ -106,7 +148,7 @@ class CompanionHook:
     """Forward pre-hook of a module that receives tensors older than the last exit."""
 
     tag: Tag
-    leaves: tuple[tuple[int, int], ...]
+    leaves: tuple[tuple[int, int, int], ...]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         flow = _running.get()
@@ -146,10 +188,6 @@ def features(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _tensors(flat: Sequence[Any]) -> list[Tensor]:
-    return [leaf for leaf in flat if isinstance(leaf, Tensor)]
-
-
 def _replace(flat: Sequence[Any], new: dict[int, Tensor]) -> list[Any]:
     """`flat` with some of its tensors replaced, counted among the tensors only."""
     positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
@@ -159,6 +197,8 @@ def _replace(flat: Sequence[Any], new: dict[int, Tensor]) -> list[Any]:
     return result
 
 
-def _take(x: Tensor, rows: Tensor, dim: int) -> Tensor:
+def _take(x: Tensor, rows: Tensor, dim: int, per_sample: int) -> Tensor:
+    if per_sample > 1:
+        return _take(x.unflatten(dim, (-1, per_sample)), rows, dim, 1).flatten(dim, dim + 1)
     # Indexing keeps channels_last, where index_select would make a contiguous NCHW copy.
-    return x[rows] if dim == 0 else torch.index_select(x, dim, rows)
+    return x[rows] if dim == 0 else x.index_select(dim, rows)

@@ -9,6 +9,7 @@ pooled side by side (as in Shallow-Deep Networks, https://arxiv.org/abs/1810.070
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,8 +39,9 @@ class ExitHead(nn.Module):
         super().__init__()
         self.leaves = [feature.leaf for feature in boundary.features]
         share = budget / len(boundary.features)
-        self.necks = nn.ModuleList(_neck(feature, grid, share) for feature in boundary.features)
-        self.classifier = nn.Linear(sum(int(neck.out_features) for neck in self.necks), num_classes)
+        necks = [_neck(feature, grid, share) for feature in boundary.features]
+        self.necks = nn.ModuleList(necks)
+        self.classifier = nn.Linear(sum(neck.out_features for neck in necks), num_classes)
 
     def forward(self, output: Any) -> Tensor:
         """The boundary's output to (B, K) logits."""
@@ -61,7 +63,7 @@ class MapNeck(nn.Module):
         self.feature = feature
         channels = [feature.channels, *widths]
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(channels, channels[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(channels):
             layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         self.convs = nn.Sequential(*layers)
         self.out_features = 2 * channels[-1]

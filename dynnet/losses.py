@@ -4,7 +4,8 @@
 
 The weights w_i are fixed, or grow from 0.01 over the first part of training (Kaya et al., "Shallow-Deep Networks",
 https://arxiv.org/abs/1810.07052), so that early exits do not disturb features that are still forming. The second term
-lets exits learn from the final one (Phuong & Lampert, "Distillation-Based Training for Multi-Exit Architectures", 2019).
+lets exits learn from the final one (Phuong & Lampert, "Distillation-Based Training for Multi-Exit Architectures",
+2019).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A backbone with exits: `DynamicModel`, what it answers, and the flows that run it.
 
-    B batch, K classes, E exits; exit number E is the backbone's own head
+B batch, K classes, E exits; exit number E is the backbone's own head
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map
 from dynnet import flow
 from dynnet.cost import Ledger, price
 from dynnet.errors import InputError
-from dynnet.exits import Boundary
 from dynnet.flow import Finished, Flow, Tag
 from dynnet.policy import Measure, check_thresholds, leaves, make_measure
+from dynnet.rehearse import Placement
 
 
 class Prediction(NamedTuple):
@@ -74,8 +74,8 @@ class WrapConfig:
 class DynamicModel(nn.Module):
     """A timm model that answers each sample as early as its confidence allows. Made by `dynnet.wrap`.
 
-    In eval mode `model(x)` gives (B, K) logits, as the backbone does; `model.predict(x)` also tells exits, confidence and
-    MACs. In train mode `model(x)` gives `ExitOutputs`.
+    In eval mode `model(x)` gives (B, K) logits, as the backbone does; `model.predict(x)` also tells exits, confidence
+    and MACs. In train mode `model(x)` gives `ExitOutputs`.
 
     Attributes:
         backbone: as it came, with hooks on its boundaries.
@@ -90,23 +90,23 @@ class DynamicModel(nn.Module):
         self,
         backbone: nn.Module,
         heads: Sequence[nn.Module],
-        boundaries: Sequence[Boundary],
+        placement: Placement,
         config: WrapConfig,
         num_classes: int,
         confidence: str | Callable[[Tensor], Tensor],
-        tag: Tag,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleList(heads)
-        self.boundaries = tuple(boundaries)
+        self.boundaries = placement.exits
         self.config = config
         self.num_classes = num_classes
-        self.measure: Measure = make_measure(confidence, len(boundaries))
+        self.measure: Measure = make_measure(confidence, len(self.boundaries))
         self.calibration: dict[str, Any] | None = None
-        self._thresholds = (float("inf"),) * len(boundaries)
+        self._thresholds = (float("inf"),) * len(self.boundaries)
         self._ledgers: dict[tuple[int, ...], Ledger] = {}
-        self._tag = tag
+        self.tag = Tag()
+        self._notes_size = placement.notes_size
         self.train(backbone.training)
 
     @property
@@ -157,7 +157,7 @@ class DynamicModel(nn.Module):
                 "Improved Techniques for Training Adaptive Deep Networks", https://arxiv.org/abs/1908.06294).
         """
         self._check(x)
-        return self._run_every_exit(x, equilibrium)
+        return self.run_every_exit(x, equilibrium)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Prediction:
@@ -180,7 +180,7 @@ class DynamicModel(nn.Module):
         """Prices of segments and heads for one sample of (C, H, W); by default of the size it was wrapped for."""
         size = tuple(input_size or self.config.input_size)
         if size not in self._ledgers:
-            self._ledgers[size] = price(self, self._run_every_exit, size, self.exits)
+            self._ledgers[size] = price(self, self.run_every_exit, size, self.exits)
         return self._ledgers[size]
 
     def unwrap(self) -> nn.Module:
@@ -191,16 +191,17 @@ class DynamicModel(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"exit {i} at {b.name} ({b.share:.0%} of MACs)" for i, b in enumerate(self.boundaries))
 
-    def _run_every_exit(self, x: Tensor, equilibrium: bool = False) -> ExitOutputs:
+    def run_every_exit(self, x: Tensor, equilibrium: bool = False) -> ExitOutputs:
+        """`forward_exits` without its checks, for dry runs."""
         every = _EveryExit(self, equilibrium)
-        with flow.run(every):
+        with flow.run(every, self._notes_size):
             every.logits.append(self.backbone(x))
         return ExitOutputs(tuple(every.logits))
 
     def _answer(self, x: Tensor) -> _Answering:
         self._check(x)
         answers = _Answering(self, len(x))
-        with flow.run(answers):
+        with flow.run(answers, self._notes_size):
             answers.finish(self.backbone(x))
         return answers
 
@@ -222,11 +223,11 @@ class _EveryExit(Flow):
     """All heads answer, all samples go on."""
 
     def __init__(self, model: DynamicModel, equilibrium: bool) -> None:
-        super().__init__(model._tag)
+        super().__init__(model.tag)
         self.model, self.equilibrium = model, equilibrium
         self.logits: list[Tensor] = []
 
-    def reach(self, index: int, output: Any, leaves: Sequence[int]) -> Any:
+    def reach(self, index: int, output: Any, leaves: Sequence[tuple[int, int]]) -> Any:
         # A backbone may go on in place (an activation, say), which must not touch what a head keeps for its backward.
         grad = torch.is_grad_enabled()
         onward = None
@@ -244,13 +245,13 @@ class _Answering(Flow):
     """Each sample leaves at the first exit that is confident of it."""
 
     def __init__(self, model: DynamicModel, batch: int) -> None:
-        super().__init__(model._tag)
+        super().__init__(model.tag)
         self.model, self.batch, self.active = model, batch, model.active
         self.memory: Tensor | None = None
         # One entry for each group that left: exit, original rows (None: all), logits, confidence.
         self.left: list[tuple[int, Tensor | None, Tensor, Tensor]] = []
 
-    def reach(self, index: int, output: Any, batched: Sequence[int]) -> Any:
+    def reach(self, index: int, output: Any, batched: Sequence[tuple[int, int]]) -> Any:
         if not self.active[index]:
             return None
         logits = self.model.heads[index](output)
@@ -280,7 +281,9 @@ class _Answering(Flow):
         return self._in_order([confidence for _, _, _, confidence in self.left])
 
     def exits(self) -> Tensor:
-        return self._in_order([torch.full((len(logits),), exit, device=logits.device) for exit, _, logits, _ in self.left])
+        return self._in_order(
+            [torch.full((len(logits),), exit, device=logits.device) for exit, _, logits, _ in self.left]
+        )
 
     def _in_order(self, parts: list[Tensor]) -> Tensor:
         """Parts of the batch, in the order of leaving, put back into the order of the batch."""
@@ -305,6 +308,8 @@ class _ScaleGradient(torch.autograd.Function):
 def _scale_gradients(output: Any, factor: float) -> Any:
     """The same numbers; what comes back through them is scaled."""
     return tree_map(
-        lambda leaf: _ScaleGradient.apply(leaf, factor) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+        lambda leaf: (
+            _ScaleGradient.apply(leaf, factor) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        ),
         output,
     )

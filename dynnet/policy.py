@@ -1,7 +1,7 @@
 """When a sample answers early. B batch, K classes, E exits.
 
-A measure turns the logits of an exit into a confidence for every sample. A sample leaves where its own confidence reaches
-the threshold of the exit; what its neighbours do has no say in it.
+A measure turns the logits of an exit into a confidence for every sample. A sample leaves where its own confidence
+reaches the threshold of the exit; what its neighbours do has no say in it.
 """
 
 from __future__ import annotations

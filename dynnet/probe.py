@@ -1,7 +1,7 @@
 """A dry run of a model: what its modules give and cost, and which tensors are alive between them.
 
-The run happens on the meta device: shapes without numbers, so it is quick and needs no memory, whatever the model's size.
-Two readings come from it:
+The run happens on the meta device: shapes without numbers, so it is quick and needs no memory, whatever the model's
+size. Two readings come from it:
 
 - the MACs of every op, booked on the module in which it ran (batch 1, the sample run alone);
 - the life of every tensor, from the op that made it to the last op that read it. A module's output carries the whole
@@ -16,7 +16,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,19 @@ _UNPRICED = {
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of a module's output: its shape at batch `BATCH`, and the dimension of the batch (None: it has none)."""
+    """One tensor.
+
+    Attributes:
+        shape: at batch `BATCH`.
+        batch_dim: the dimension of the batch; None where it has none.
+        per_sample: entries of that dimension that belong to one sample; more than 1 where windows or patches are
+            folded into the batch, sample by sample.
+        floating: is it of a floating-point type?
+    """
 
     shape: tuple[int, ...]
     batch_dim: int | None
+    per_sample: int
     floating: bool
 
 
@@ -138,7 +147,9 @@ class Trace:
         return found
 
 
-def trace(model: nn.Module, input_size: tuple[int, ...], batch: int, forward: Callable[[Tensor], Any] | None = None) -> Trace:
+def trace(
+    model: nn.Module, input_size: tuple[int, ...], batch: int, forward: Callable[[Tensor], Any] | None = None
+) -> Trace:
     """Run `model` once on the meta device, in eval mode, and put everything back as it was.
 
     Args:
@@ -186,8 +197,7 @@ class _Recorder(TorchDispatchMode):
     def _enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             inputs = {
-                i: self._see(x)
-                for i, x in enumerate(y for y in tree_leaves((args, kwargs)) if isinstance(y, Tensor))
+                i: self._see(x) for i, x in enumerate(y for y in tree_leaves((args, kwargs)) if isinstance(y, Tensor))
             }
             within = self.stack[-1] if self.stack else -1
             self.stack.append(len(self.result.calls))
@@ -216,8 +226,9 @@ class _Recorder(TorchDispatchMode):
         return hook
 
     def _leaf(self, x: Tensor) -> Leaf:
-        dims = [d for d, size in enumerate(x.shape) if size == self.batch]
-        return Leaf(tuple(x.shape), dims[0] if dims else None, x.is_floating_point())
+        dims = [d for d, size in enumerate(x.shape) if size and size % self.batch == 0] if self.batch > 1 else []
+        per_sample = x.shape[dims[0]] // self.batch if dims else 1
+        return Leaf(tuple(x.shape), dims[0] if dims else None, per_sample, x.is_floating_point())
 
     def _see(self, x: Tensor) -> int:
         if id(x) not in self.lives:
@@ -250,9 +261,7 @@ class _Recorder(TorchDispatchMode):
         for x in leaves:
             self.lives[self._see(x)].readers.append((self.clock + 1, -1))
         self.result.output = tuple(self._leaf(x) for x in leaves)
-        self.result.lives = {
-            t: life for t, life in self.lives.items() if any(n and n % self.batch == 0 for n in life.leaf.shape)
-        }
+        self.result.lives = {t: life for t, life in self.lives.items() if life.leaf.batch_dim is not None}
         return self.result
 
 
@@ -263,11 +272,11 @@ def on_meta(model: nn.Module) -> Iterator[None]:
     Each slot is replaced once, also where modules or parameters are shared (torch.func.functional_call is confused by
     shared modules), and tensors kept as plain attributes are replaced as well.
     """
-    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    replaced: list[tuple[Any, str, Tensor]] = []
     twins: dict[int, Tensor] = {}
     try:
         for module in model.modules():
-            for slots in (module._parameters, module._buffers, module.__dict__):
+            for slots in cast(list[dict[str, Any]], [module._parameters, module._buffers, module.__dict__]):
                 for key, value in slots.items():
                     if not isinstance(value, Tensor) or value.device.type == "meta":
                         continue

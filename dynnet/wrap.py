@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dynnet import flow
 from dynnet.errors import ExitError, HeadError
 from dynnet.exits import Boundary, Places, input_size_of, title
-from dynnet.flow import Flow, Tag
 from dynnet.heads import ExitHead, HeadFactory
 from dynnet.model import DynamicModel, WrapConfig
 from dynnet.policy import make_measure
 from dynnet.probe import BATCH, trace
+from dynnet.rehearse import place
 
 
 def wrap(
@@ -36,8 +35,8 @@ def wrap(
         heads: builds a head of your own: called with a `Boundary` and K, gives a module from the boundary's output to
             (B, K) logits. By default heads are fitted to the features.
         head_share: MACs that a fitted head may cost, as a share of the backbone's.
-        confidence: "max_probability", "margin", "entropy", "patience", or a callable from (B, K) logits to (B,) numbers.
-        input_size: (C, H, W) of the images; by default what the backbone was made for.
+        confidence: "max_probability", "margin", "entropy", "patience", or a callable from (B, K) logits to (B,)
+        numbers. input_size: (C, H, W) of the images; by default what the backbone was made for.
 
     Returns:
         A model in the backbone's mode, on its device, with all thresholds at inf: nobody leaves yet.
@@ -53,7 +52,13 @@ def wrap(
     make_measure(confidence, 0)  # an unknown name is refused before anything is built
     size = input_size or input_size_of(backbone)
     places = Places(backbone, size)
-    boundaries = places.resolve(exits)
+    placement = place(places, exits)
+    boundaries = placement.exits
+    if placement.problem is not None:
+        raise ExitError(
+            f"rows cannot leave {title(backbone)} at {[b.name for b in boundaries]}: what follows still needs the "
+            f"whole batch ({placement.problem}); choose other exits"
+        )
     config = WrapConfig(
         exits=tuple(b.name for b in boundaries),
         input_size=size,
@@ -63,11 +68,10 @@ def wrap(
     )
     factory = heads or _fitted(places, head_share)
     modules = [_like(factory(boundary, places.num_classes), backbone, boundary) for boundary in boundaries]
-    tag = Tag()
-    model = DynamicModel(backbone, modules, boundaries, config, places.num_classes, confidence, tag)
-    flow.attach(backbone, tag, boundaries, places.companions(boundaries))
+    model = DynamicModel(backbone, modules, placement, config, places.num_classes, confidence)
+    flow.attach(backbone, model.tag, boundaries, placement.companions)
     try:
-        _rehearse(model)
+        _check_heads(model)
         model.ledger()
     except BaseException:
         flow.detach(backbone)
@@ -96,45 +100,22 @@ def _like(head: Any, backbone: nn.Module, boundary: Boundary) -> nn.Module:
     return head if parameter is None else head.to(parameter.device, parameter.dtype)
 
 
-class _Rehearsal(Flow):
-    """Some rows leave at every exit, on the meta device: shapes tell whether the backbone can go on without them."""
+def _check_heads(model: DynamicModel) -> None:
+    """Run everything once on the meta device: every head must give (B, K) logits."""
+    answers: list[tuple[int, ...] | str] = []
 
-    def __init__(self, model: DynamicModel) -> None:
-        super().__init__(model._tag)
-        self.model = model
-        self.running = BATCH
+    def forward(images: Tensor) -> None:
+        for logits in model.run_every_exit(images).logits:
+            answers.append(tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__)
 
-    def reach(self, index: int, output: Any, leaves: Sequence[int]) -> Any:
-        name = self.model.exits[index]
-        logits = self.model.heads[index](output)
-        expected = (self.running, self.model.num_classes)
-        if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise HeadError(
-                f"the head of exit {name!r} answers {got} where (B, K) = {expected} is needed; build it for "
-                f"{self.model.num_classes} classes"
-            )
-        self.running = self.running * 2 // 3
-        return self.thin_out(output, leaves, torch.arange(self.running, device="meta"))
-
-
-def _rehearse(model: DynamicModel) -> None:
-    rehearsal = _Rehearsal(model)
-
-    def forward(images: Tensor) -> Tensor:
-        with flow.run(rehearsal):
-            return model.backbone(images)
-        raise AssertionError("a rehearsal never finishes early")
-
-    where = f"rows cannot leave {title(model.backbone)} at exits {list(model.exits)}"
+    expected = (BATCH, model.num_classes)
     try:
-        seen = trace(model, model.config.input_size, BATCH, forward)
-    except HeadError:
-        raise
-    except Exception as error:
-        raise ExitError(
-            f"{where}: what follows still needs the whole batch ({type(error).__name__}: {error}); choose other exits"
-        ) from error
-    rows = seen.output[0].shape[0]
-    if rows != rehearsal.running:
-        raise ExitError(f"{where}: {rows} rows came out where {rehearsal.running} went on; choose other exits")
+        trace(model, model.config.input_size, BATCH, forward)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise HeadError(f"a head does not fit its boundary: {type(error).__name__}: {error}") from error
+    for name, answer in zip(model.exits, answers, strict=False):
+        if answer != expected:
+            raise HeadError(
+                f"the head of exit {name!r} answers {answer} where (B, K) = {expected} is needed; build it for "
+                f"{model.num_classes} classes"
+            )

@@ -42,7 +42,6 @@ class World:
             dist.all_reduce(x)
         return x
 
-
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
@@ -69,8 +68,8 @@ def world() -> Iterator[World]:
 class SyncedBatchNorm(TorchFunctionMode):
     """While active, batch norms in train mode take their statistics over all processes.
 
-    torch's SyncBatchNorm refuses CPU tensors and has to replace modules; this works on the function that every batch norm
-    calls (timm's BatchNormAct2d too), on any device.
+    torch's SyncBatchNorm refuses CPU tensors and has to replace modules; this works on the function that every batch
+    norm calls (timm's BatchNormAct2d too), on any device.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

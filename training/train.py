@@ -5,8 +5,8 @@
     python -m training.train --out runs/cifar --resume
     torchrun --nproc-per-node 2 -m training.train --recipe ... --out ...
 
-The folder of a run holds recipe.yaml (resolved), log.jsonl, state.safetensors (for --resume), backbone.safetensors (after
-the dense stage) and, at the end, model.safetensors with fitted thresholds.
+The folder of a run holds recipe.yaml (resolved), log.jsonl, state.safetensors (for --resume), backbone.safetensors
+(after the dense stage) and, at the end, model.safetensors with fitted thresholds.
 
     B batch, K classes, E exits
 """
@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.resume and not (out / "state.safetensors").is_file():
             raise CheckpointError(f"nothing to resume in {str(out)!r}: it holds no state.safetensors")
         if options.resume and (overrides or options.recipe):
-            raise CheckpointError(f"--resume goes on with {str(saved)!r}; leave out --recipe and {overrides or 'overrides'}")
+            raise CheckpointError(
+                f"--resume goes on with {str(saved)!r}; leave out --recipe and {overrides or 'overrides'}"
+            )
         if not options.resume and saved.exists():
             raise CheckpointError(f"{str(out)!r} holds a run already; go on with --resume, or choose another --out")
         recipe = read_recipe(saved if options.resume else options.recipe, overrides)
@@ -91,7 +93,9 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
         confidence=recipe.exits.confidence,
         input_size=data.input_size,
     )
-    model.to(here.device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+    model.to(here.device)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
     if here.first:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "recipe.yaml", recipe_to_yaml(recipe).encode())
@@ -152,7 +156,7 @@ def run_stage(
         optimizer,
         config.sched,
         num_epochs=config.epochs,
-        warmup_epochs=config.warmup * config.epochs,  # type: ignore[arg-type]
+        warmup_epochs=config.warmup * config.epochs,
         warmup_lr=config.lr / 100,
         min_lr=config.lr * config.final_lr,
         step_on_epochs=False,
@@ -171,8 +175,14 @@ def run_stage(
         model.train()
         if stage == "heads":
             model.backbone.eval()
-        batches = loader.epoch(10_000 * begin.stage + epoch, first_step)
-        bar = tqdm(batches, f"{stage} {epoch + 1}/{config.epochs}", steps, initial=first_step, leave=False, disable=None if here.first else True)  # fmt: skip
+        bar = tqdm(
+            loader.epoch(10_000 * begin.stage + epoch, first_step),
+            f"{stage} {epoch + 1}/{config.epochs}",
+            steps,
+            initial=first_step,
+            leave=False,
+            disable=None if here.first else True,
+        )
         for step, batch in enumerate(bar, first_step):
             update = epoch * steps + step
             _seed(recipe.seed, begin.stage, update, here.rank)
@@ -207,9 +217,9 @@ def run_stage(
 
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             if step % recipe.log_steps == 0:
+                record = {"kind": "step", "stage": stage, "epoch": epoch, "step": step}
                 mean = here.sum(losses.detach().clone()) / here.size
-                lr = optimizer.param_groups[0]["lr"]
-                log.write({"kind": "step", "stage": stage, "epoch": epoch, "step": step, "lr": lr, "losses": mean.tolist()})  # fmt: skip
+                log.write({**record, "lr": optimizer.param_groups[0]["lr"], "losses": mean.tolist()})
             if (step + 1) % recipe.checkpoint_steps == 0 and step + 1 < steps:
                 State.write(out, Position(begin.stage, epoch, step + 1), model, ema, optimizer, log, here)
         judged = ema.module if ema is not None else model
@@ -387,8 +397,8 @@ def _refuse_non_finite(loss: Tensor, losses: Tensor, stage: str, epoch: int, ste
     if not math.isfinite(loss.item()):
         raise NonFiniteError(
             f"the loss is {loss.item()} in stage {stage!r}, epoch {epoch + 1}, step {step + 1} (classifiers: "
-            f"{[round(x, 4) for x in losses.tolist()]}); lower {stage}.lr, set {stage}.clip_grad, or look at the images. "
-            f"The last checkpoint is untouched"
+            f"{[round(x, 4) for x in losses.tolist()]}); lower {stage}.lr, set {stage}.clip_grad, or look at the "
+            f"images. The last checkpoint is untouched"
         )
 
 
@@ -413,7 +423,9 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
 
 def _command_line(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser("training.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "training.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--recipe", default=None, help="YAML file; the zoo's are models/*/recipe.yaml")
     parser.add_argument("--data", default=None, help="folder of the dataset, in place of the recipe's data.root")
     parser.add_argument("--out", required=True, help="folder of the run")

@@ -1,0 +1,166 @@
+"""The timing protocol.
+
+One sample at a time, on real inputs in shuffled order, the exit test included; the bare backbone and the dynamic model
+take turns on the same input in the same process, so that whatever else the machine does hits both alike. Medians and
+tails are reported, never means alone. Other batch sizes are timed apart.
+
+    N timed calls, B batch
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynnet.errors import InputError
+from dynnet.model import DynamicModel
+
+# Samples that a percentile needs for its estimate to be an upper bound with 99% confidence in rank statistics.
+NEEDED = {50: 1, 90: 64, 99: 662}
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of the same inputs through both models.
+
+    Attributes:
+        batch_size: B of every call.
+        rows: (N, B) int64, the timed images.
+        exits: (N, B) int64, where each left.
+        dense_ms: (N,) of the bare backbone.
+        dynamic_ms: (N,) of the dynamic model.
+        setting: device, threads, dtype and memory format.
+    """
+
+    batch_size: int
+    rows: np.ndarray
+    exits: np.ndarray
+    dense_ms: np.ndarray
+    dynamic_ms: np.ndarray
+    setting: dict[str, Any]
+
+    def percentile(self, which: int) -> tuple[float, float]:
+        """(dense, dynamic) milliseconds."""
+        return float(np.percentile(self.dense_ms, which)), float(np.percentile(self.dynamic_ms, which))
+
+    @property
+    def speedup(self) -> float:
+        """Total time of the bare backbone over that of the dynamic model, on the same inputs."""
+        return float(self.dense_ms.sum() / self.dynamic_ms.sum())
+
+    def by_exit(self) -> dict[int, tuple[int, float]]:
+        """Per exit taken: (calls, median milliseconds); at batch size 1 only."""
+        if self.batch_size != 1:
+            raise InputError(f"latency by exit needs batch size 1, this was taken at {self.batch_size}")
+        taken = self.exits[:, 0]
+        return {
+            int(e): (int((taken == e).sum()), float(np.median(self.dynamic_ms[taken == e]))) for e in np.unique(taken)
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Everything worth quoting, as plain numbers."""
+        names = {50: "p50", 90: "p90", 99: "p99"}
+        return {
+            "batch_size": self.batch_size,
+            "calls": len(self.dense_ms),
+            "dense_ms": {names[q]: self.percentile(q)[0] for q in NEEDED},
+            "dynamic_ms": {names[q]: self.percentile(q)[1] for q in NEEDED},
+            "median_ratio": float(np.median(self.dynamic_ms / self.dense_ms)),
+            "speedup": self.speedup,
+            "uncertain": [names[q] for q, n in NEEDED.items() if len(self.dense_ms) < n],
+            "setting": self.setting,
+        }
+
+
+@torch.no_grad()
+def latency(
+    model: DynamicModel,
+    images: Tensor,
+    *,
+    batch_size: int = 1,
+    calls: int | None = None,
+    warmup: int = 10,
+    seed: int = 0,
+) -> Latency:
+    """Time the dynamic model against its bare backbone.
+
+    Args:
+        model: with thresholds set; is put into eval mode for the time.
+        images: (M, C, H, W) real inputs, normalised.
+        batch_size: B of every call.
+        calls: N; by default each image is used once.
+        warmup: calls of both models before the clock counts.
+        seed: of the order of the images.
+
+    Raises:
+        InputError: fewer images than one batch.
+    """
+    if len(images) < batch_size or batch_size < 1:
+        raise InputError(f"got {len(images)} images for batches of {batch_size}; give at least one batch")
+    count = calls or len(images) // batch_size
+    order = torch.Generator().manual_seed(seed)
+    rows = torch.cat(
+        [torch.randperm(len(images), generator=order) for _ in range(math.ceil(count * batch_size / len(images)))]
+    )[: count * batch_size].view(count, batch_size)
+    parameter = next(model.parameters())
+    mode = model.training
+    model.eval()
+    try:
+        # The plain model, without hooks, on the same weights.
+        bare = copy.deepcopy(model).unwrap()
+        runs: tuple[Callable[[Tensor], Any], ...] = (bare, model)
+        milliseconds = np.empty((2, count))
+        exits = np.empty((count, batch_size), np.int64)
+        for i in range(-warmup, count):
+            batch = images[rows[i % count]].to(parameter.device)
+            batch = batch.contiguous(memory_format=_memory_format(model))
+            for which in (0, 1) if i % 2 else (1, 0):
+                elapsed = _timed(runs[which], batch)
+                if i >= 0:
+                    milliseconds[which, i] = elapsed
+            if i >= 0:
+                exits[i] = model.predict(batch).exit.cpu().numpy()
+    finally:
+        model.train(mode)
+    setting = {
+        "device": str(parameter.device),
+        "device_name": torch.cuda.get_device_name(parameter.device) if parameter.device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "channels_last": _memory_format(model) is torch.channels_last,
+    }
+    return Latency(batch_size, rows.numpy(), exits, milliseconds[0], milliseconds[1], setting)
+
+
+def _timed(run: Callable[[Tensor], Any], batch: Tensor) -> float:
+    _synchronise(batch.device)
+    began = time.perf_counter()
+    run(batch)
+    _synchronise(batch.device)
+    return (time.perf_counter() - began) * 1e3
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _memory_format(model: DynamicModel) -> torch.memory_format:
+    for weight in _conv_weights(model):
+        return (
+            torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        )
+    return torch.contiguous_format
+
+
+def _conv_weights(model: DynamicModel) -> Iterator[Tensor]:
+    # A kernel of one pixel is contiguous in both formats and tells nothing.
+    return (p for p in model.backbone.parameters() if p.ndim == 4 and p.shape[2] * p.shape[3] > 1)

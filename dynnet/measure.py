@@ -1,0 +1,154 @@
+"""The per-input table: for every sample where it left, what it cost, and what the other exits would have said.
+
+N samples, E exits
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynnet.answers import Answers, collect
+from dynnet.cost import Ledger
+from dynnet.model import DynamicModel
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a dynamic model did with a dataset.
+
+    Attributes:
+        exit: (N,) int64, where each sample left.
+        prediction: (N,) int64.
+        confidence: (N,) at that exit.
+        macs: (N,) int64, what ran for it; FLOPs are twice as many.
+        answers: what every exit says of every sample, and the labels.
+        ledger: the prices.
+        thresholds: at which this was measured.
+    """
+
+    exit: np.ndarray
+    prediction: np.ndarray
+    confidence: np.ndarray
+    macs: np.ndarray
+    answers: Answers
+    ledger: Ledger
+    thresholds: tuple[float, ...]
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(N,) bool."""
+        return self.prediction == self.answers.labels
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
+
+    @property
+    def never_exiting_accuracy(self) -> float:
+        return float(self.answers.correct[:, -1].mean())
+
+    @property
+    def macs_share(self) -> float:
+        """Mean MACs over the bare backbone's."""
+        return float(self.macs.mean() / self.ledger.dense)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Share of the samples that left at each exit and at the end."""
+        return tuple(float((self.exit == e).mean()) for e in range(len(self.thresholds) + 1))
+
+    def __str__(self) -> str:
+        macs, dense = float(self.macs.mean()), self.ledger.dense
+        names = [*self.answers.exits, "end"]
+        lines = [
+            f"{len(self.exit)} samples: accuracy {self.accuracy:.2%} (never exiting {self.never_exiting_accuracy:.2%})",
+            f"mean {macs / 1e6:.2f} MMAC = {2 * macs / 1e6:.2f} MFLOP a sample, {self.macs_share:.1%} of the bare "
+            f"backbone's {dense / 1e6:.2f} MMAC = {2 * dense / 1e6:.2f} MFLOP",
+        ]
+        for e, (name, rate) in enumerate(zip(names, self.rates, strict=True)):
+            here = self.exit == e
+            right = f"{self.correct[here].mean():.2%} right" if here.any() else "-"
+            lines.append(f"  {name}: {rate:.1%} left here, {right}")
+        if self.ledger.unpriced:
+            lines.append(f"  not priced, so all MACs are lower bounds: {self.ledger.unpriced}")
+        return "\n".join(lines)
+
+    def table(self) -> dict[str, np.ndarray]:
+        """Columns of the per-input table, each (N,)."""
+        columns: dict[str, np.ndarray] = {
+            "id": np.arange(len(self.exit)),
+            "label": self.answers.labels,
+            "prediction": self.prediction,
+            "exit": self.exit,
+            "confidence": self.confidence,
+            "macs": self.macs,
+            "flops": 2 * self.macs,
+            "correct": self.correct.astype(int),
+        }
+        for e in range(len(self.thresholds) + 1):
+            columns[f"prediction_{e}"] = self.answers.predictions[:, e]
+            columns[f"confidence_{e}"] = self.answers.confidences[:, e]
+            columns[f"correct_{e}"] = self.answers.correct[:, e].astype(int)
+        return columns
+
+
+@torch.no_grad()
+def measure(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Measurement:
+    """Run the dynamic model over a dataset, and ask all exits besides.
+
+    Args:
+        model: with thresholds set; is put into eval mode for the time.
+        loader: batches of (images (B, C, H, W), labels (B,), ...); iterated twice, must give the same order.
+
+    Raises:
+        DataError, NonFiniteError: see `dynnet.answers.collect`.
+    """
+    answers = collect(model, loader)
+    mode = model.training
+    device = next(model.parameters()).device
+    try:
+        model.eval()
+        parts = [model.predict(batch[0].to(device)) for batch in loader]
+    finally:
+        model.train(mode)
+    logits, exit, confidence, macs = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return Measurement(
+        exit=exit.numpy(),
+        prediction=logits.argmax(1).numpy(),
+        confidence=confidence.double().numpy(),
+        macs=macs.numpy(),
+        answers=answers,
+        ledger=model.ledger(tuple(next(iter(loader))[0].shape[1:])),
+        thresholds=model.thresholds,
+    )
+
+
+def write_table(columns: dict[str, np.ndarray], path: Path) -> None:
+    """Columns of equal length as a CSV file."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*(c.tolist() for c in columns.values()), strict=True))
+
+
+def read_table(path: Path) -> dict[str, np.ndarray]:
+    """A CSV file of numbers and texts, by column; empty fields are NaN."""
+    with path.open(newline="") as file:
+        header, *rows = list(csv.reader(file))
+    return {name: _column([row[i] for row in rows]) for i, name in enumerate(header)}
+
+
+def _column(texts: list[str]) -> np.ndarray:
+    for kind in (np.int64, np.float64):
+        try:
+            return np.array([text or "nan" for text in texts]).astype(kind)
+        except ValueError:
+            continue
+    return np.array(texts)

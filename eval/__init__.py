@@ -1,0 +1,1 @@
+"""Programs that measure: `python -m eval.report`, `eval.latency`, `eval.coverage`."""

@@ -1,0 +1,146 @@
+"""Which of timm's architectures take exits: exits at 1/3 and 2/3 of the MACs of every one.
+
+    python -m eval.coverage --out runs/coverage.csv
+    python -m eval.coverage --names 'resnet*' --real_params 0
+
+Every name is wrapped on the meta device, where rows leave at both exits. Those of up to `real_params` million
+parameters also run with numbers: never exiting must equal plain timm bit for bit, and every row of a batch whose rows
+leave at different exits must equal that row run alone. A table that is there already is completed, not begun anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dynnet import DynamicModel, wrap
+from dynnet.errors import DynnetError
+from dynnet.exits import input_size_of
+
+COLUMNS = (
+    "name", "wrapped", "exits", "shares", "gmacs", "mparams", "unpriced", "real", "identical", "alone_error", "reason",
+    "seconds",
+)  # fmt: skip
+TOLERANCE = 1e-4
+
+
+def main(out: Path = Path("runs/coverage.csv"), names: str = "*", real_params: float = 60.0) -> None:
+    """Try exits on timm's architectures.
+
+    Args:
+        out: the table, one line a name.
+        names: only architectures that match this pattern.
+        real_params: run with numbers up to this many million parameters; 0 for none.
+    """
+    wanted = [name for name in timm.list_models() if fnmatch.fnmatch(name, names)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done: dict[str, dict[str, Any]] = {}
+    if out.exists():
+        with out.open(newline="") as file:
+            done = {row["name"]: row for row in csv.DictReader(file)}
+    else:
+        with out.open("w", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writeheader()
+    for name in tqdm([n for n in wanted if n not in done], disable=None):
+        row = examine(name, real_params)
+        with out.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(row)
+        done[name] = {k: str(v) for k, v in row.items()}
+        gc.collect()
+    print(summary([done[name] for name in wanted]))
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """What the table says, in a few lines."""
+    wrapped = [r for r in rows if r["wrapped"] == "True"]
+    real = [r for r in rows if r["real"] == "True"]
+    identical = [r for r in real if r["identical"] == "True"]
+    alone = [r for r in real if r["alone_error"] and float(r["alone_error"]) <= TOLERANCE]
+    lines = [
+        f"{len(wrapped)} of {len(rows)} architectures take exits at 1/3 and 2/3",
+        f"{len(identical)} of {len(real)} run with numbers answer bit for bit as plain timm when nobody exits",
+        f"{len(alone)} of {len(real)} answer within {TOLERANCE:g} alone as in a batch that thins out",
+    ]
+    lines += [f"  unpriced ops in {r['name']}: {r['unpriced']}" for r in rows if r["unpriced"]]
+    lines += [f"  {r['name']}: {r['reason']}" for r in rows if r["reason"]]
+    return "\n".join(lines)
+
+
+def examine(name: str, real_params: float) -> dict[str, Any]:
+    """One line of the table."""
+    began = time.monotonic()
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+    row |= {"name": name, "wrapped": False, "real": False}
+    try:
+        backbone = _create(name, meta=True)
+        model = wrap(backbone, exits=[1 / 3, 2 / 3])
+        ledger = model.ledger()
+        millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+        row |= {
+            "wrapped": True,
+            "exits": " ".join(model.exits),
+            "shares": " ".join(f"{b.share:.3f}" for b in model.boundaries),
+            "gmacs": f"{ledger.dense / 1e9:.3f}",
+            "mparams": f"{millions:.1f}",
+            "unpriced": " ".join(ledger.unpriced),
+        }
+        if millions <= real_params:
+            row |= {"real": True, **_with_numbers(name)}
+    except DynnetError as error:
+        row["reason"] = " ".join(str(error).split())
+    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, AttributeError) as error:
+        row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    row["seconds"] = f"{time.monotonic() - began:.1f}"
+    return row
+
+
+@torch.no_grad()
+def _with_numbers(name: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    backbone = _create(name, meta=False).eval()
+    images = torch.randn(3, *input_size_of(backbone))
+    plain = backbone(images)
+    model = wrap(backbone, exits=[1 / 3, 2 / 3])
+    identical = torch.equal(model(images), plain)
+    one_at_each_exit(model, images)
+    mixed = model.predict(images)
+    errors = []
+    for i in range(3):
+        alone = model.forward_exits(images[i : i + 1]).logits[int(mixed.exit[i])][0]
+        # Untrained networks may answer with large numbers: relative to the largest, absolute below one.
+        errors.append(float((alone - mixed.logits[i]).abs().max() / alone.abs().max().clamp(min=1)))
+    left = sorted(mixed.exit.tolist())
+    return {
+        "identical": identical,
+        "alone_error": f"{max(errors):.1e}",
+        "reason": "" if left == [0, 1, 2] else f"rows left at {left}, not one at each exit",
+    }
+
+
+def one_at_each_exit(model: DynamicModel, images: Tensor) -> None:
+    """Set thresholds so that of three images one leaves at the first exit, one at the second, one at the end."""
+    logits = model.forward_exits(images).logits
+    first = model.measure(logits[0], None)[0]
+    order = first.argsort(descending=True)
+    second = model.measure(logits[1], None)[0][order[1:]].sort(descending=True).values
+    model.thresholds = [float(first[order[:2]].double().mean()), float(second.double().mean())]
+
+
+def _create(name: str, meta: bool) -> nn.Module:
+    # Encoders without a classifier of their own get one.
+    with torch.device("meta" if meta else "cpu"):
+        return timm.create_model(name, num_classes=1000)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,0 +1,189 @@
+"""The figures of the report. All but the gallery are drawn from the per-input table alone.
+
+N samples, E exits, P operating points
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+Table = Mapping[str, np.ndarray]
+
+INK, MUTED, GRID = "#1c2430", "#6b7684", "#e4e8ed"
+DYNAMIC, DENSE, WRONG, ACCENT = "#0f7b8a", "#c2410c", "#d9a28c", "#7a5195"
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 160,
+}
+
+
+def classifiers(table: Table) -> int:
+    """E + 1, as the table's columns tell."""
+    return sum(re.fullmatch(r"correct_\d+", name) is not None for name in table)
+
+
+def exit_name(table: Table, exit: int) -> str:
+    return "end" if exit == classifiers(table) - 1 else f"exit {exit}"
+
+
+def trade_off(table: Table) -> Figure:
+    """Accuracy against mean MACs: every exit for everybody, thresholds for many budgets, the bare backbone."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.6))
+    last = classifiers(table) - 1
+    anytime = [(table[f"macs_{e}"].mean() / 1e6, 100 * table[f"correct_{e}"].mean()) for e in range(last + 1)]
+    axes.plot(*zip(*anytime, strict=True), "o--", color=MUTED, ms=5, lw=1, label="everybody leaves at one exit")
+    for e, (x, y) in enumerate(anytime):
+        axes.annotate(exit_name(table, e), (x, y), (6, -12), textcoords="offset points", color=MUTED, fontsize=9)
+    points = sorted(
+        (table[f"point{k}_macs"].mean() / 1e6, 100 * table[f"point{k}_correct"].mean()) for k in operating_points(table)
+    )
+    if points:
+        axes.plot(*zip(*points, strict=True), "-", color=DYNAMIC, lw=2, label="thresholds fitted on held-out images")
+    axes.plot(
+        table["macs"].mean() / 1e6,
+        100 * table["correct"].mean(),
+        "o",
+        color=DYNAMIC,
+        ms=10,
+        label="this model",
+        zorder=4,
+    )
+    dense_macs = table["dense_macs"].mean() / 1e6
+    dense = 100 * table["dense_correct"].mean()
+    axes.plot(dense_macs, dense, "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
+    axes.axhline(dense, color=DENSE, lw=0.8, ls=":")
+    axes.set(xlabel="mean MMAC per image (MFLOP = 2 x MMAC)", ylabel="accuracy (%)", title="Accuracy against compute")
+    axes.set_xlim(left=0)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def exits_taken(table: Table) -> Figure:
+    """How many samples left where, by right and wrong."""
+    figure, axes = plt.subplots(figsize=(7.2, 3.6))
+    total = len(table["exit"])
+    for e in range(classifiers(table)):
+        here = table["exit"] == e
+        right = 100 * (here & (table["correct"] == 1)).sum() / total
+        wrong = 100 * (here & (table["correct"] == 0)).sum() / total
+        axes.bar(e, right, color=DYNAMIC, width=0.62, label="right" if e == 0 else None)
+        axes.bar(e, wrong, bottom=right, color=WRONG, width=0.62, label="wrong" if e == 0 else None)
+        if here.any():
+            text = f"{right + wrong:.1f}%\n{100 * table['correct'][here].mean():.1f}% right"
+            axes.text(e, right + wrong + 1, text, ha="center", va="bottom", fontsize=9, color=INK)
+    axes.set_xticks(range(classifiers(table)), [exit_name(table, e) for e in range(classifiers(table))])
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.18)
+    axes.set(ylabel="images (%)", title="Where images leave")
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def latency_by_exit(table: Table) -> Figure:
+    """Time of the sampled images, one at a time, by the exit that they took."""
+    figure, axes = plt.subplots(figsize=(7.2, 3.6))
+    timed = ~np.isnan(table["latency_ms"].astype(float))
+    groups = [("bare backbone", table["dense_latency_ms"][timed].astype(float), DENSE)]
+    for e in range(classifiers(table)):
+        here = timed & (table["exit"] == e)
+        if here.any():
+            groups.append((f"{exit_name(table, e)}\n({here.sum()})", table["latency_ms"][here].astype(float), DYNAMIC))
+    groups.append(("all", table["latency_ms"][timed].astype(float), ACCENT))
+    for i, (_, values, colour) in enumerate(groups):
+        axes.boxplot(
+            values,
+            positions=[i],
+            widths=0.5,
+            whis=(1, 99),
+            showfliers=False,
+            patch_artist=True,
+            boxprops={"facecolor": colour, "alpha": 0.35, "edgecolor": colour},
+            medianprops={"color": colour, "lw": 2},
+            whiskerprops={"color": colour},
+            capprops={"color": colour},
+        )
+        axes.text(i + 0.28, np.median(values), f"{np.median(values):.2f}", va="center", fontsize=9)
+    axes.set_xticks(range(len(groups)), [name for name, _, _ in groups])
+    axes.set_ylim(bottom=0)
+    axes.set(ylabel="milliseconds", title="Latency, one image at a time (box: quartiles, whiskers: 1% to 99%)")
+    axes.grid(axis="x", visible=False)
+    return figure
+
+
+def compute_by_class(table: Table) -> Figure:
+    """Mean share of the MACs by true class, with the accuracy beside it."""
+    names = np.unique(table["class"])
+    share = {n: 100 * (table["macs"] / table["dense_macs"])[table["class"] == n].mean() for n in names}
+    order = sorted(names, key=lambda n: share[n])
+    if len(order) > 30:  # the extremes tell enough
+        order = [*order[:15], *order[-15:]]
+    figure, axes = plt.subplots(figsize=(7.2, 0.8 + 0.32 * len(order)))
+    for i, name in enumerate(order):
+        right = 100 * table["correct"][table["class"] == name].mean()
+        axes.barh(i, share[name], color=DYNAMIC, height=0.66)
+        axes.text(share[name] + 1, i, f"{share[name]:.0f}% of MACs, {right:.1f}% right", va="center", fontsize=9)
+    axes.axvline(100, color=DENSE, lw=1, ls=":")
+    axes.set_yticks(range(len(order)), [str(n) for n in order])
+    axes.set_xlim(0, max(125, max(share.values()) * 1.3))
+    axes.set(xlabel="mean MACs (% of the bare backbone)", title="Compute by class")
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def operating_points(table: Table) -> list[int]:
+    """Numbers of the fitted operating points in the table."""
+    return sorted(int(m[1]) for name in table if (m := re.fullmatch(r"point(\d+)_macs", name)))
+
+
+# Figures that need nothing but the table, by file name.
+FROM_TABLE: dict[str, Callable[[Table], Figure]] = {
+    "trade_off": trade_off,
+    "exits_taken": exits_taken,
+    "latency_by_exit": latency_by_exit,
+    "compute_by_class": compute_by_class,
+}
+
+
+def gallery(title: str, pictures: Sequence[tuple[np.ndarray, str]], columns: int = 10) -> Figure:
+    """Images with a line of text below each.
+
+    Args:
+        title: of the whole.
+        pictures: (H, W, C) uint8 images, and their texts.
+        columns: pictures side by side.
+    """
+    rows = max(1, -(-len(pictures) // columns))
+    figure, grid = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.62 * rows + 0.4), squeeze=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (image, text) in zip(grid.flat, pictures, strict=False):
+        axes.imshow(image if image.shape[2] == 3 else image[:, :, 0], cmap="gray_r", interpolation="nearest")
+        axes.set_title(text, fontsize=7.5, loc="center", fontweight="normal", y=-0.02, va="top")
+    return figure

@@ -1,0 +1,208 @@
+"""The report of a run: a per-input table, figures, and one page that works offline.
+
+    python -m eval.report runs/digits
+    python -m eval.report runs/cifar --data path/to/cifar10 --latency_samples 700
+    python -m eval.report runs/digits --redraw true        # figures and page again, from the table alone
+
+Writes RUN/report/: table.csv, results.json, index.html, *.png. Thresholds are those saved with the model; the curve's
+operating points are fitted on the calibration split; everything shown is of the test split.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from jinja2 import Environment, FileSystemLoader
+from jsonargparse import auto_cli
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dynnet import latency, measure
+from dynnet.allocator import keep_freed_memory
+from dynnet.answers import collect
+from dynnet.calibrate import trade_off
+from dynnet.checkpoint import write_atomically
+from dynnet.data import Data
+from dynnet.errors import DynnetError
+from dynnet.measure import read_table, write_table
+from eval import figures
+from eval.runs import Run, open_run
+
+POINTS = 14
+
+
+def main(
+    run: Path,
+    data: str | None = None,
+    latency_samples: int = 300,
+    batch_size: int = 256,
+    redraw: bool = False,
+) -> None:
+    """Write the report of a finished run.
+
+    Args:
+        run: folder of the run.
+        data: folder of the dataset, where it is not the recipe's.
+        latency_samples: test images to time one at a time; p99 needs 662.
+        batch_size: of the evaluation.
+        redraw: draw again from an existing table, without the model; the galleries stay as they are.
+    """
+    out = run / "report"
+    try:
+        if redraw:
+            if not (out / "table.csv").is_file():
+                raise DynnetError(f"no table to draw from in {str(out)!r}; write the report first")
+            results = json.loads((out / "results.json").read_text())
+        else:
+            keep_freed_memory()
+            results = _evaluate(open_run(run, data), out, latency_samples, batch_size)
+        table = read_table(out / "table.csv")
+    except DynnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    with plt.rc_context(figures.STYLE):
+        for name, draw in figures.FROM_TABLE.items():
+            _save(draw(table), out / f"{name}.png")
+    write_atomically(out / "index.html", page(results, out).encode())
+    print(f"report: {out / 'index.html'}")
+
+
+def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dict[str, Any]:
+    """Measure on the test split; writes table.csv, results.json and the galleries."""
+    out.mkdir(parents=True, exist_ok=True)
+    model, data = run.model, run.data
+    thresholds = model.thresholds
+    calibration = model.calibration
+    test = data.loader("test", batch_size)
+    measured = measure(model, test)
+    print(measured)
+    table = measured.table()
+    table["class"] = np.array(data.classes)[measured.answers.labels]
+    table["file"] = np.array([data.test.name(i) for i in range(len(data.test))])
+    table["dense_macs"] = np.full(len(measured.exit), measured.ledger.dense)
+    table["dense_correct"] = _dense_correct(run.dense, data, batch_size)
+    for e, macs in enumerate(measured.ledger.bill([True] * len(model.exits)).tolist()):
+        table[f"macs_{e}"] = np.full(len(measured.exit), macs)
+    remembers = model.config.confidence == "patience"
+    points = trade_off(collect(model, data.loader("calibration", batch_size)), measured.ledger, remembers)
+    every = np.arange(len(measured.exit))
+    for k, i in enumerate(np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))):
+        taken = measured.answers.route(points[i].thresholds)
+        active = [remembers or t < np.inf for t in points[i].thresholds]
+        table[f"point{k}_macs"] = measured.ledger.bill(active).numpy()[taken]
+        table[f"point{k}_correct"] = measured.answers.correct[every, taken].astype(int)
+
+    rows = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:latency_samples].sort().values
+    images = _images(data, rows)
+    timed = latency(model, images)
+    for name, values in (("latency_ms", timed.dynamic_ms), ("dense_latency_ms", timed.dense_ms)):
+        column = np.full(len(measured.exit), np.nan)
+        column[rows[timed.rows[:, 0]].numpy()] = values
+        table[name] = column
+    write_table(table, out / "table.csv")
+
+    results = {
+        "model": run.recipe.backbone.name,
+        "backbone_kwargs": run.recipe.backbone.kwargs,
+        "dataset": data.label,
+        "test_images": len(measured.exit),
+        "exits": list(model.exits),
+        "thresholds": [t if np.isfinite(t) else None for t in thresholds],
+        "confidence": model.config.confidence,
+        "calibration": calibration,
+        "accuracy": measured.accuracy,
+        "never_exiting_accuracy": measured.never_exiting_accuracy,
+        "dense_accuracy": float(table["dense_correct"].mean()),
+        "mean_macs": float(measured.macs.mean()),
+        "dense_macs": measured.ledger.dense,
+        "macs_share": measured.macs_share,
+        "mean_flops": 2 * float(measured.macs.mean()),
+        "dense_flops": 2 * measured.ledger.dense,
+        "exit_rates": list(measured.rates),
+        "accuracy_of_each_exit": [float(c) for c in measured.answers.correct.mean(0)],
+        "ledger": asdict(measured.ledger),
+        "latency": timed.summary(),
+        "latency_by_exit": {str(e): {"calls": n, "p50_ms": ms} for e, (n, ms) in timed.by_exit().items()},
+    }
+    write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    _galleries(table, data, out)
+    return results
+
+
+@torch.no_grad()
+def _dense_correct(dense: nn.Module, data: Data, batch_size: int) -> np.ndarray:
+    """(N,) int: was the bare backbone right?"""
+    return np.concatenate(
+        [(dense(images).argmax(1) == labels).int().numpy() for images, labels, _ in data.loader("test", batch_size)]
+    )
+
+
+def _images(data: Data, rows: Tensor) -> Tensor:
+    """(len(rows), C, H, W) of the test split, as the model sees them."""
+    found = {}
+    wanted = set(rows.tolist())
+    for images, _, ids in tqdm(data.loader("test", 256), desc="images to time", leave=False, disable=None):
+        for image, i in zip(images, ids.tolist(), strict=True):
+            if i in wanted:
+                found[i] = image
+    return torch.stack([found[i] for i in rows.tolist()])
+
+
+def _galleries(table: dict[str, np.ndarray], data: Data, out: Path) -> None:
+    """The easiest and the hardest inputs, and those on which early was right and late was wrong."""
+    last = figures.classifiers(table) - 1
+    confidence, exit, correct = table["confidence"], table["exit"], table["correct"] == 1
+    easiest = np.lexsort((-confidence, exit))[:20]
+    hardest = np.lexsort((confidence, -exit))[:20]
+    overthought = np.flatnonzero(correct & (exit < last) & (table[f"correct_{last}"] == 0))
+    overthought = overthought[np.argsort(-confidence[overthought])][:20]
+
+    def pictures(rows: np.ndarray, other: bool = False) -> list[tuple[np.ndarray, str]]:
+        found = []
+        for i in rows:
+            said = data.classes[table["prediction"][i]]
+            mark = "" if correct[i] else f"\n(is {data.classes[table['label'][i]]})"
+            if other:
+                mark = f"\n(end: {data.classes[table[f'prediction_{last}'][i]]})"
+            found.append((data.test.pixels(int(i)), f"{said}{mark}\n{figures.exit_name(table, int(exit[i]))}"))
+        return found
+
+    titles = {
+        "easiest": ("Easiest: left first, most confident", pictures(easiest)),
+        "hardest": ("Hardest: went to the end, least confident", pictures(hardest)),
+        "overthought": ("Right early, where the last exit is wrong", pictures(overthought, other=True)),
+    }
+    with plt.rc_context(figures.STYLE):
+        for name, (title, shown) in titles.items():
+            _save(figures.gallery(title, shown), out / f"{name}.png")
+
+
+def page(results: dict[str, Any], out: Path) -> str:
+    """One HTML page with its figures inside."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    names = (*figures.FROM_TABLE, "easiest", "hardest", "overthought")
+    drawn = {
+        name: "data:image/png;base64," + base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in names
+    }
+    return environment.get_template("report.html.j2").render(r=results, figures=drawn)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
+
+
+if __name__ == "__main__":
+    auto_cli(main)

@@ -1,0 +1,63 @@
+"""A finished training run, read back: its recipe, its data, its model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from dynnet import DynamicModel, load
+from dynnet.checkpoint import load_weights, read_bundle
+from dynnet.data import Data, load_data
+from dynnet.errors import CheckpointError
+from dynnet.recipe import Recipe, read_recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `training.train` left in a folder.
+
+    Attributes:
+        path: the folder.
+        recipe: as resolved.
+        data: with the same splits as in training.
+        model: with fitted thresholds, in eval mode.
+        dense: the backbone after the dense stage, before exits were trained with it.
+    """
+
+    path: Path
+    recipe: Recipe
+    data: Data
+    model: DynamicModel
+    dense: nn.Module
+
+
+def open_run(path: Path, data: str | None = None) -> Run:
+    """Read a run back.
+
+    Args:
+        path: the folder.
+        data: folder of the dataset, where it is not the recipe's.
+
+    Raises:
+        CheckpointError: the folder holds no finished run.
+    """
+    for name in ("recipe.yaml", "model.safetensors", "backbone.safetensors"):
+        if not (path / name).is_file():
+            raise CheckpointError(
+                f"{str(path)!r} holds no finished run: {name} is missing; train one with "
+                f"`python -m training.train --recipe ... --out {path}`, or finish it with --resume"
+            )
+    recipe = read_recipe(path / "recipe.yaml")
+    if data is not None:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=data))
+    tensors, about = read_bundle(path / "backbone.safetensors")
+    about.pop("kind")
+    dense = timm.create_model(**about)
+    load_weights(dense, tensors, path / "backbone.safetensors")
+    config = timm.get_pretrained_cfg(recipe.backbone.name)
+    loaded = load_data(recipe.data, config.to_dict() if config is not None else None)
+    return Run(path, recipe, loaded, load(path / "model.safetensors"), dense.eval())
