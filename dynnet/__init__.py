@@ -1,6 +1,6 @@
 """dynnet: image models that spend compute where the input needs it."""
 
-from dynnet import backbones as backbones
+from dynnet import backbones, zoo
 from dynnet.calibrate import Calibration, calibrate
 from dynnet.checkpoint import load, save
 from dynnet.exits import Boundary
@@ -27,4 +27,5 @@ __all__ = [
     "save",
     "unwrap",
     "wrap",
+    "zoo",
 ]

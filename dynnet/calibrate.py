@@ -22,6 +22,9 @@ from dynnet.cost import Ledger
 from dynnet.errors import CalibrationError
 from dynnet.model import DynamicModel
 
+# Prices of compute to try; neighbours differ by a quarter.
+_PRICES = 48
+
 
 @dataclass(frozen=True)
 class OperatingPoint:
@@ -86,8 +89,10 @@ def calibrate(
     Args:
         model: gets the thresholds, and a record of what they were fitted on.
         loader: batches of (images, labels, ...) that were not trained on.
-        budget: mean MACs per sample, as a share of the bare backbone's; the best accuracy within it is taken.
-        accuracy_drop: how far accuracy may fall below never exiting, 0.005 for half a point; the fewest MACs are taken.
+        budget: mean MACs per sample, as a share of the bare backbone's. The best accuracy within it is taken, and of
+            equally good thresholds those that spend more.
+        accuracy_drop: how far accuracy may fall below never exiting, 0.005 for half a point. The fewest MACs are taken
+            at which the drop plus its standard error stays within: few samples cannot promise much.
 
     Raises:
         CalibrationError: not exactly one goal, or one that cannot be reached.
@@ -111,15 +116,16 @@ def calibrate(
             )
     elif not 0 <= accuracy_drop < 1:  # type: ignore[operator]
         raise CalibrationError(f"accuracy_drop={accuracy_drop}: give a share in [0, 1), 0.005 for half a point")
-    points = trade_off(answers, ledger, remembers)
+    points = _explore(answers, ledger, remembers)
     full = float(answers.correct[:, -1].mean())
     if budget is not None:
         within = [p for p in points if p.macs <= budget * ledger.dense]
-        best = max(within, key=lambda p: (p.accuracy, -p.macs))
+        # Of equals the dearest: where these samples cannot tell the difference, new ones may.
+        best = max(within, key=lambda p: (p.accuracy, p.macs))
         goal, value = "budget", budget
     else:
         assert accuracy_drop is not None
-        within = [p for p in points if p.accuracy >= full - accuracy_drop]
+        within = [p for p in points if _drop(answers, p.thresholds) <= accuracy_drop]
         best = min(within, key=lambda p: (p.macs, -p.accuracy))
         goal, value = "accuracy_drop", accuracy_drop
     model.thresholds = best.thresholds
@@ -140,32 +146,39 @@ def calibrate(
     return calibration
 
 
-def trade_off(answers: Answers, ledger: Ledger, remembers: bool = False, steps: int = 48) -> list[OperatingPoint]:
+def trade_off(answers: Answers, ledger: Ledger, remembers: bool = False) -> list[OperatingPoint]:
     """Operating points from the cheapest to the dearest, each with more accuracy than all cheaper ones.
 
     Args:
         answers: of all exits, on held-out data.
         ledger: the prices.
         remembers: all heads run whatever the thresholds (patience).
-        steps: prices of compute to try; the gaps that remain are then halved as often as pays.
     """
+    return _frontier(_explore(answers, ledger, remembers))
+
+
+def _explore(answers: Answers, ledger: Ledger, remembers: bool) -> list[OperatingPoint]:
+    """All thresholds worth a look, good ones and dominated ones."""
     exits = len(answers.exits)
     never, always = (np.inf,) * exits, (-np.inf, *(np.inf,) * (exits - 1))
     found = {never: _point(answers, ledger, never, remembers), always: _point(answers, ledger, always, remembers)}
     thresholds = never
-    for price in np.geomspace(1e-4, 4.0, steps):
+    for price in np.geomspace(1e-4, 4.0, _PRICES):
         for start in (thresholds, never, (0.0,) * exits):
             candidate = _best_thresholds(answers, ledger, float(price), start, remembers)
             found[candidate] = _point(answers, ledger, candidate, remembers)
             if start is thresholds:
                 thresholds = candidate
-    # Points between two neighbours: thresholds on the straight line between theirs.
+    # A price finds corners of the convex hull only; between two of them, walk from the dearer one downhill.
     hull = _frontier(found.values())
+    # Also from where all heads run and nobody leaves, for what lies above the corner of the best accuracy.
+    above = np.nan_to_num(answers.confidences[:, :-1]).max(0) + 1e-9
+    hull.append(_point(answers, ledger, tuple(above.tolist()), remembers))
     for left, right in itertools.pairwise(hull):
-        for part in (0.25, 0.5, 0.75):
-            between = tuple(_between(a, b, part) for a, b in zip(left.thresholds, right.thresholds, strict=True))
-            found[between] = _point(answers, ledger, between, remembers)
-    return _frontier(found.values())
+        if right.macs - left.macs > 0.01 * ledger.dense:
+            for point in _downhill(answers, ledger, right, left.macs, remembers):
+                found[point.thresholds] = point
+    return list(found.values())
 
 
 def _best_thresholds(
@@ -210,6 +223,13 @@ def _point(answers: Answers, ledger: Ledger, thresholds: tuple[float, ...], reme
     return OperatingPoint(thresholds, *answers.score(thresholds, ledger, remembers))
 
 
+def _drop(answers: Answers, thresholds: tuple[float, ...]) -> float:
+    """How far accuracy falls below never exiting, plus one standard error of that difference (paired samples)."""
+    taken = answers.route(thresholds)
+    change = answers.correct[:, -1].astype(int) - answers.correct[np.arange(len(taken)), taken]
+    return float(change.mean() + change.std() / np.sqrt(len(taken)))
+
+
 def _frontier(points: Iterable[OperatingPoint]) -> list[OperatingPoint]:
     kept: list[OperatingPoint] = []
     for point in sorted(points, key=lambda p: (p.macs, -p.accuracy)):
@@ -218,7 +238,25 @@ def _frontier(points: Iterable[OperatingPoint]) -> list[OperatingPoint]:
     return kept
 
 
-def _between(a: float, b: float, part: float) -> float:
-    if np.isfinite(a) and np.isfinite(b):
-        return a + (b - a) * part
-    return a if part < 0.5 else b
+def _downhill(
+    answers: Answers, ledger: Ledger, start: OperatingPoint, floor: float, remembers: bool
+) -> Iterable[OperatingPoint]:
+    """Points with ever fewer MACs: each step lets the next 1% of the samples go at the exit where that costs least."""
+    here = start
+    stride = max(1, len(answers.labels) // 100)
+    while here.macs > floor:
+        steps = []
+        taken = answers.route(here.thresholds)
+        for i in range(len(here.thresholds)):
+            waiting = answers.confidences[taken > i, i]
+            waiting = np.sort(waiting[~np.isnan(waiting)])[::-1]
+            if len(waiting):
+                lower = float(waiting[min(stride, len(waiting)) - 1])
+                thresholds = (*here.thresholds[:i], lower, *here.thresholds[i + 1 :])
+                steps.append(_point(answers, ledger, thresholds, remembers))
+        yield from steps
+        steps = [step for step in steps if step.macs < here.macs]
+        if not steps:
+            return
+        now = here
+        here = max(steps, key=lambda step: (step.accuracy - now.accuracy) / (now.macs - step.macs))

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,18 @@ def save(model: DynamicModel, path: str | Path, create: Mapping[str, Any] | None
     write_bundle(path, model.state_dict(), about)
 
 
-def load(path: str | Path, backbone: nn.Module | None = None, heads: HeadFactory | None = None) -> DynamicModel:
+def load(
+    path: str | Path,
+    backbone: nn.Module | None = None,
+    heads: HeadFactory | None = None,
+    confidence: Callable[[Tensor], Tensor] | None = None,
+) -> DynamicModel:
     """Load what `save` saved, in eval mode.
 
     Args:
         path: the file.
         backbone: to be used instead of creating one; must be like the one that was saved.
-        heads: what `wrap` was given, if the model has heads of the user's own.
+        heads, confidence: what `wrap` was given, if the model has some of the user's own.
 
     Raises:
         CheckpointError: the file is damaged, or of another model.
@@ -103,22 +108,25 @@ def load(path: str | Path, backbone: nn.Module | None = None, heads: HeadFactory
         raise CheckpointError(f"{str(path)!r} holds a {about.get('kind')}, not a model")
     if backbone is None:
         try:
+            if not timm.is_model(about["create"]["model_name"] or ""):
+                raise ValueError("timm has no such model")
             backbone = timm.create_model(**about["create"])
         except (RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"timm cannot create the backbone of {str(path)!r}, {about['create']}: {error}; pass it as backbone="
             ) from error
     settings = dict(about["wrap"])
-    custom = [key for key in ("heads", "confidence") if settings[key] == "custom"]
-    if "heads" in custom and heads is None:
+    if settings["heads"] == "custom" and heads is None:
         raise CheckpointError(f"{str(path)!r} has heads of its own making; pass the factory as heads=")
+    if settings["confidence"] == "custom" and confidence is None:
+        raise CheckpointError(f"{str(path)!r} has a confidence measure of its own; pass it as confidence=")
     try:
         model = wrap(
             backbone,
             settings["exits"],
             heads=heads,
             head_share=settings["head_share"],
-            confidence="max_probability" if "confidence" in custom else settings["confidence"],
+            confidence=confidence or settings["confidence"],
             input_size=tuple(settings["input_size"]),
         )
     except DynnetError as error:

@@ -352,6 +352,9 @@ def _open(config: DataConfig, split: str) -> tuple[MemorySource | StreamSource, 
                 f"{first.width}x{first.height}; set data.input_size to have all resized"
             )
         images[i] = pixels
+    tar = getattr(getattr(getattr(dataset, "reader", None), "tar_state", None), "tf", None)
+    if tar is not None:
+        tar.close()
     return MemorySource(torch.from_numpy(images), labels, [_name(dataset, i) for i in range(count)]), classes
 
 
@@ -393,10 +396,14 @@ def _labels(dataset: Any) -> Tensor:
 def _decode(dataset: Any, index: int, mode: str) -> Image.Image:
     try:
         # timm's own __getitem__ answers for an unreadable image with the next one, so its reader is asked directly.
-        image = (dataset.reader if hasattr(dataset, "reader") else dataset)[index][0]
-        if not isinstance(image, Image.Image):
-            image = Image.open(image)
-        return image.convert(mode)
+        found = (dataset.reader if hasattr(dataset, "reader") else dataset)[index][0]
+        if isinstance(found, Image.Image):
+            return found.convert(mode)
+        with (
+            contextlib.closing(found) if hasattr(found, "close") else contextlib.nullcontext(),
+            Image.open(found) as image,
+        ):
+            return image.convert(mode)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise DataError(f"cannot read image {_name(dataset, index)!r}: {error}; replace or remove it") from error
 

@@ -75,10 +75,21 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What thresholds are fitted for; exactly one of the two. See `dynnet.calibrate`."""
+    """What thresholds are fitted for: one of the two, by default an accuracy drop of 0.005. See `dynnet.calibrate`."""
 
     budget: float | None = None
     accuracy_drop: float | None = None
+
+    def goal(self) -> dict[str, float]:
+        """The keyword for `dynnet.calibrate`.
+
+        Raises:
+            RecipeError: both are given.
+        """
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        if len(given) > 1:
+            raise RecipeError(f"calibration has {given}; give either a budget or an accuracy_drop")
+        return given or {"accuracy_drop": 0.005}
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ class Recipe:
     dense: StageConfig = field(default_factory=StageConfig)
     heads: StageConfig = field(default_factory=StageConfig)
     joint: StageConfig = field(default_factory=StageConfig)
-    calibration: CalibrationConfig = field(default_factory=lambda: CalibrationConfig(accuracy_drop=0.005))
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     amp: bool = False
     channels_last: bool = True
     ema: float | None = None

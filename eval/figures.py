@@ -99,6 +99,7 @@ def exits_taken(table: Table) -> Figure:
             axes.text(e, right + wrong + 1, text, ha="center", va="bottom", fontsize=9, color=INK)
     axes.set_xticks(range(classifiers(table)), [exit_name(table, e) for e in range(classifiers(table))])
     axes.set_ylim(0, axes.get_ylim()[1] * 1.18)
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
     axes.set(ylabel="images (%)", title="Where images leave")
     axes.grid(axis="x", visible=False)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -185,5 +186,5 @@ def gallery(title: str, pictures: Sequence[tuple[np.ndarray, str]], columns: int
         axes.axis("off")
     for axes, (image, text) in zip(grid.flat, pictures, strict=False):
         axes.imshow(image if image.shape[2] == 3 else image[:, :, 0], cmap="gray_r", interpolation="nearest")
-        axes.set_title(text, fontsize=7.5, loc="center", fontweight="normal", y=-0.02, va="top")
+        axes.text(0.5, -0.06, text, fontsize=7.5, ha="center", va="top", transform=axes.transAxes)
     return figure

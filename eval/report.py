@@ -205,4 +205,4 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=True)

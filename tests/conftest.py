@@ -1,9 +1,42 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from training import train
+
+RECIPE = """\
+data: {name: digits, crop: 1}
+backbone: {name: cifar_resnet20, kwargs: {width: 0.25}}
+exits: {at: [layer1.0, layer2.0], head_share: 0.1}
+dense: {epochs: 2, batch_size: 64}
+heads: {epochs: 1, batch_size: 64}
+joint: {epochs: 2, batch_size: 64}
+ema: 0.9
+mixup: 0.2
+log_steps: 5
+checkpoint_steps: 4
+"""
 
 
 @pytest.fixture(autouse=True)
 def same_every_time() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages in a few seconds."""
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of that recipe; not to be written to."""
+    out = tmp_path_factory.mktemp("run") / "finished"
+    assert train.main(["--recipe", str(recipe), "--out", str(out)]) == 0
+    return out

@@ -93,17 +93,17 @@ def _batch_norm(
         with torch._C.DisableTorchFunction():
             return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     dims = [d for d in range(x.ndim) if d != 1]
-    wide = x.float()
+    wide = x if x.dtype == torch.float64 else x.float()
+    shape = [1, -1] + [1] * (x.ndim - 2)
     count = torch.tensor([float(x.numel() // x.shape[1])], device=x.device)
-    sums = dist_nn.all_reduce(torch.cat([wide.sum(dims), wide.square().sum(dims), count]))
-    total = sums[-1]
-    mean, square = (sums[:-1] / total).chunk(2)
-    var = square - mean.square()
+    *sums, total = dist_nn.all_reduce(torch.cat([wide.sum(dims), count])).split([x.shape[1], 1])
+    mean = sums[0] / total
+    # Two passes: the mean of squares minus the square of the mean would lose digits.
+    var = dist_nn.all_reduce((wide - mean.view(shape)).square().sum(dims)) / total
     with torch.no_grad():
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * total / (total - 1)).to(running_var.dtype), momentum)
-    shape = [1, -1] + [1] * (x.ndim - 2)
     y = (wide - mean.view(shape)) * (var + eps).rsqrt().view(shape)
     if weight is not None and bias is not None:
         y = y * weight.view(shape) + bias.view(shape)

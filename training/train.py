@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
     """Run a recipe to its end, from the beginning or from the last checkpoint in `out`."""
+    goal = recipe.calibration.goal()  # asked first: hours later would be late for an error
     torch.manual_seed(recipe.seed)
     backbone_cfg = recipe.backbone
     data = load_data(recipe.data, _pretrained_cfg(backbone_cfg.name))
@@ -117,8 +118,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
                 write_bundle(out / "backbone.safetensors", model.backbone.state_dict(), {"kind": "backbone", **create})
         model.eval()
         if here.first:
-            settings = {k: v for k, v in dataclasses.asdict(recipe.calibration).items() if v is not None}
-            fitted = calibrate(model, data.loader("calibration", 256), **settings)
+            fitted = calibrate(model, data.loader("calibration", 256), **goal)
             save(model, out / "model.safetensors", create)
             log.write({"kind": "calibration", **dataclasses.asdict(fitted)})
             print(fitted)

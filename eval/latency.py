@@ -1,0 +1,159 @@
+"""Latency of a run, or of any timm model with untrained exits, beside its bare backbone.
+
+    python -m eval.latency --run runs/digits --samples 700 --batch 1 16
+    python -m eval.latency --model resnet50 --batch 1 16
+
+Of a run: real test images, fitted thresholds. Of a model: what exits cost when nobody leaves, and what they save when
+half of a batch or all of it leaves at an exit, against the MACs saved. Both models take turns on the same input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from dynnet import DynamicModel, Latency, latency, wrap
+from dynnet.allocator import keep_freed_memory
+from dynnet.checkpoint import write_atomically
+from dynnet.errors import DynnetError
+from eval.runs import open_run
+
+
+def main(
+    run: Path | None = None,
+    model: str | None = None,
+    exits: int = 2,
+    data: str | None = None,
+    samples: int = 300,
+    batch: Sequence[int] = (1,),
+    calls: int = 30,
+    channels_last: bool = True,
+    out: Path | None = None,
+) -> None:
+    """Time a dynamic model against its bare backbone.
+
+    Args:
+        run: folder of a finished run.
+        model: in place of a run, timm's name of a model, with random weights and images.
+        exits: number of exits of `model`.
+        data: folder of the dataset, where it is not the recipe's.
+        samples: test images of a run to time; p99 needs 662 calls.
+        batch: batch sizes, each timed apart.
+        calls: timed calls a scenario of `model`.
+        channels_last: memory format of `model`.
+        out: also write the figures to this JSON file.
+    """
+    if (run is None) == (model is None):
+        print("error: give either --run, a finished run, or --model, a name of timm's", file=sys.stderr)
+        raise SystemExit(2)
+    keep_freed_memory()
+    try:
+        found = _of_run(run, data, samples, batch) if run else _of_model(str(model), exits, batch, calls, channels_last)
+    except DynnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if out is not None:
+        write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def _of_run(path: Path, data: str | None, samples: int, batch: Sequence[int]) -> list[dict[str, Any]]:
+    run = open_run(path, data)
+    images, count = [], 0
+    for part in run.data.loader("test", 256):
+        images.append(part.images)
+        count += len(part.images)
+        if count >= samples:
+            break
+    pictures = torch.cat(images)[:samples]
+    found = []
+    for size in batch:
+        timed = latency(run.model, pictures, batch_size=size)
+        found.append(timed.summary())
+        print(f"batch {size}: {_percentiles(timed)}; speed-up {timed.speedup:.2f}x over {len(timed.dense_ms)} calls")
+        if size == 1:
+            for exit, (n, ms) in timed.by_exit().items():
+                name = run.model.exits[exit] if exit < len(run.model.exits) else "end"
+                print(f"  {name}: {n} images, median {ms:.3f} ms")
+    return found
+
+
+def _of_model(name: str, exits: int, batch: Sequence[int], calls: int, channels_last: bool) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    dynamic = wrap(timm.create_model(name).eval(), exits)
+    if channels_last:
+        dynamic.to(memory_format=torch.channels_last)
+    dense = dynamic.ledger().dense
+    found = []
+    for size in batch:
+        images = torch.randn(max(16, size), *dynamic.config.input_size)
+        for scenario, thresholds in _scenarios(dynamic, images).items():
+            dynamic.thresholds = thresholds
+            timed = latency(dynamic, images[:size] if size > 1 else images, batch_size=size, calls=calls, warmup=4)
+            bill = dynamic.ledger().bill(dynamic.active).numpy()
+            macs_saved = 1 - float(bill[timed.exits].mean()) / dense
+            time_saved = 1 - float(_middle(timed.dynamic_ms, timed) / _middle(timed.dense_ms, timed))
+            found.append(
+                {
+                    "model": name,
+                    "scenario": scenario,
+                    "macs_saved": macs_saved,
+                    "time_saved": time_saved,
+                    **timed.summary(),
+                }
+            )
+            ratio = f", {time_saved / macs_saved:.2f} of the MACs saved" if macs_saved > 0.05 else ""
+            print(
+                f"{name}, batch {size}, {scenario}: {_percentiles(timed)}; MACs saved {macs_saved:+.1%}, time saved "
+                f"{time_saved:+.1%}{ratio}",
+                flush=True,
+            )
+    return found
+
+
+def _scenarios(model: DynamicModel, images: Tensor) -> dict[str, list[float]]:
+    """Thresholds by name. The heads of untrained exits answer at random, but what they cost is real."""
+    off = float("inf")
+    with torch.no_grad():
+        logits = model.forward_exits(images).logits
+    count = len(model.exits)
+    found = {"nobody leaves": [2.0] * count}
+    for i, name in enumerate(model.exits):
+        others = [off] * count
+        median = float(model.measure(logits[i], None)[0].median())
+        found[f"half leaves at {name}"] = [*others[:i], median, *others[i + 1 :]]
+        found[f"all leave at {name}"] = [*others[:i], -off, *others[i + 1 :]]
+    return found
+
+
+def _middle(milliseconds: Any, timed: Latency) -> float:
+    """A typical call: one image at a time, the mean over exits of their medians, weighed by how many took them."""
+    if timed.batch_size > 1:
+        return float(sorted(milliseconds)[len(milliseconds) // 2])
+    total = 0.0
+    for exit in set(timed.exits[:, 0].tolist()):
+        here = sorted(milliseconds[timed.exits[:, 0] == exit])
+        total += len(here) * here[len(here) // 2]
+    return total / len(milliseconds)
+
+
+def _percentiles(timed: Latency) -> str:
+    parts = []
+    for which in (50, 90, 99):
+        dense, dynamic = timed.percentile(which)
+        parts.append(f"p{which} {dynamic:.2f} ms (bare {dense:.2f})")
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__)
+    parser.add_function_arguments(main, skip={"batch"})
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes, each timed apart")
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,129 @@
+"""Thresholds from held-out data."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import dynnet
+from dynnet.answers import Answers, collect
+from dynnet.calibrate import trade_off
+from dynnet.cost import Ledger
+from dynnet.errors import CalibrationError, DataError, NonFiniteError
+from tests.cases import tiny
+
+LEDGER = Ledger((100, 100, 100), (5, 5), {})
+
+
+def answers(samples: int = 300, seed: int = 0) -> Answers:
+    """Deeper exits are right more often, and confidence tells a good part of it."""
+    rng = np.random.default_rng(seed)
+    hardness = rng.uniform(size=(samples, 1))
+    noise = rng.normal(0, 0.15, size=(samples, 3))
+    margin = np.array([0.55, 0.75, 0.95]) - hardness + noise
+    labels = rng.integers(0, 4, samples)
+    predictions = np.where(margin > 0, labels[:, None], (labels[:, None] + 1) % 4)
+    confidences = 1 / (1 + np.exp(-6 * margin + rng.normal(0, 1, size=margin.shape)))
+    return Answers(labels, predictions, confidences, ("a", "b"))
+
+
+def images(count: int = 60) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    x = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    y = torch.randint(0, 4, (count,), generator=torch.Generator().manual_seed(4))
+    return [(x[:40], y[:40]), (x[40:], y[40:])]
+
+
+def test_the_trade_off_is_as_good_as_trying_everything() -> None:
+    said = answers()
+    grid = [-math.inf, *np.quantile(said.confidences[:, :2], np.linspace(0.02, 0.98, 40)), math.inf]
+    exhaustive = [said.score(t, LEDGER) for t in itertools.product(grid, grid)]
+    points = trade_off(said, LEDGER)
+    for budget in (0.5, 0.6, 0.7, 0.8, 0.9):
+        best = max(a for a, macs in exhaustive if macs <= budget * LEDGER.dense)
+        ours = max(p.accuracy for p in points if p.macs <= budget * LEDGER.dense)
+        assert ours >= best - 0.01
+
+
+def test_points_rise_and_mean_what_they_say() -> None:
+    said = answers()
+    points = trade_off(said, LEDGER)
+    assert len(points) > 10
+    for a, b in itertools.pairwise(points):
+        assert a.macs < b.macs
+        assert a.accuracy < b.accuracy
+    for p in points:
+        assert said.score(p.thresholds, LEDGER) == (p.accuracy, p.macs)
+
+
+def test_an_exit_that_does_not_pay_is_switched_off() -> None:
+    said = answers()
+    dear = Ledger((100, 100, 100), (5, 150), {})
+    for point in trade_off(said, dear):
+        assert point.thresholds[1] == math.inf or point.macs > 250
+
+
+def test_a_budget_is_kept_and_an_accuracy_drop_is_bounded() -> None:
+    model = dynnet.wrap(tiny(), ["0", "1"], input_size=(3, 32, 32))
+    budgeted = dynnet.calibrate(model, images(), budget=0.7)
+    assert budgeted.macs <= 0.7 * budgeted.dense_macs
+    assert model.calibration is not None
+    assert model.calibration["goal"] == "budget"
+    bounded = dynnet.calibrate(model, images(), accuracy_drop=0.02)
+    assert bounded.accuracy >= bounded.full_accuracy - 0.02
+    taken = (collect(model, images()), model.thresholds)
+    change = taken[0].correct[:, -1].astype(int) - taken[0].correct[np.arange(60), taken[0].route(taken[1])]
+    assert change.mean() + change.std() / 60**0.5 <= 0.02
+    assert bounded.samples == 60
+    # What was promised on the held-out data is what running the model on them gives.
+    measured = dynnet.measure(model, images())
+    assert measured.accuracy == pytest.approx(bounded.accuracy)
+    assert measured.macs.mean() == pytest.approx(bounded.macs)
+    assert measured.rates == pytest.approx(bounded.rates)
+    assert "accuracy_drop=0.02" in str(bounded)
+
+
+def test_impossible_goals_are_refused_and_change_nothing() -> None:
+    model = dynnet.wrap(tiny(), ["0"], input_size=(3, 32, 32))
+    model.thresholds = [0.4]
+    floor = (model.ledger().segments[0] + model.ledger().heads[0]) / model.ledger().dense
+    with pytest.raises(CalibrationError, match=rf"leaving at the first exit '0' costs {floor:.3f} already"):
+        dynnet.calibrate(model, images(), budget=floor / 2)
+    with pytest.raises(CalibrationError, match="give exactly one"):
+        dynnet.calibrate(model, images())
+    with pytest.raises(CalibrationError, match="give exactly one"):
+        dynnet.calibrate(model, images(), budget=0.5, accuracy_drop=0.1)
+    with pytest.raises(CalibrationError, match=r"accuracy_drop=1.5: give a share in \[0, 1\)"):
+        dynnet.calibrate(model, images(), accuracy_drop=1.5)
+    with pytest.raises(CalibrationError, match="costs"):
+        dynnet.calibrate(model, images(), budget=math.nan)
+    with pytest.raises(DataError, match="the loader gave no batches"):
+        dynnet.calibrate(model, [], budget=0.9)
+    with pytest.raises(DataError, match=r"are no classes 0 .. 3 .* the model has 4 classes"):
+        dynnet.calibrate(model, [(torch.randn(2, 3, 32, 32), torch.tensor([1, 4]))], budget=0.9)
+    assert model.thresholds == (0.4,)
+
+
+def test_nan_in_the_final_classifier_is_an_error_and_in_an_exit_is_not() -> None:
+    model = dynnet.wrap(tiny(), ["0"], input_size=(3, 32, 32))
+    with torch.no_grad():
+        model.heads[0].classifier.bias.fill_(math.nan)
+    said = collect(model, images())
+    assert np.isnan(said.confidences[:, 0]).all()
+    assert (said.route([-math.inf]) == 1).all()
+    dynnet.calibrate(model, images(), accuracy_drop=0.1)
+    with torch.no_grad():
+        model.backbone[-1].bias.fill_(math.nan)
+    with pytest.raises(NonFiniteError, match="the final classifier gave NaN or infinity for 40 of samples 0 to 39"):
+        collect(model, images())
+
+
+def test_collecting_leaves_the_mode_alone() -> None:
+    model = dynnet.wrap(tiny(), ["0"], input_size=(3, 32, 32)).train()
+    before = model.backbone[0][1].running_mean.clone()
+    collect(model, images())
+    assert model.training
+    assert torch.equal(model.backbone[0][1].running_mean, before)

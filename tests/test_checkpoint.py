@@ -1,0 +1,147 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import dynnet
+from dynnet import checkpoint
+from dynnet.errors import CheckpointError
+from tests.cases import FEW, Case, leave_one_by_one, tiny
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_a_model_comes_back_whole(case: Case, tmp_path: Path) -> None:
+    model = case.wrapped(head_share=0.03)
+    with torch.no_grad():
+        for p in model.heads.parameters():
+            p.add_(torch.randn_like(p) / 10)
+    leave_one_by_one(model, case.images())
+    dynnet.save(model, tmp_path / "m.safetensors", {"model_name": case.name, "num_classes": 7, **case.kwargs})
+    loaded = dynnet.load(tmp_path / "m.safetensors")
+    assert loaded.thresholds == model.thresholds
+    assert loaded.config == model.config
+    assert not loaded.training
+    for a, b in zip(loaded.predict(case.images()), model.predict(case.images()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_calibration_and_infinite_thresholds_survive(tmp_path: Path) -> None:
+    model = dynnet.wrap(tiny(), ["0", "1"], input_size=(3, 32, 32))
+    model.thresholds = [float("inf"), -float("inf")]
+    model.calibration = {"goal": "budget", "value": 0.5}
+    dynnet.save(model, tmp_path / "m.safetensors")
+    loaded = dynnet.load(tmp_path / "m.safetensors", backbone=tiny())
+    assert loaded.thresholds == model.thresholds
+    assert loaded.calibration == model.calibration
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "m.safetensors"
+    case = FEW[0]
+    dynnet.save(case.wrapped(), path, {"model_name": case.name, "num_classes": 7})
+    return path
+
+
+def test_every_flipped_bit_is_noticed(saved: Path) -> None:
+    whole = saved.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for position in [8, 100, len(whole) - 1, *torch.randint(len(whole), (12,), generator=generator).tolist()]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 4
+        saved.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"m.safetensors' (is|has|holds)"):
+            dynnet.load(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 500, -1])
+def test_truncation_is_noticed(saved: Path, keep: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        dynnet.load(saved)
+
+
+def test_files_of_other_kinds_are_refused(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint '.*nothing'"):
+        dynnet.load(tmp_path / "nothing")
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(2)}, tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="not one of dynnet's"):
+        dynnet.load(tmp_path / "plain")
+    checkpoint.write_bundle(tmp_path / "state", {"x": torch.zeros(2)}, {"kind": "state"})
+    with pytest.raises(CheckpointError, match="holds a state, not a model"):
+        dynnet.load(tmp_path / "state")
+
+
+def test_a_newer_format_asks_for_an_upgrade(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, about = checkpoint.read_bundle(saved)
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    checkpoint.write_bundle(saved, tensors, about)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="has format 2, this dynnet reads up to 1; upgrade dynnet"):
+        dynnet.load(saved)
+
+
+def test_another_backbone_is_refused_and_left_alone(saved: Path) -> None:
+    wide = timm.create_model("cifar_resnet20", num_classes=7, width=2.0)
+    before = {k: v.clone() for k, v in wide.state_dict().items()}
+    with pytest.raises(CheckpointError, match="is of another model: .* has shape"):
+        dynnet.load(saved, backbone=wide)
+    assert all(torch.equal(v, before[k]) for k, v in wide.state_dict().items())
+    with pytest.raises(
+        CheckpointError, match="was saved for cifar_resnet20, which does not fit .* no boundary 'layer1'"
+    ):
+        dynnet.load(saved, backbone=tiny())
+
+
+def test_unknown_backbones_and_custom_parts_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    model = dynnet.wrap(tiny(), ["1"], input_size=(3, 32, 32))
+    dynnet.save(model, path)
+    with pytest.raises(CheckpointError, match="timm cannot create the backbone .* pass it as backbone="):
+        dynnet.load(path)
+
+    def factory(boundary: dynnet.Boundary, k: int) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, k))
+
+    mine = dynnet.wrap(tiny(), ["1"], input_size=(3, 32, 32), heads=factory, confidence=lambda x: x.amax(1))
+    dynnet.save(mine, path)
+    with pytest.raises(CheckpointError, match="has heads of its own making; pass the factory as heads="):
+        dynnet.load(path, backbone=tiny())
+    with pytest.raises(CheckpointError, match="has a confidence measure of its own; pass it as confidence="):
+        dynnet.load(path, backbone=tiny(), heads=factory)
+    x = torch.randn(4, 3, 32, 32)
+    mine.thresholds = [float(mine.forward_exits(x).logits[0].detach().amax(1).median())]
+    dynnet.save(mine, path)
+    loaded = dynnet.load(path, backbone=tiny(), heads=factory, confidence=lambda x: x.amax(1))
+    assert torch.equal(loaded.predict(x).exit, mine.predict(x).exit)
+
+
+def test_a_crash_while_writing_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved.read_bytes()
+
+    def crash(_: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", crash)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_bundle(saved, {"x": torch.zeros(3)}, {})
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_tied_and_strided_tensors_are_written(tmp_path: Path) -> None:
+    shared = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    checkpoint.write_bundle(tmp_path / "f", {"a": shared, "b": shared[1:], "n": torch.tensor(3)}, {"kind": "test"})
+    tensors, about = checkpoint.read_bundle(tmp_path / "f")
+    assert torch.equal(tensors["a"], shared)
+    assert torch.equal(tensors["b"], shared[1:])
+    assert about == {"kind": "test"}
+    assert json.loads(json.dumps(about)) == about

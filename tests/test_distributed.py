@@ -1,0 +1,69 @@
+"""Many processes as one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import dynnet
+from training.distributed import SyncedBatchNorm, world
+
+
+def network() -> nn.Module:
+    """Plain batch norm, and timm's with an activation inside; no dropout, in double precision."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("test_efficientnet", num_classes=4, drop_rate=0.0)
+    return dynnet.wrap(backbone, ["blocks.1"], input_size=(3, 32, 32), head_share=0.1).double().train()
+
+
+def step(model: nn.Module, images: Tensor) -> float:
+    loss = torch.stack([x.logsumexp(1).mean() for x in model(images).logits]).sum()
+    loss.backward()
+    return loss.item()
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with world() as here:
+        assert (here.rank, here.size, here.first) == (rank, 2, rank == 0)
+        model = network()
+        images = torch.load(Path(folder) / "images.pt")
+        parallel = here.parallel(model)
+        with SyncedBatchNorm():
+            loss = step(parallel, images[rank::2])
+        total = here.sum(torch.tensor(loss, dtype=torch.float64)) / 2
+        gradients = {k: p.grad for k, p in model.named_parameters()}
+        buffers = dict(model.named_buffers())
+        torch.save((total, gradients, buffers), Path(folder) / f"{rank}.pt")
+        here.wait()
+
+
+def test_two_halves_give_the_loss_and_the_gradients_of_the_whole(tmp_path: Path) -> None:
+    images = torch.randn(12, 3, 32, 32, dtype=torch.float64)
+    torch.save(images, tmp_path / "images.pt")
+    torch.multiprocessing.spawn(worker, (29731, str(tmp_path)), nprocs=2)
+    model = network()
+    loss = step(model, images)
+    for rank in range(2):
+        total, gradients, buffers = torch.load(tmp_path / f"{rank}.pt")
+        assert total.item() == pytest.approx(loss, rel=1e-10)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-7, atol=1e-10)
+        for name, b in model.named_buffers():
+            torch.testing.assert_close(buffers[name], b, rtol=1e-9, atol=1e-12)
+
+
+def test_alone_nothing_is_asked_of_anybody() -> None:
+    with world() as here:
+        assert (here.rank, here.size, here.first) == (0, 1, True)
+        model = nn.Linear(2, 2)
+        assert here.parallel(model) is model
+        assert here.sum(torch.ones(2)).tolist() == [1, 1]
+        here.wait()

@@ -1,0 +1,97 @@
+"""The package as users get it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import dynnet
+from dynnet import zoo
+from dynnet.errors import CheckpointError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    """Built, installed in a fresh environment, and a zoo model loaded from it."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    # torch and timm are lent by the environment that runs the tests: a second copy would take minutes.
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    (Path(site) / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    program = (
+        "import dynnet, torch, pathlib; from dynnet import zoo; "
+        f"assert not pathlib.Path(dynnet.__file__).is_relative_to({str(ROOT)!r}), dynnet.__file__; "
+        "assert 'digits' in zoo.names(), zoo.names(); m = zoo.load('digits'); "
+        "print(m.predict(torch.zeros(1, *m.config.input_size)).logits.shape)"
+    )
+    done = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "torch.Size([1, 10])", done.stderr
+
+
+def test_the_zoo_keeps_what_it_promises() -> None:
+    assert "digits" in zoo.names()
+    for name in zoo.names():
+        model, results = zoo.load(name), zoo.results(name)
+        assert list(model.exits) == results["exits"]
+        assert model.ledger().dense == results["dense_macs"]
+        assert (zoo.folder() / name / "recipe.yaml").is_file()
+        assert (zoo.folder() / name / "README.md").is_file()
+        assert (zoo.folder() / name / "model.safetensors").stat().st_size < 4_500_000
+
+
+def test_the_digits_model_gives_its_published_figures() -> None:
+    from dynnet.data import load_data
+    from dynnet.recipe import read_recipe
+
+    recipe = read_recipe(zoo.folder() / "digits" / "recipe.yaml")
+    model, results = zoo.load("digits"), zoo.results("digits")
+    measured = dynnet.measure(model, load_data(recipe.data).loader("test", 64))
+    assert measured.accuracy == pytest.approx(results["accuracy"], abs=0.003)
+    assert measured.macs_share == pytest.approx(results["macs_share"], abs=0.003)
+    assert measured.accuracy >= results["dense_accuracy"] - 0.005
+    assert measured.macs_share <= 0.6
+
+
+def test_unknown_zoo_models_are_told() -> None:
+    with pytest.raises(CheckpointError, match="the zoo has no model 'digit'; did you mean 'digits'"):
+        zoo.load("digit")
+
+
+@pytest.mark.parametrize(("depth", "mmacs"), [(20, 41), (32, 69), (44, 98), (56, 126), (110, 254)])
+def test_cifar_resnets_are_the_papers(depth: int, mmacs: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(f"cifar_resnet{depth}")
+    assert dynnet.wrap(model, 1).ledger().dense / 1e6 == pytest.approx(mmacs, abs=1)
+    layers = [m for n, m in model.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    shortcuts = [n for n, m in model.named_modules() if n.endswith("downsample.0")]
+    assert len(layers) - len(shortcuts) == depth
+
+
+def test_cifar_resnets_behave_like_timms() -> None:
+    model = timm.create_model("cifar_resnet20", width=2.0, in_chans=1, num_classes=5, drop_rate=0.1)
+    x = torch.randn(2, 1, 32, 32)
+    assert model.get_classifier() is model.fc
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 128)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    features = timm.create_model("cifar_resnet20", features_only=True)
+    assert [tuple(f.shape[1:]) for f in features(torch.randn(1, 3, 32, 32))] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]

@@ -1,0 +1,97 @@
+"""When a sample answers early."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import dynnet
+from dynnet.errors import ThresholdError
+from dynnet.policy import Patience, check_thresholds, entropy, leaves, make_measure, margin, max_probability
+from tests.cases import tiny
+
+SURE, TORN = [9.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("measure", [max_probability, margin, entropy])
+def test_measures_rank_and_stay_in_range(measure) -> None:
+    sure, torn, blank = measure(torch.tensor([SURE, TORN, [0.0] * 4])).tolist()
+    assert 1 >= sure > torn >= blank >= 0 or math.isclose(blank, 0, abs_tol=1e-6)
+    assert sure > 0.99
+    assert torch.isnan(measure(torch.full((1, 4), math.nan))).all()
+
+
+def test_measures_by_hand() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]]))
+    assert max_probability(logits).item() == pytest.approx(0.5)
+    assert margin(logits).item() == pytest.approx(0.2)
+    h = -sum(p * math.log(p) for p in (0.5, 0.3, 0.2))
+    assert entropy(logits).item() == pytest.approx(1 - h / math.log(3), abs=1e-5)
+    # A probability of zero adds no entropy.
+    assert entropy(torch.tensor([[0.0, -math.inf, -math.inf]])).item() == pytest.approx(1.0)
+
+
+def test_patience_counts_agreement_per_sample() -> None:
+    patience = Patience(classifiers=3)
+    one = torch.eye(4)[[0, 1]]
+    confidence, memory = patience(one, None)
+    assert confidence.tolist() == [1 / 3, 1 / 3]
+    confidence, memory = patience(torch.eye(4)[[0, 2]], memory)
+    assert confidence.tolist() == [2 / 3, 1 / 3]
+    confidence, _ = patience(torch.eye(4)[[3, 2]], memory)
+    assert confidence.tolist() == [1 / 3, 2 / 3]
+
+
+def test_patience_runs_in_a_model() -> None:
+    model = dynnet.wrap(tiny(), ["0", "1"], input_size=(3, 32, 32), confidence="patience")
+    model.thresholds = [math.inf, 2 / 3]
+    images = torch.randn(16, 3, 32, 32)
+    prediction = model.predict(images)
+    said = [x.argmax(1) for x in model.forward_exits(images).logits]
+    agree = said[0] == said[1]
+    assert 0 < agree.sum() < 16
+    assert (prediction.exit == torch.where(agree, 1, 2)).all()
+    # Every vote counts, so every head that was passed is billed.
+    ledger = model.ledger()
+    assert prediction.macs.max() == ledger.dense + sum(ledger.heads)
+
+
+def test_a_threshold_is_inclusive_and_nan_never_leaves() -> None:
+    confidence = torch.tensor([0.5, 0.49, math.nan, 1.0])
+    assert leaves(confidence, 0.5).tolist() == [True, False, False, True]
+    assert leaves(confidence, -math.inf).tolist() == [True, True, False, True]
+    assert leaves(confidence, math.inf).tolist() == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "message"),
+    [
+        ([0.5], r"got 1 thresholds for 2 exits \['a', 'b'\]; give one per exit"),
+        ([0.5, math.nan], "the threshold of exit 'b' is NaN"),
+        (0.5, "give a sequence of numbers"),
+        ("ab", "give a sequence of numbers"),
+    ],
+)
+def test_wrong_thresholds_are_refused(thresholds, message: str) -> None:
+    with pytest.raises(ThresholdError, match=message):
+        check_thresholds(thresholds, ["a", "b"])
+
+
+def test_thresholds_of_a_model_are_checked_and_forget_their_calibration() -> None:
+    model = dynnet.wrap(tiny(), ["0"], input_size=(3, 32, 32))
+    model.calibration = {"goal": "budget"}
+    model.thresholds = torch.tensor([0.25])
+    assert model.thresholds == (0.25,)
+    assert model.calibration is None
+    with pytest.raises(ThresholdError):
+        model.thresholds = []
+    assert model.thresholds == (0.25,)
+
+
+def test_unknown_measures_are_refused() -> None:
+    with pytest.raises(ThresholdError, match="unknown confidence 'margins'; did you mean 'margin'"):
+        make_measure("margins", 2)
+    with pytest.raises(ThresholdError, match=r"gave shape \(2, 4\) for logits of shape \(2, 4\)"):
+        make_measure(lambda x: x, 2)(torch.zeros(2, 4), None)

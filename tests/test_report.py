@@ -1,0 +1,117 @@
+"""The evaluation programs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dynnet
+from dynnet.errors import InputError
+from dynnet.measure import read_table
+from eval import coverage, report
+from eval.figures import classifiers
+from tests.cases import FEW, leave_one_by_one, tiny
+
+
+@pytest.fixture(scope="module")
+def reported(run: Path) -> Path:
+    report.main(run, latency_samples=40)
+    return run / "report"
+
+
+def test_the_table_tells_what_each_input_got(reported: Path, run: Path) -> None:
+    table = read_table(reported / "table.csv")
+    results = json.loads((reported / "results.json").read_text())
+    assert len(table["id"]) == results["test_images"] == 359
+    assert classifiers(table) == 3
+    assert (table["flops"] == 2 * table["macs"]).all()
+    assert ((table["prediction"] == table["label"]) == table["correct"]).all()
+    every = np.arange(359)
+    for column in ("prediction", "correct"):
+        stacked = np.stack([table[f"{column}_{e}"] for e in range(3)], 1)
+        assert (stacked[every, table["exit"]] == table[column]).all()
+    assert results["accuracy"] == pytest.approx(table["correct"].mean())
+    assert results["macs_share"] == pytest.approx(table["macs"].mean() / results["dense_macs"])
+    timed = ~np.isnan(table["latency_ms"])
+    assert timed.sum() == 40
+    assert (table["latency_ms"][timed] > 0).all()
+    # The thresholds are those that were fitted on the calibration split.
+    model = dynnet.load(run / "model.safetensors")
+    assert [t if t is not None else np.inf for t in results["thresholds"]] == list(model.thresholds)
+
+
+def test_the_page_stands_alone(reported: Path) -> None:
+    page = (reported / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 7
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "MMAC" in page
+    assert "MFLOP" in page
+    assert len(list(reported.glob("*.png"))) == 7
+
+
+def test_figures_are_redrawn_from_the_table_alone(reported: Path, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "report"
+    copy.mkdir()
+    for name in ("table.csv", "results.json", "easiest.png", "hardest.png", "overthought.png"):
+        (copy / name).write_bytes((reported / name).read_bytes())
+    report.main(tmp_path, redraw=True)
+    for name in ("trade_off", "exits_taken", "latency_by_exit", "compute_by_class"):
+        assert (copy / f"{name}.png").read_bytes() == (reported / f"{name}.png").read_bytes()
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        report.main(tmp_path)
+    assert "holds no finished run: recipe.yaml is missing; train one with" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report.main(tmp_path, redraw=True)
+    assert "no table to draw from" in capsys.readouterr().err
+
+
+def test_latency_times_both_models_on_the_same_inputs() -> None:
+    case = FEW[0]
+    model, images = case.wrapped(), case.images(6)
+    expected = leave_one_by_one(model, images)
+    timed = dynnet.latency(model, images, warmup=1)
+    assert sorted(timed.rows[:, 0].tolist()) == list(range(6))
+    assert (timed.exits[:, 0] == expected.numpy()[timed.rows[:, 0]]).all()
+    assert {e: n for e, (n, _) in timed.by_exit().items()} == {e: int((expected == e).sum()) for e in range(3)}
+    summary = timed.summary()
+    assert summary["uncertain"] == ["p90", "p99"]
+    assert summary["speedup"] == pytest.approx(timed.dense_ms.sum() / timed.dynamic_ms.sum())
+    batches = dynnet.latency(model, images, batch_size=4, calls=5, warmup=0)
+    assert batches.exits.shape == (5, 4)
+    with pytest.raises(InputError, match="needs batch size 1, this was taken at 4"):
+        batches.by_exit()
+    with pytest.raises(InputError, match="got 6 images for batches of 7"):
+        dynnet.latency(model, images, batch_size=7)
+    assert model.exits  # still wrapped
+    assert len(model.predict(images).exit.unique()) == 3
+
+
+def test_measure_prints_macs_and_flops() -> None:
+    model = dynnet.wrap(tiny(), ["0"], input_size=(3, 32, 32))
+    model.thresholds = [-float("inf")]
+    text = str(dynnet.measure(model, [(torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.long))]))
+    assert "MMAC" in text
+    assert "MFLOP" in text
+    assert "0: 100.0% left here" in text
+
+
+def test_coverage_examines_and_summarises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "coverage.csv"
+    coverage.main(out, names="test_vit*", real_params=60)
+    coverage.main(out, names="test_v*", real_params=60)
+    text = capsys.readouterr().out
+    rows = read_table(out)
+    assert len(set(rows["name"])) == len(rows["name"]) >= 4
+    assert set(rows["identical"]) == {"True"}
+    count = len(rows["name"])
+    assert f"{count} of {count} architectures take exits at 1/3 and 2/3" in text
+    refused = coverage.examine("resnet18", 0) | {"wrapped": "False", "reason": "no place"}
+    assert "resnet18: no place" in coverage.summary([refused])

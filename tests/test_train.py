@@ -1,0 +1,214 @@
+"""The training program."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dynnet
+from dynnet import checkpoint
+from dynnet.recipe import read_recipe
+from training import train
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_everything_behind(run: Path, recipe: Path) -> None:
+    records = log(run)
+    assert {r["stage"] for r in records if r["kind"] == "epoch"} == {"dense", "heads", "joint"}
+    dense = [r["losses"][-1] for r in records if r["kind"] == "step" and r["stage"] == "dense"]
+    assert dense[-1] < 0.8 * dense[0]
+    assert records[-1]["kind"] == "calibration"
+    assert read_recipe(run / "recipe.yaml") == read_recipe(recipe)
+    model = dynnet.load(run / "model.safetensors")
+    assert model.calibration is not None
+    assert model.calibration["samples"] == round(1438 * 0.15)
+
+
+def test_the_heads_stage_leaves_the_backbone_alone(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train.main(["--recipe", str(recipe), "--out", str(out), "--joint.epochs", "0", "--ema=null"]) == 0
+    dense, _ = checkpoint.read_bundle(out / "backbone.safetensors")
+    model = dynnet.load(out / "model.safetensors")
+    assert all(torch.equal(v, dense[k]) for k, v in model.backbone.state_dict().items())
+
+
+class Killed(BaseException):
+    """A process dies here."""
+
+
+def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
+    run: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "mortal"
+    argv = ["--recipe", str(recipe), "--out", str(out)]
+    whole = train.exit_losses
+    steps = 0
+
+    def mortal(*args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps in deaths:
+            raise Killed
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(train, "exit_losses", mortal)
+    # In the middle of each stage, just after a checkpoint, and twice in a row.
+    deaths = {10, 11, 25, 45, 70, 85}
+    for attempt in range(len(deaths) + 1):
+        try:
+            # A run that dies before its first checkpoint cannot be resumed; these all have one.
+            assert train.main(argv if attempt == 0 else ["--out", str(out), "--resume"]) == 0
+        except Killed:
+            continue
+    for name in ("model", "backbone", "state"):
+        expected, about = checkpoint.read_bundle(run / f"{name}.safetensors")
+        got, other = checkpoint.read_bundle(out / f"{name}.safetensors")
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[k], got[k]) for k in expected)
+        if name == "model":
+            assert about == other
+
+    # The log has every line once.
+    def lines(path: Path) -> list[dict]:
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in log(path)]
+
+    assert lines(out) == lines(run)
+
+
+@pytest.mark.sweep
+def test_kill_minus_nine_at_random_moments(recipe: Path, tmp_path: Path) -> None:
+    def command(out: str, *more: str) -> list[str]:
+        return [sys.executable, "-m", "training.train", "--out", str(tmp_path / out), *more]
+
+    long = ["--dense.epochs=15", "--joint.epochs=15"]
+    subprocess.run(command("alone", "--recipe", str(recipe), *long), check=True, capture_output=True)
+    kills, started, chance = 0, False, random.Random(time.time_ns())
+    while True:
+        state = tmp_path / "killed" / "state.safetensors"
+        more = ["--resume"] if state.exists() else ["--recipe", str(recipe), *long]
+        if not state.exists():
+            shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+        process = subprocess.Popen(command("killed", *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if kills == 5:
+            assert process.wait() == 0
+            break
+        before = state.read_bytes() if state.exists() else b""
+        while process.poll() is None and (not state.exists() or state.read_bytes() == before):
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 1.2))
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    expected, _ = checkpoint.read_bundle(tmp_path / "alone" / "model.safetensors")
+    got, _ = checkpoint.read_bundle(tmp_path / "killed" / "model.safetensors")
+    assert not started
+    assert all(torch.equal(expected[k], got[k]) for k in expected)
+
+
+def test_two_processes_give_the_losses_of_one(recipe: Path, tmp_path: Path) -> None:
+    few = ["--recipe", str(recipe), "--mixup=0", "--dense.epochs=1", "--joint.epochs=1", "--log_steps=1"]
+    # Training amplifies rounding, the more the larger its steps; test_distributed.py looks at one step in double.
+    few += ["--dense.lr=0.01", "--heads.lr=0.01", "--joint.lr=0.01"]
+    assert train.main([*few, "--out", str(tmp_path / "one")]) == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29717",
+         "-m", "training.train", *few, "--out", str(tmp_path / "two")],
+        check=True, capture_output=True, env=environment,
+    )  # fmt: skip
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert [r["kind"] for r in one] == [r["kind"] for r in two]
+    for a, b in zip(one, two, strict=True):
+        if a["kind"] == "step":
+            assert b["losses"] == pytest.approx(a["losses"], rel=5e-3), (a["stage"], a["step"])
+        if a["kind"] == "epoch":  # every image once, whoever looked at it
+            count = round(1438 * 0.15)
+            assert all(abs(x * count - round(x * count)) < 1e-6 for x in b["accuracy"])
+
+
+def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train.main(["--recipe", str(recipe), "--out", str(out), "--joint.lr=1e30"]) == 2
+    message = capsys.readouterr().err
+    assert "error: the loss is" in message
+    assert "in stage 'joint', epoch 1, step " in message
+    assert "lower joint.lr" in message
+    assert train.State.read(out / "state.safetensors").position.stage == 2
+    assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--out", "{run}", "--recipe", "{recipe}"], "holds a run already; go on with --resume, or choose another"),
+        (["--out", "{tmp}", "--resume"], "nothing to resume in .*: it holds no state.safetensors"),
+        (["--out", "{run}", "--resume", "--joint.epochs=9"], "--resume goes on with .*; leave out"),
+        (["--out", "{tmp}/x", "--recipe", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
+        (
+            ["--out", "{tmp}/x", "--recipe", "{recipe}", "--joint.epoch=9"],
+            "unknown recipe key 'joint.epoch'; did you mean",
+        ),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--data.name=", "--data", "/no"], "no data folder '/no'"),
+        (
+            ["--out", "{tmp}/x", "--recipe", "{recipe}", "--backbone.name=resnet5"],
+            "timm has no model 'resnet5'; did you",
+        ),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--backbone.weights=/no"], "cannot read weights '/no'"),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--exits.at=[layer9]"], "no boundary 'layer9'"),
+        (
+            ["--out", "{tmp}/x", "--recipe", "{recipe}", "--calibration.budget=1", "--calibration.accuracy_drop=0"],
+            "give either a budget or an accuracy_drop",
+        ),
+    ],
+)
+def test_bad_commands_are_explained_and_overwrite_nothing(
+    argv: list[str], message: str, run: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    filled = [a.format(run=run, recipe=recipe, tmp=tmp_path) for a in argv]
+    assert train.main(filled) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    import re
+
+    assert re.search(message, error), error
+    assert {p: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+    assert not (tmp_path / "x" / "state.safetensors").exists()
+
+
+def test_weights_of_a_file_are_taken(run: Path, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    more = [
+        f"--backbone.weights={run / 'backbone.safetensors'}",
+        "--dense.epochs=0",
+        "--heads.epochs=0",
+        "--joint.epochs=0",
+    ]
+    assert train.main(["--recipe", str(recipe), "--out", str(out), *more]) == 0
+    a, _ = checkpoint.read_bundle(run / "backbone.safetensors")
+    b, _ = checkpoint.read_bundle(out / "backbone.safetensors")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_help_lists_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert "--joint.epochs" in text
+    assert "--resume" in text
