@@ -4,6 +4,7 @@ from dynnet import backbones, zoo
 from dynnet.calibrate import Calibration, calibrate
 from dynnet.checkpoint import load, save
 from dynnet.exits import Boundary
+from dynnet.fold import fold
 from dynnet.latency import Latency, latency
 from dynnet.measure import Measurement, measure
 from dynnet.model import DynamicModel, ExitOutputs, Prediction
@@ -21,6 +22,7 @@ __all__ = [
     "Prediction",
     "backbones",
     "calibrate",
+    "fold",
     "latency",
     "load",
     "measure",

@@ -126,8 +126,9 @@ def _widths(feature: Feature, grid: int, budget: float) -> list[int]:
     best: list[int] = []
     for last in range(_NARROWEST, 4 * max(feature.channels, _NARROWEST) + 1, 8):
         widths = [max(_NARROWEST, last >> (steps - 1 - i)) for i in range(steps)]
-        if _conv_macs(feature, widths) > budget:
-            break  # where not even the narrowest fits, pooling has to do
+        # The narrowest may cost twice the budget; where not even that is enough, pooling has to do.
+        if _conv_macs(feature, widths) > (budget if best else 2 * budget):
+            break
         best = widths
     return best
 

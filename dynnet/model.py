@@ -66,7 +66,7 @@ class WrapConfig:
 
     exits: tuple[str, ...]
     input_size: tuple[int, int, int]
-    head_share: float = 0.01
+    head_share: float = 0.005
     confidence: str = "max_probability"
     heads: str = "fitted"
 

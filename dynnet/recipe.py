@@ -38,7 +38,7 @@ class ExitConfig:
     """Where exits stand and how they decide; see `dynnet.wrap`."""
 
     at: int | list[str | float] = 2
-    head_share: float = 0.01
+    head_share: float = 0.005
     confidence: str = "max_probability"
 
 

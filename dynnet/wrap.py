@@ -22,7 +22,7 @@ def wrap(
     exits: int | Sequence[str | float] = 2,
     *,
     heads: HeadFactory | None = None,
-    head_share: float = 0.01,
+    head_share: float = 0.005,
     confidence: str | Callable[[Tensor], Tensor] = "max_probability",
     input_size: tuple[int, int, int] | None = None,
 ) -> DynamicModel:
@@ -34,7 +34,8 @@ def wrap(
             evenly in MACs.
         heads: builds a head of your own: called with a `Boundary` and K, gives a module from the boundary's output to
             (B, K) logits. By default heads are fitted to the features.
-        head_share: MACs that a fitted head may cost, as a share of the backbone's.
+        head_share: MACs that a fitted head may cost, as a share of the backbone's; twice that where it cannot be
+            narrower.
         confidence: "max_probability", "margin", "entropy", "patience", or a callable from (B, K) logits to (B,)
         numbers. input_size: (C, H, W) of the images; by default what the backbone was made for.
 
@@ -48,7 +49,7 @@ def wrap(
     if isinstance(backbone, DynamicModel) or flow.is_attached(backbone):
         raise ExitError(f"{title(backbone)} is wrapped already; call unwrap() first")
     if not 0 < head_share < 1:
-        raise HeadError(f"head_share={head_share}: give a share of the backbone's MACs in (0, 1), such as 0.01")
+        raise HeadError(f"head_share={head_share}: give a share of the backbone's MACs in (0, 1), such as 0.005")
     make_measure(confidence, 0)  # an unknown name is refused before anything is built
     size = input_size or input_size_of(backbone)
     places = Places(backbone, size)

@@ -20,7 +20,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from dynnet import DynamicModel, Latency, latency, wrap
+from dynnet import DynamicModel, Latency, fold, latency, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.checkpoint import write_atomically
 from dynnet.errors import DynnetError
@@ -36,6 +36,7 @@ def main(
     batch: Sequence[int] = (1,),
     calls: int = 30,
     channels_last: bool = True,
+    folded: bool = True,
     out: Path | None = None,
 ) -> None:
     """Time a dynamic model against its bare backbone.
@@ -49,6 +50,7 @@ def main(
         batch: batch sizes, each timed apart.
         calls: timed calls a scenario of `model`.
         channels_last: memory format of `model`.
+        folded: batch norms of both models folded into their convolutions.
         out: also write the figures to this JSON file.
     """
     if (run is None) == (model is None):
@@ -56,7 +58,11 @@ def main(
         raise SystemExit(2)
     keep_freed_memory()
     try:
-        found = _of_run(run, data, samples, batch) if run else _of_model(str(model), exits, batch, calls, channels_last)
+        found = (
+            _of_run(run, data, samples, batch, folded)
+            if run
+            else _of_model(str(model), exits, batch, calls, channels_last, folded)
+        )
     except DynnetError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -64,7 +70,7 @@ def main(
         write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
 
 
-def _of_run(path: Path, data: str | None, samples: int, batch: Sequence[int]) -> list[dict[str, Any]]:
+def _of_run(path: Path, data: str | None, samples: int, batch: Sequence[int], folded: bool) -> list[dict[str, Any]]:
     run = open_run(path, data)
     images, count = [], 0
     for part in run.data.loader("test", 256):
@@ -73,9 +79,10 @@ def _of_run(path: Path, data: str | None, samples: int, batch: Sequence[int]) ->
         if count >= samples:
             break
     pictures = torch.cat(images)[:samples]
+    model = fold(run.model) if folded else run.model
     found = []
     for size in batch:
-        timed = latency(run.model, pictures, batch_size=size)
+        timed = latency(model, pictures, batch_size=size)
         found.append(timed.summary())
         print(f"batch {size}: {_percentiles(timed)}; speed-up {timed.speedup:.2f}x over {len(timed.dense_ms)} calls")
         if size == 1:
@@ -85,9 +92,13 @@ def _of_run(path: Path, data: str | None, samples: int, batch: Sequence[int]) ->
     return found
 
 
-def _of_model(name: str, exits: int, batch: Sequence[int], calls: int, channels_last: bool) -> list[dict[str, Any]]:
+def _of_model(
+    name: str, exits: int, batch: Sequence[int], calls: int, channels_last: bool, folded: bool
+) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     dynamic = wrap(timm.create_model(name).eval(), exits)
+    if folded:
+        dynamic = fold(dynamic)
     if channels_last:
         dynamic.to(memory_format=torch.channels_last)
     dense = dynamic.ledger().dense
@@ -127,8 +138,9 @@ def _scenarios(model: DynamicModel, images: Tensor) -> dict[str, list[float]]:
     found = {"nobody leaves": [2.0] * count}
     for i, name in enumerate(model.exits):
         others = [off] * count
-        median = float(model.measure(logits[i], None)[0].median())
-        found[f"half leaves at {name}"] = [*others[:i], median, *others[i + 1 :]]
+        confidence = model.measure(logits[i], None)[0].double().sort().values
+        half = len(confidence) // 2
+        found[f"half leaves at {name}"] = [*others[:i], float(confidence[half - 1 : half + 1].mean()), *others[i + 1 :]]
         found[f"all leave at {name}"] = [*others[:i], -off, *others[i + 1 :]]
     return found
 

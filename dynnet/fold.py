@@ -1,0 +1,83 @@
+"""Batch norm folded into the convolution before it, for inference.
+
+In eval mode a batch norm is a scale and a shift per channel, which the weights and the bias of a convolution can carry
+themselves. What a dry run shows to be read by the norm alone is folded; everything else stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from timm.layers import BatchNormAct2d, Conv2dSame
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from dynnet.exits import input_size_of
+from dynnet.model import DynamicModel
+from dynnet.probe import BATCH, Trace, trace
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
+    """A copy for inference, without the batch norms that follow a convolution directly.
+
+    Args:
+        model: a wrapped model, or any module from (B, C, H, W) images to logits.
+        input_size: (C, H, W); by default what the model was made for.
+
+    Returns:
+        The copy, in eval mode. Its answers are the same to rounding; it is not for training.
+    """
+    folded = copy.deepcopy(model).eval()
+    if isinstance(folded, DynamicModel):
+        seen = trace(folded, input_size or folded.config.input_size, BATCH, folded.run_every_exit)
+    else:
+        seen = trace(folded, input_size or input_size_of(folded), BATCH)
+    modules = dict(folded.named_modules())
+    for conv_name, norm_name in _pairs(seen, modules):
+        conv, norm = modules[conv_name], modules[norm_name]
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        layout = torch.channels_last if conv.weight.is_contiguous(memory_format=torch.channels_last) else None
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        if layout is not None:
+            conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
+        parent, _, name = norm_name.rpartition(".")
+        # timm's norm may hold the activation that follows it.
+        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        setattr(folded.get_submodule(parent), name, rest)
+    return folded
+
+
+def _pairs(seen: Trace, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
+    """(convolution, norm) where the norm is the only reader of the convolution's output."""
+    once = seen.once()
+    makers = {
+        call.outputs[0]: call for call in once.values() if _is_conv(modules[call.name]) and len(call.outputs) == 1
+    }
+    found = []
+    for index, call in enumerate(seen.calls):
+        norm = modules[call.name]
+        if call.name not in once or type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or _hooked(norm):
+            continue
+        maker = makers.get(call.inputs.get(0, -1))
+        if maker is None or _hooked(modules[maker.name]) or norm.running_mean is None:
+            continue
+        readers = {reader for _, reader in seen.lives[call.inputs[0]].readers}
+        if readers == {index}:
+            found.append((maker.name, call.name))
+    return found
+
+
+def _is_conv(module: nn.Module) -> bool:
+    # Exact types: a subclass may do something to its weights first (weight standardisation does).
+    return type(module) in (nn.Conv2d, Conv2dSame)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -1,0 +1,71 @@
+"""Batch norm folding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dynnet
+from tests.cases import CASES, Case, leave_one_by_one, tiny
+
+
+def scramble(model: nn.Module) -> None:
+    """Statistics and scales as after training: a fresh batch norm does nothing."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
+def test_a_folded_model_answers_the_same(case: Case) -> None:
+    model = case.wrapped()
+    scramble(model)
+    leave_one_by_one(model, case.images())
+    before, count = model.predict(case.images()), norms(model)
+    folded = dynnet.fold(model)
+    assert norms(model) == count
+    after = folded.predict(case.images())
+    torch.testing.assert_close(after.logits, before.logits, atol=1e-3, rtol=1e-3)
+    assert torch.equal(after.exit, before.exit)
+    assert torch.equal(after.macs, before.macs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "cifar_resnet20", "mobilenetv3_small_050", "regnetx_002"])
+def test_nothing_foldable_is_left(name: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    folded = dynnet.fold(case.wrapped())
+    left = [n for n, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    # A norm on which an exit listens stays.
+    assert all(n.removeprefix("backbone.") in folded.exits for n in left)
+
+
+def test_plain_modules_and_layouts() -> None:
+    model = tiny().to(memory_format=torch.channels_last)
+    scramble(model)
+    folded = dynnet.fold(model, (3, 32, 32))
+    assert norms(folded) == 0
+    assert folded[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(folded(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_convolution_with_a_second_reader_is_left_alone() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            return self.fc((x + self.norm(x)).mean((2, 3)))
+
+    assert norms(dynnet.fold(Both(), (3, 8, 8))) == 1
