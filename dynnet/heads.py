@@ -9,9 +9,8 @@ pooled side by side (as in Shallow-Deep Networks, https://arxiv.org/abs/1810.070
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,25 +49,34 @@ class ExitHead(nn.Module):
         return self.classifier(found[0] if len(found) == 1 else torch.cat(found, 1))
 
 
+class Conv(NamedTuple):
+    """One convolution of a neck; batch norm and ReLU follow."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+
+
 class MapNeck(nn.Module):
     """A feature map, in any layout, to a vector.
 
     Args:
         feature: of layout "nchw", "nhwc", or square "tokens".
-        widths: output channels of the strided convolutions, none for pooling alone.
+        convs: from the feature's channels on; none for pooling alone.
     """
 
-    def __init__(self, feature: Feature, widths: Sequence[int]) -> None:
+    def __init__(self, feature: Feature, convs: Sequence[Conv]) -> None:
         super().__init__()
         self.feature = feature
-        channels = [feature.channels, *widths]
         layers: list[nn.Module] = []
-        for inputs, outputs in itertools.pairwise(channels):
-            layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        for inputs, outputs, kernel, stride in convs:
+            conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         self.convs = nn.Sequential(*layers)
-        self.out_features = 2 * channels[-1]
+        self.out_features = 2 * (convs[-1].outputs if convs else feature.channels)
         # Raw features of a pre-norm backbone have any scale; the convolutions' batch norm has taken care of it already.
-        self.norm = nn.Identity() if widths else nn.LayerNorm(self.out_features)
+        self.norm = nn.Identity() if convs else nn.LayerNorm(self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.feature.layout == "nhwc":
@@ -111,33 +119,50 @@ class VectorNeck(nn.Module):
 def _neck(feature: Feature, grid: int, budget: float) -> MapNeck | TokenNeck | VectorNeck:
     if feature.layout == "vector":
         return VectorNeck(feature)
-    widths = _widths(feature, grid, budget)
-    if feature.layout == "tokens" and not widths:
+    convs = _convs(feature, grid, budget)
+    if feature.layout == "tokens" and not convs:
         return TokenNeck(feature)
-    return MapNeck(feature, widths)
+    return MapNeck(feature, convs)
 
 
-def _widths(feature: Feature, grid: int, budget: float) -> list[int]:
-    """Channels of the strided convolutions: doubling as the pixels are quartered, as wide as the budget allows."""
+def _convs(feature: Feature, grid: int, budget: float) -> list[Conv]:
+    """The widest convolutions that the budget allows.
+
+    The narrowest may cost twice the budget; where not even that is enough, pooling has to do.
+    """
     side = min(feature.grid)
     steps = 0
     while side > grid:
         side, steps = (side + 1) // 2, steps + 1
-    best: list[int] = []
+    best: list[Conv] = []
     for last in range(_NARROWEST, 4 * max(feature.channels, _NARROWEST) + 1, 8):
-        widths = [max(_NARROWEST, last >> (steps - 1 - i)) for i in range(steps)]
-        # The narrowest may cost twice the budget; where not even that is enough, pooling has to do.
-        if _conv_macs(feature, widths) > (budget if best else 2 * budget):
+        convs = _plan(feature.channels, last, steps)
+        if _conv_macs(feature, convs) > (budget if best else 2 * budget):
             break
-        best = widths
+        best = convs
     return best
 
 
-def _conv_macs(feature: Feature, widths: Sequence[int]) -> int:
+def _plan(channels: int, last: int, steps: int) -> list[Conv]:
+    """`steps` strided 3x3 convolutions whose channels double as the pixels are quartered, up to `last`.
+
+    Many channels are first brought down by a 1x1 convolution, which is fast where a strided one is slow.
+    """
+    convs = []
+    for i in range(steps):
+        outputs = max(_NARROWEST, last >> (steps - 1 - i))
+        if i == 0 and channels > 2 * outputs:
+            convs.append(Conv(channels, outputs, 1, 1))
+            channels = outputs
+        convs.append(Conv(channels, outputs, 3, 2))
+        channels = outputs
+    return convs
+
+
+def _conv_macs(feature: Feature, convs: Sequence[Conv]) -> int:
     height, width = feature.grid
-    macs, inputs = 0, feature.channels
-    for outputs in widths:
-        height, width = (height + 1) // 2, (width + 1) // 2
-        macs += 9 * inputs * outputs * height * width
-        inputs = outputs
+    macs = 0
+    for inputs, outputs, kernel, stride in convs:
+        height, width = -(-height // stride), -(-width // stride)
+        macs += kernel**2 * inputs * outputs * height * width
     return macs
