@@ -21,6 +21,7 @@ from dynnet.answers import Answers, collect
 from dynnet.cost import Ledger
 from dynnet.errors import CalibrationError
 from dynnet.model import DynamicModel
+from dynnet.policy import to_json
 
 # Prices of compute to try; neighbours differ by a quarter.
 _PRICES = 48
@@ -48,7 +49,7 @@ class Calibration:
     Attributes:
         goal: "budget" or "accuracy_drop".
         value: what was asked for.
-        thresholds: what was found, inf as None.
+        thresholds: what was found, infinite ones as "inf" and "-inf".
         samples: how many it was fitted on.
         confidence: the measure that the thresholds belong to.
         accuracy, macs: of the dynamic model on those samples; MACs are means per sample.
@@ -58,7 +59,7 @@ class Calibration:
 
     goal: str
     value: float
-    thresholds: tuple[float | None, ...]
+    thresholds: tuple[float | str, ...]
     samples: int
     confidence: str
     accuracy: float
@@ -133,7 +134,7 @@ def calibrate(
     calibration = Calibration(
         goal=goal,
         value=value,
-        thresholds=tuple(t if np.isfinite(t) else None for t in best.thresholds),
+        thresholds=tuple(to_json(t) for t in best.thresholds),
         samples=len(answers.labels),
         confidence=model.config.confidence,
         accuracy=best.accuracy,

@@ -24,6 +24,7 @@ from dynnet.errors import CheckpointError, DynnetError
 from dynnet.exits import title
 from dynnet.heads import HeadFactory
 from dynnet.model import DynamicModel
+from dynnet.policy import to_json
 from dynnet.wrap import wrap
 
 FORMAT = 1
@@ -80,7 +81,7 @@ def save(model: DynamicModel, path: str | Path, create: Mapping[str, Any] | None
         "backbone": title(model.backbone),
         "create": create,
         "wrap": dataclasses.asdict(model.config),
-        "thresholds": [_number(t) for t in model.thresholds],
+        "thresholds": [to_json(t) for t in model.thresholds],
         "calibration": model.calibration,
         "versions": {"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
     }
@@ -180,8 +181,3 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         digest.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _number(value: float) -> float | str:
-    # JSON has no infinity.
-    return value if abs(value) < float("inf") else str(value)

@@ -41,6 +41,8 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
         conv, norm = modules[conv_name], modules[norm_name]
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         layout = torch.channels_last if conv.weight.is_contiguous(memory_format=torch.channels_last) else None
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias

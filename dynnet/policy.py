@@ -123,6 +123,11 @@ def leaves(confidence: Tensor, threshold: float) -> Tensor:
     return confidence >= threshold
 
 
+def to_json(threshold: float) -> float | str:
+    """A threshold for JSON, which has no infinity: inf and -inf become strings that float() reads back."""
+    return threshold if abs(threshold) < math.inf else str(threshold)
+
+
 def check_thresholds(thresholds: Sequence[float], exits: Sequence[str]) -> tuple[float, ...]:
     """The thresholds as a tuple of floats.
 

@@ -35,6 +35,7 @@ from dynnet.checkpoint import write_atomically
 from dynnet.data import Data
 from dynnet.errors import DynnetError
 from dynnet.measure import read_table, write_table
+from dynnet.policy import to_json
 from eval import figures
 from eval.runs import Run, open_run
 
@@ -117,7 +118,7 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
         "dataset": data.label,
         "test_images": len(measured.exit),
         "exits": list(model.exits),
-        "thresholds": [t if np.isfinite(t) else None for t in thresholds],
+        "thresholds": [to_json(t) for t in thresholds],
         "confidence": model.config.confidence,
         "calibration": calibration,
         "accuracy": measured.accuracy,
