@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from dynnet.errors import DataError, did_you_mean
-
-# Above this many pixels a side, images are decoded anew for every epoch instead of once into memory.
-_SMALL_SIDE = 64
+from dynnet.errors import DataError
+from dynnet.sources import MemorySource, Source, StreamSource, digits, open_source
 
 
 @dataclass(frozen=True)
@@ -78,75 +74,6 @@ class Batch(NamedTuple):
     ids: Tensor
 
 
-class Source(Protocol):
-    """N labelled images, decoded on demand or held in memory."""
-
-    labels: Tensor
-
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str: ...
-    def pixels(self, index: int) -> np.ndarray:
-        """(H, W, C) uint8, before any transform; for galleries."""
-        ...
-
-
-@dataclass(frozen=True)
-class MemorySource:
-    """Small images, decoded once.
-
-    Attributes:
-        images: (N, C, H, W) uint8.
-        labels: (N,) int64.
-        names: one a picture, for messages and tables.
-    """
-
-    images: Tensor
-    labels: Tensor
-    names: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        return self.names[index]
-
-    def pixels(self, index: int) -> np.ndarray:
-        return self.images[index].permute(1, 2, 0).numpy()
-
-    def subset(self, rows: Tensor) -> MemorySource:
-        return MemorySource(self.images[rows], self.labels[rows], [self.names[i] for i in rows.tolist()])
-
-
-class StreamSource:
-    """Images that are decoded each time they are needed.
-
-    Args:
-        dataset: what timm's `create_dataset` returned.
-        rows: (N,) int64, the images of `dataset` that belong here.
-        labels: (N,) int64, theirs.
-        mode: Pillow's, "RGB" or "L".
-    """
-
-    def __init__(self, dataset: Any, rows: Tensor, labels: Tensor, mode: str) -> None:
-        self.dataset, self.rows, self.labels, self.mode = dataset, rows, labels, mode
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def name(self, index: int) -> str:
-        return _name(self.dataset, int(self.rows[index]))
-
-    def image(self, index: int) -> Image.Image:
-        return _decode(self.dataset, int(self.rows[index]), self.mode)
-
-    def pixels(self, index: int) -> np.ndarray:
-        image = np.asarray(self.image(index))
-        return image[:, :, None] if image.ndim == 2 else image
-
-    def subset(self, rows: Tensor) -> StreamSource:
-        return StreamSource(self.dataset, self.rows[rows], self.labels[rows], self.mode)
-
-
 @dataclass(frozen=True)
 class Data:
     """Three disjoint splits and what a model must know of them.
@@ -159,9 +86,9 @@ class Data:
         config: what it was made from.
     """
 
-    train: MemorySource | StreamSource
-    calibration: MemorySource | StreamSource
-    test: MemorySource | StreamSource
+    train: Source
+    calibration: Source
+    test: Source
     classes: tuple[str, ...]
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -192,7 +119,7 @@ class Loader:
     """
 
     data: Data
-    source: MemorySource | StreamSource
+    source: Source
     batch_size: int
     augment: bool
     shuffle: bool
@@ -275,13 +202,14 @@ def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Da
     """
     model_cfg = model_cfg or {}
     if config.name == "digits":
-        source, classes = _digits()
+        source, classes = digits()
         rest, test = _split(len(source), config.test, config.seed)
-        pool: MemorySource | StreamSource = source.subset(rest)
-        test_source: MemorySource | StreamSource = source.subset(test)
+        pool: Source = source.subset(rest)
+        test_source: Source = source.subset(test)
     else:
-        pool, classes = _open(config, config.train_split)
-        test_source, test_classes = _open(config, config.test_split)
+        where = (config.name, config.root)
+        pool, classes = open_source(*where, config.train_split, config.input_size, config.download)
+        test_source, test_classes = open_source(*where, config.test_split, config.input_size, config.download)
         if classes != test_classes:
             raise DataError(
                 f"the splits {config.train_split!r} and {config.test_split!r} of {config.root!r} disagree on the "
@@ -303,116 +231,6 @@ def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Da
             f"{len(std)} values; set data.mean and data.std"
         )
     return Data(pool.subset(train), pool.subset(calibration), test_source, classes, input_size, mean, std, config)
-
-
-def _digits() -> tuple[MemorySource, tuple[str, ...]]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError("the digits come with scikit-learn; install it with `pip install scikit-learn`") from None
-    digits = load_digits()
-    # Sixteen grey levels, 0..16, stretched to 0..255.
-    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
-    names = [f"digit {i}" for i in range(len(images))]
-    return MemorySource(images, torch.from_numpy(digits.target).long(), names), tuple("0123456789")
-
-
-def _open(config: DataConfig, split: str) -> tuple[MemorySource | StreamSource, tuple[str, ...]]:
-    channels = config.input_size[0] if config.input_size else 3
-    mode = "L" if channels == 1 else "RGB"
-    root = Path(config.root)
-    if config.root and not root.is_dir() and not config.download:
-        raise DataError(f"no data folder {config.root!r}; give an existing one with --data, or allow data.download")
-    name, where = config.name, config.root
-    if not name:
-        where = str(_split_folder(root, split))
-    try:
-        dataset = create_dataset(
-            name, root=where, split=split, download=config.download, input_img_mode=mode, search_split=bool(name)
-        )
-        count = len(dataset)
-    except (OSError, RuntimeError, AssertionError, ValueError, KeyError) as error:
-        raise DataError(
-            f"timm cannot open dataset {name or 'folder'!r} at {where!r}, split {split!r}: {error}"
-        ) from error
-    if count == 0:
-        raise DataError(f"dataset {name or where!r}, split {split!r}, holds no images")
-    labels = _labels(dataset)
-    classes = _classes(dataset, labels)
-    first = _decode(dataset, 0, mode)
-    if max(first.size) > _SMALL_SIDE or (config.input_size and config.input_size[1:] != (first.height, first.width)):
-        return StreamSource(dataset, torch.arange(count), labels, mode), classes
-    images = np.empty((count, channels, first.height, first.width), np.uint8)
-    for i in tqdm(range(count), desc=f"decoding {split}", leave=False, disable=None):
-        pixels = np.asarray(_decode(dataset, i, mode))
-        pixels = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
-        if pixels.shape != images.shape[1:]:
-            raise DataError(
-                f"image {_name(dataset, i)!r} is {pixels.shape[2]}x{pixels.shape[1]}, the first of the split is "
-                f"{first.width}x{first.height}; set data.input_size to have all resized"
-            )
-        images[i] = pixels
-    tar = getattr(getattr(getattr(dataset, "reader", None), "tar_state", None), "tf", None)
-    if tar is not None:
-        tar.close()
-    return MemorySource(torch.from_numpy(images), labels, [_name(dataset, i) for i in range(count)]), classes
-
-
-def _split_folder(root: Path, split: str) -> Path:
-    """`root/split`, `root/split.tar`, or a usual synonym of the split."""
-    synonyms = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid", "eval")}
-    for name in (split, *synonyms.get(split, ())):
-        for path in (root / name, root / f"{name}.tar"):
-            if path.exists():
-                return path
-    found = sorted(p.name for p in root.iterdir())[:8]
-    raise DataError(
-        f"{str(root)!r} has no {split!r} folder or {split}.tar; it holds {found}{did_you_mean(split, found)}"
-    )
-
-
-def _classes(dataset: Any, labels: Tensor) -> tuple[str, ...]:
-    """K names, in the order of the labels; the labels themselves where the dataset has no names."""
-    reader = getattr(dataset, "reader", None)
-    for owner, attribute in ((dataset, "class_to_idx"), (reader, "class_to_idx"), (reader, "class_name_to_idx")):
-        if to_index := getattr(owner, attribute, None):
-            return tuple(str(name) for name in sorted(to_index, key=to_index.__getitem__))
-    return tuple(str(i) for i in range(int(labels.max()) + 1))
-
-
-def _labels(dataset: Any) -> Tensor:
-    """(N,) int64, without decoding an image where the dataset allows it."""
-    reader: Any = getattr(dataset, "reader", None)
-    for owner in (dataset, reader):
-        if getattr(owner, "targets", None) is not None:
-            return torch.as_tensor(np.asarray(owner.targets)).long()
-    if hasattr(reader, "samples"):
-        return torch.tensor([int(sample[1]) for sample in reader.samples])
-    if hasattr(reader, "label_key"):  # Hugging Face: a column
-        return torch.as_tensor(np.asarray(reader.dataset[reader.label_key])).long()
-    return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
-
-
-def _decode(dataset: Any, index: int, mode: str) -> Image.Image:
-    try:
-        # timm's own __getitem__ answers for an unreadable image with the next one, so its reader is asked directly.
-        found = (dataset.reader if hasattr(dataset, "reader") else dataset)[index][0]
-        if isinstance(found, Image.Image):
-            return found.convert(mode)
-        with (
-            contextlib.closing(found) if hasattr(found, "close") else contextlib.nullcontext(),
-            Image.open(found) as image,
-        ):
-            return image.convert(mode)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read image {_name(dataset, index)!r}: {error}; replace or remove it") from error
-
-
-def _name(dataset: Any, index: int) -> str:
-    if hasattr(dataset, "filename"):
-        with contextlib.suppress(Exception):
-            return str(dataset.filename(index))
-    return f"image {index}"
 
 
 def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
