@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dynnet.cost import Ledger
 from dynnet.errors import DataError, NonFiniteError
+from dynnet.probe import evaluating
 
 if TYPE_CHECKING:
     from dynnet.model import DynamicModel
@@ -29,12 +30,14 @@ class Answers:
         predictions: (N, E + 1) int64.
         confidences: (N, E + 1) float64, NaN where an exit gave NaN.
         exits: E names.
+        input_size: (C, H, W) of the images, on which prices depend.
     """
 
     labels: np.ndarray
     predictions: np.ndarray
     confidences: np.ndarray
     exits: tuple[str, ...]
+    input_size: tuple[int, ...]
 
     @property
     def correct(self) -> np.ndarray:
@@ -57,9 +60,74 @@ class Answers:
         return float(self.correct[np.arange(len(taken)), taken].mean()), float(bill[taken].mean())
 
 
+@dataclass(frozen=True)
+class BatchAnswers:
+    """The same for one batch, as tensors on the CPU, with the size of its images."""
+
+    labels: Tensor
+    predictions: Tensor
+    confidences: Tensor
+    input_size: tuple[int, ...]
+
+
 @torch.no_grad()
+def ask(model: DynamicModel, images: Tensor, labels: Tensor, seen: int = 0) -> BatchAnswers:
+    """Ask every exit about every sample of a batch.
+
+    Args:
+        model: in eval mode.
+        images: (B, C, H, W), on the model's device.
+        labels: (B,) int64, on any device.
+        seen: samples before this batch, for messages.
+
+    Raises:
+        DataError: a label is no class of the model.
+        NonFiniteError: the final classifier, on which everything falls back, gave NaN or infinity.
+    """
+    labels = labels.cpu()
+    which = f"samples {seen} to {seen + len(images) - 1}"
+    if labels.ndim != 1 or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes):
+        raise DataError(
+            f"labels of {which} are no classes 0 .. {model.num_classes - 1} (shape {tuple(labels.shape)}, from "
+            f"{labels.min()} to {labels.max()}); the model has {model.num_classes} classes"
+        )
+    logits = model.forward_exits(images).logits
+    if not bool(logits[-1].isfinite().all()):
+        bad = int((~logits[-1].isfinite().all(1)).sum())
+        raise NonFiniteError(
+            f"the final classifier gave NaN or infinity for {bad} of {which}; check the weights and the normalisation "
+            f"of the images"
+        )
+    memory, said = None, []
+    for at_exit in logits:
+        confidence, memory = model.measure(at_exit, memory)
+        said.append(confidence.double())
+    predictions = torch.stack([x.argmax(1) for x in logits], 1)
+    return BatchAnswers(labels, predictions.cpu(), torch.stack(said, 1).cpu(), tuple(images.shape[1:]))
+
+
+def join(parts: Sequence[BatchAnswers], exits: tuple[str, ...]) -> Answers:
+    """The answers to a whole dataset.
+
+    Raises:
+        DataError: no batches, or images of different sizes, which have different prices.
+    """
+    if not parts:
+        raise DataError("the loader gave no batches; give it at least one labelled image")
+    sizes = {part.input_size for part in parts}
+    if len(sizes) > 1:
+        raise DataError(f"the loader gave images of sizes {sorted(sizes)}; give all the same size, they share a price")
+    return Answers(
+        torch.cat([part.labels for part in parts]).numpy(),
+        torch.cat([part.predictions for part in parts]).numpy(),
+        torch.cat([part.confidences for part in parts]).numpy(),
+        exits,
+        sizes.pop(),
+    )
+
+
 def collect(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Answers:
-    """Ask every exit about every sample.
+    """Ask every exit about every sample of a dataset.
 
     Args:
         model: is put into eval mode for the time.
@@ -67,46 +135,11 @@ def collect(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Answers:
 
     Raises:
         DataError: the loader is empty, or a label is no class of the model.
-        NonFiniteError: the final classifier, on which everything falls back, gave NaN or infinity.
+        NonFiniteError: the final classifier gave NaN or infinity.
     """
-    mode = model.training
     device = next(model.parameters()).device
-    labels, predictions, confidences = [], [], []
-    seen = 0
-    try:
-        model.eval()
+    parts: list[BatchAnswers] = []
+    with evaluating(model):
         for batch in loader:
-            images, target = batch[0].to(device), batch[1]
-            if target.ndim != 1 or (
-                len(target) and not 0 <= int(target.min()) <= int(target.max()) < model.num_classes
-            ):
-                raise DataError(
-                    f"labels of samples {seen} to {seen + len(images) - 1} are no classes 0 .. {model.num_classes - 1} "
-                    f"(shape {tuple(target.shape)}, from {target.min()} to {target.max()}); the model has "
-                    f"{model.num_classes} classes"
-                )
-            logits = model.forward_exits(images).logits
-            if not bool(logits[-1].isfinite().all()):
-                bad = int((~logits[-1].isfinite().all(1)).sum())
-                raise NonFiniteError(
-                    f"the final classifier gave NaN or infinity for {bad} of samples {seen} to "
-                    f"{seen + len(images) - 1}; check the weights and the normalisation of the images"
-                )
-            memory, said = None, []
-            for at_exit in logits:
-                confidence, memory = model.measure(at_exit, memory)
-                said.append(confidence.double())
-            labels.append(target)
-            predictions.append(torch.stack([x.argmax(1) for x in logits], 1).cpu())
-            confidences.append(torch.stack(said, 1).cpu())
-            seen += len(images)
-    finally:
-        model.train(mode)
-    if not seen:
-        raise DataError("the loader gave no batches; give it at least one labelled image")
-    return Answers(
-        torch.cat(labels).numpy(),
-        torch.cat(predictions).numpy(),
-        torch.cat(confidences).numpy(),
-        model.exits,
-    )
+            parts.append(ask(model, batch[0].to(device), batch[1], sum(len(p.labels) for p in parts)))
+    return join(parts, model.exits)

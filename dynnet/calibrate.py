@@ -103,24 +103,23 @@ def calibrate(
         raise CalibrationError(f"got budget={budget} and accuracy_drop={accuracy_drop}; give exactly one of them")
     if not model.exits:
         raise CalibrationError("the model has no exits, there are no thresholds to fit")
-    answers = collect(model, loader)
-    ledger = model.ledger()
-    remembers = model.config.confidence == "patience"
-    if budget is not None:
-        floor = float(
-            ledger.bill([remembers, *[remembers] * (len(model.exits) - 1)])[0] + (0 if remembers else ledger.heads[0])
-        )
-        if not budget * ledger.dense >= floor:
-            raise CalibrationError(
-                f"a budget of {budget} of the dense MACs cannot be met: leaving at the first exit {model.exits[0]!r} "
-                f"costs {floor / ledger.dense:.3f} already; give at least that, or put an exit earlier"
-            )
-    elif not 0 <= accuracy_drop < 1:  # type: ignore[operator]
+    if accuracy_drop is not None and not 0 <= accuracy_drop < 1:
         raise CalibrationError(f"accuracy_drop={accuracy_drop}: give a share in [0, 1), 0.005 for half a point")
+    if budget is not None:
+        check_budget(model, budget)
+    answers = collect(model, loader)
+    ledger = model.ledger(answers.input_size)
+    remembers = model.config.confidence == "patience"
     points = _explore(answers, ledger, remembers)
     full = float(answers.correct[:, -1].mean())
     if budget is not None:
         within = [p for p in points if p.macs <= budget * ledger.dense]
+        if not within:
+            least = min(p.macs for p in points) / ledger.dense
+            raise CalibrationError(
+                f"a budget of {budget} of the dense MACs cannot be met on these samples: the least is {least:.3f}; are "
+                f"exits giving NaN?"
+            )
         # Of equals the dearest: where these samples cannot tell the difference, new ones may.
         best = max(within, key=lambda p: (p.accuracy, p.macs))
         goal, value = "budget", budget
@@ -145,6 +144,20 @@ def calibrate(
     )
     model.calibration = asdict(calibration)
     return calibration
+
+
+def check_budget(model: DynamicModel, budget: float) -> None:
+    """Refuse a budget that not even leaving at the first exit can meet.
+
+    Raises:
+        CalibrationError: it is below that, or no number; the message gives the floor.
+    """
+    ledger = model.ledger()
+    if not budget * ledger.dense >= (floor := ledger.segments[0] + ledger.heads[0]):
+        raise CalibrationError(
+            f"a budget of {budget} of the dense MACs cannot be met: leaving at the first exit {model.exits[0]!r} costs "
+            f"{floor / ledger.dense:.3f} already; give at least that, or put an exit earlier"
+        )
 
 
 def trade_off(answers: Answers, ledger: Ledger, remembers: bool = False) -> list[OperatingPoint]:

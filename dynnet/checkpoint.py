@@ -57,6 +57,8 @@ def read_bundle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{str(path)!r} is truncated or damaged ({error}); take another copy") from error
     if not {"dynnet", "format", "sha256"} <= header.keys():
         raise CheckpointError(f"{str(path)!r} is a safetensors file, but not one of dynnet's")
+    if not header["format"].isdecimal() or int(header["format"]) < 1:
+        raise CheckpointError(f"{str(path)!r} is damaged: its format is {header['format']!r}; take another copy")
     if int(header["format"]) > FORMAT:
         raise CheckpointError(
             f"{str(path)!r} has format {header['format']}, this dynnet reads up to {FORMAT}; upgrade dynnet"
@@ -71,7 +73,7 @@ def save(model: DynamicModel, path: str | Path, create: Mapping[str, Any] | None
 
     Args:
         model: its heads must be dynnet's own if the file is to be loaded without further arguments.
-        path: of the file to write, by custom "*.safetensors".
+        path: of the file to write, usually named *.safetensors.
         create: arguments of `timm.create_model` that make the backbone; by default its name and number of classes.
     """
     config = getattr(model.backbone, "pretrained_cfg", None) or {}
@@ -134,7 +136,11 @@ def load(
         raise CheckpointError(
             f"{str(path)!r} was saved for {about['backbone']}, which does not fit the given backbone: {error}"
         ) from error
-    load_weights(model, tensors, path)
+    try:
+        load_weights(model, tensors, path)
+    except CheckpointError:
+        model.unwrap()
+        raise
     model.thresholds = [float(t) for t in about["thresholds"]]
     model.calibration = about["calibration"]
     return model.eval()

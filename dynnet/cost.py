@@ -27,8 +27,7 @@ class Ledger:
         segments: MACs of the backbone up to the first exit, between exits, and after the last: E + 1 numbers.
         heads: MACs of the E exit heads.
         unpriced: ops that do arithmetic nobody has told the price of, each with the modules in which it runs. Where
-        this
-            is not empty, every figure is a lower bound.
+            there are any, every figure is a lower bound.
     """
 
     segments: tuple[int, ...]

@@ -9,6 +9,7 @@ number of processes sees the same global batches.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class Data:
         classes: K names in the order of the labels.
         input_size: (C, H, W) of a batch's images.
         mean, std: (C,) normalisation.
+        crop_pct, interpolation: of the evaluation's resizing, where images are not held in memory.
         config: what it was made from.
     """
 
@@ -93,6 +95,8 @@ class Data:
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
     config: DataConfig
 
     @property
@@ -163,12 +167,13 @@ class Loader:
         mean, std = (torch.tensor(v).view(shape) * 255 for v in (self.data.mean, self.data.std))
         for step, rows in enumerate(batches, start):
             mine = slice(self.rank, None, self.world)
+            if len(rows[mine]) == 0:
+                continue  # the last batch of an evaluation may be smaller than the world
             images = source.images[rows[mine]].float()
             if self.augment:
                 # Drawn for the global batch, then sliced: the same pixels whatever the number of processes.
                 images = _crop_and_flip(images, self.data.config, len(rows), mine, _generator(self.seed, epoch, step))
-            images = ((images - mean) / std).contiguous(memory_format=torch.channels_last)
-            yield Batch(images, source.labels[rows[mine]], rows[mine])
+            yield Batch((images - mean) / std, source.labels[rows[mine]], rows[mine])
 
     def _from_stream(self, source: StreamSource, epoch: int, batches: list[Tensor]) -> Iterator[Batch]:
         config = self.data.config
@@ -178,15 +183,20 @@ class Loader:
             auto_augment=config.auto_augment if self.augment else None,
             mean=self.data.mean,
             std=self.data.std,
+            crop_pct=self.data.crop_pct,
+            interpolation=self.data.interpolation if not self.augment else "random",
         )
         stream = _Stream(source, transform, seed=(self.seed, epoch) if self.augment else None)
         loader: DataLoader[Any] = DataLoader(
             stream,
             batch_sampler=[b[self.rank :: self.world].tolist() for b in batches if len(b) > self.rank],
-            num_workers=config.workers,
+            num_workers=min(config.workers, _processors()),
         )
-        for images, labels, ids in loader:
-            yield Batch(images, labels, ids)
+        try:
+            for images, labels, ids in loader:
+                yield Batch(images, labels, ids)
+        finally:
+            source.close()
 
 
 def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Data:
@@ -194,8 +204,8 @@ def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Da
 
     Args:
         config: what to load.
-        model_cfg: timm's `pretrained_cfg` of the backbone; its input size, mean and std serve where `config` names
-        none.
+        model_cfg: timm's `pretrained_cfg` of the backbone; its input size, mean, std and way of resizing serve where
+            `config` names none.
 
     Raises:
         DataError: the dataset is missing or empty, or an image held in memory cannot be read.
@@ -221,16 +231,33 @@ def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Da
         if isinstance(pool, MemorySource)
         else tuple(model_cfg.get("input_size", (3, 224, 224)))
     )
+    if isinstance(pool, MemorySource) and tuple(pool.images.shape[1:]) != tuple(input_size):
+        raise DataError(
+            f"{config.name!r} has images of {tuple(pool.images.shape[1:])}, not of data.input_size "
+            f"{tuple(input_size)}; leave data.input_size out"
+        )
     channels = input_size[0]
     fits = len(model_cfg.get("mean", ())) == channels
     mean = config.mean or (tuple(model_cfg["mean"]) if fits else (0.5,) * channels)
     std = config.std or (tuple(model_cfg["std"]) if fits else (0.5,) * channels)
+    crop_pct, interpolation = model_cfg.get("crop_pct") or 0.875, str(model_cfg.get("interpolation") or "bilinear")
     if not len(mean) == len(std) == channels:
         raise DataError(
             f"{config.name or config.root!r} has images of {channels} channels, but mean and std have {len(mean)} and "
             f"{len(std)} values; set data.mean and data.std"
         )
-    return Data(pool.subset(train), pool.subset(calibration), test_source, classes, input_size, mean, std, config)
+    return Data(
+        pool.subset(train),
+        pool.subset(calibration),
+        test_source,
+        classes,
+        input_size,
+        mean,
+        std,
+        crop_pct,
+        interpolation,
+        config,
+    )
 
 
 def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -246,6 +273,11 @@ def _generator(*key: int) -> torch.Generator:
     """A generator whose stream depends on all of `key`."""
     state = np.random.SeedSequence(key).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def _processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _crop_and_flip(images: Tensor, config: DataConfig, total: int, mine: slice, generator: torch.Generator) -> Tensor:

@@ -107,7 +107,13 @@ class Places:
 
     def __init__(self, backbone: nn.Module, input_size: tuple[int, int, int]) -> None:
         self.backbone, self.input_size = backbone, input_size
-        self.trace: Trace = trace(backbone, input_size, BATCH)
+        try:
+            self.trace: Trace = trace(backbone, input_size, BATCH)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            raise ExitError(
+                f"{title(backbone)} cannot run on images of size {tuple(input_size)} ({type(error).__name__}: "
+                f"{error}); give the size it was made for as input_size="
+            ) from error
         output = self.trace.output
         if len(output) != 1 or len(output[0].shape) != 2 or output[0].batch_dim != 0:
             raise ExitError(
@@ -217,6 +223,13 @@ class Places:
         for fraction in fractions:
             if not 0 < fraction < 1:
                 raise ExitError(f"exit {fraction}: a fraction of the MACs lies strictly between 0 and 1")
+            if (after and fraction <= after.share) or (before and fraction >= before.share):
+                named = after if after and fraction <= after.share else before
+                assert named is not None
+                raise ExitError(
+                    f"exit {fraction} is out of order: {named.name!r} stands at {named.share:.3f} of the MACs; list "
+                    f"exits in the order of the forward"
+                )
         if any(b <= a for a, b in pairwise(fractions)):
             raise ExitError(f"exits {list(fractions)}: list fractions in rising order, each once")
         low = self._calls[after.name].end if after else -1
@@ -301,12 +314,13 @@ class Places:
             return "tokens"
         if len(shape) != 3:
             return None
-        # Images are mostly square, which tells the channels apart; where it does not, the host is asked.
+        # Square images tell the channels apart; where that does not help, the host is asked.
         first, second, third = shape
-        if first == second != third:
-            return "nhwc"
-        if second == third != first:
-            return "nchw"
+        if self.input_size[1] == self.input_size[2]:
+            if first == second != third:
+                return "nhwc"
+            if second == third != first:
+                return "nchw"
         return "nhwc" if self.output_fmt == "NHWC" else "nchw"
 
 

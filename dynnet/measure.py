@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynnet.answers import Answers, collect
+from dynnet.answers import Answers, BatchAnswers, ask, join
 from dynnet.cost import Ledger
-from dynnet.model import DynamicModel
+from dynnet.model import DynamicModel, Prediction
+from dynnet.probe import evaluating
 
 
 @dataclass(frozen=True)
@@ -99,25 +100,25 @@ class Measurement:
         return columns
 
 
-@torch.no_grad()
 def measure(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Measurement:
     """Run the dynamic model over a dataset, and ask all exits besides.
 
     Args:
         model: with thresholds set; is put into eval mode for the time.
-        loader: batches of (images (B, C, H, W), labels (B,), ...); iterated twice, must give the same order.
+        loader: batches of (images (B, C, H, W), labels (B,), ...).
 
     Raises:
-        DataError, NonFiniteError: see `dynnet.answers.collect`.
+        DataError, NonFiniteError: see `dynnet.answers.ask` and `join`.
     """
-    answers = collect(model, loader)
-    mode = model.training
     device = next(model.parameters()).device
-    try:
-        model.eval()
-        parts = [model.predict(batch[0].to(device)) for batch in loader]
-    finally:
-        model.train(mode)
+    said: list[BatchAnswers] = []
+    parts: list[Prediction] = []
+    with evaluating(model):
+        for batch in loader:
+            images = batch[0].to(device)
+            said.append(ask(model, images, batch[1], sum(len(s.labels) for s in said)))
+            parts.append(model.predict(images))
+    answers = join(said, model.exits)
     logits, exit, confidence, macs = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return Measurement(
         exit=exit.numpy(),
@@ -125,7 +126,7 @@ def measure(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Measurem
         confidence=confidence.double().numpy(),
         macs=macs.numpy(),
         answers=answers,
-        ledger=model.ledger(tuple(next(iter(loader))[0].shape[1:])),
+        ledger=model.ledger(answers.input_size),
         thresholds=model.thresholds,
     )
 

@@ -5,6 +5,8 @@ B batch, K classes, E exits; exit number E is the backbone's own head
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +20,10 @@ from dynnet.cost import Ledger, price
 from dynnet.errors import InputError
 from dynnet.flow import Finished, Flow, Tag
 from dynnet.policy import Measure, check_thresholds, leaves, make_measure
+from dynnet.probe import on_meta
 from dynnet.rehearse import Placement
+
+_PRICING = threading.Lock()
 
 
 class Prediction(NamedTuple):
@@ -105,6 +110,9 @@ class DynamicModel(nn.Module):
         self.calibration: dict[str, Any] | None = None
         self._thresholds = (float("inf"),) * len(self.boundaries)
         self._ledgers: dict[tuple[int, ...], Ledger] = {}
+        # In a tuple, so that it is no submodule.
+        self._shadow: tuple[DynamicModel] | None = None
+        self._unwrapped = False
         self.tag = Tag()
         self._notes_size = placement.notes_size
         self.train(backbone.training)
@@ -157,6 +165,11 @@ class DynamicModel(nn.Module):
                 "Improved Techniques for Training Adaptive Deep Networks", https://arxiv.org/abs/1908.06294).
         """
         self._check(x)
+        if torch.is_grad_enabled() and getattr(self.backbone, "grad_checkpointing", False):
+            raise InputError(
+                "gradient checkpointing runs blocks a second time, and their exits with them; switch it off with "
+                "backbone.set_grad_checkpointing(False)"
+            )
         return self.run_every_exit(x, equilibrium)
 
     @torch.no_grad()
@@ -180,13 +193,25 @@ class DynamicModel(nn.Module):
         """Prices of segments and heads for one sample of (C, H, W); by default of the size it was wrapped for."""
         size = tuple(input_size or self.config.input_size)
         if size not in self._ledgers:
-            self._ledgers[size] = price(self, self.run_every_exit, size, self.exits)
+            # On a copy without numbers: a dry run swaps parameters, and other threads may be using these.
+            with _PRICING:
+                if self._shadow is None:
+                    with on_meta(self):
+                        self._shadow = (copy.deepcopy(self),)
+                (shadow,) = self._shadow
+                self._ledgers[size] = price(shadow, shadow.run_every_exit, size, self.exits)
         return self._ledgers[size]
 
     def unwrap(self) -> nn.Module:
         """Take the hooks away and return the backbone as it came. This model cannot be used afterwards."""
         flow.detach(self.backbone)
+        self._unwrapped = True
         return self.backbone
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the backbone wants spared (timm's optimisers ask): position embeddings and the like."""
+        own = getattr(self.backbone, "no_weight_decay", None)
+        return {f"backbone.{name}" for name in own()} if callable(own) else set()
 
     def extra_repr(self) -> str:
         return ", ".join(f"exit {i} at {b.name} ({b.share:.0%} of MACs)" for i, b in enumerate(self.boundaries))
@@ -206,6 +231,8 @@ class DynamicModel(nn.Module):
         return answers
 
     def _check(self, x: Tensor) -> None:
+        if self._unwrapped:
+            raise InputError("this model was unwrapped; call dynnet.wrap on the backbone again")
         channels = self.config.input_size[0]
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

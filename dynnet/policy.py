@@ -58,13 +58,14 @@ class Patience:
         self.classifiers = classifiers
 
     def __call__(self, logits: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
-        prediction = logits.argmax(1)
+        broken = logits.isnan().any(1)
+        prediction = torch.where(broken, -1, logits.argmax(1))  # agrees with nobody
         streak = torch.ones_like(prediction)
         if memory is not None:
             streak = torch.where(memory[:, 0] == prediction, memory[:, 1] + 1, streak)
         # Division in float64: p / (E + 1) as a user writes it compares equal.
         confidence = streak.double() / self.classifiers
-        confidence = torch.where(logits.isnan().any(1), float("nan"), confidence)
+        confidence = torch.where(broken, float("nan"), confidence)
         return confidence, torch.stack([prediction, streak], 1)
 
 
@@ -120,7 +121,8 @@ def leaves(confidence: Tensor, threshold: float) -> Tensor:
         (B,) bool.
     """
     # NaN >= -inf is False in IEEE 754, so a broken head can never answer.
-    return confidence >= threshold
+    # In float64, where thresholds were fitted: in float32 one just above the largest confidence would be rounded to it.
+    return confidence.double() >= threshold
 
 
 def to_json(threshold: float) -> float | str:
@@ -134,9 +136,12 @@ def check_thresholds(thresholds: Sequence[float], exits: Sequence[str]) -> tuple
     Raises:
         ThresholdError: not one number for each exit.
     """
-    if isinstance(thresholds, (str, bytes)) or not isinstance(thresholds, (Sequence, Tensor)):
-        raise ThresholdError(f"thresholds={thresholds!r}: give a sequence of numbers, one for each of {list(exits)}")
-    values = tuple(float(t) for t in thresholds)
+    try:
+        values = tuple(float(t) for t in thresholds)
+    except (TypeError, ValueError):
+        raise ThresholdError(
+            f"thresholds={thresholds!r}: give a sequence of numbers, one for each of {list(exits)}"
+        ) from None
     if len(values) != len(exits):
         raise ThresholdError(
             f"got {len(values)} thresholds for {len(exits)} exits {list(exits)}; "

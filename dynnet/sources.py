@@ -78,7 +78,12 @@ class StreamSource:
 
     def pixels(self, index: int) -> np.ndarray:
         image = np.asarray(self.image(index))
+        self.close()
         return image[:, :, None] if image.ndim == 2 else image
+
+    def close(self) -> None:
+        """Close what decoding has opened; it is opened again when needed."""
+        _close(self.dataset)
 
     def subset(self, rows: Tensor) -> StreamSource:
         return StreamSource(self.dataset, self.rows[rows], self.labels[rows], self.mode)
@@ -137,6 +142,7 @@ def open_source(
     classes = _classes(dataset, labels)
     first = _decode(dataset, 0, mode)
     if max(first.size) > _SMALL_SIDE or (input_size and input_size[1:] != (first.height, first.width)):
+        _close(dataset)
         return StreamSource(dataset, torch.arange(count), labels, mode), classes
     images = np.empty((count, channels, first.height, first.width), np.uint8)
     for i in tqdm(range(count), desc=f"decoding {split}", leave=False, disable=None):
@@ -148,9 +154,7 @@ def open_source(
                 f"{first.width}x{first.height}; set data.input_size to have all resized"
             )
         images[i] = pixels
-    tar = getattr(getattr(getattr(dataset, "reader", None), "tar_state", None), "tf", None)
-    if tar is not None:
-        tar.close()
+    _close(dataset)
     return MemorySource(torch.from_numpy(images), labels, [_name(dataset, i) for i in range(count)]), classes
 
 
@@ -202,6 +206,21 @@ def _decode(dataset: Any, index: int, mode: str) -> Image.Image:
             return image.convert(mode)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise DataError(f"cannot read image {_name(dataset, index)!r}: {error}; replace or remove it") from error
+
+
+def _close(dataset: Any) -> None:
+    """Close the tar files that timm's reader has opened; it opens them again when they are needed.
+
+    Left open, they would be shared with decoding processes, whose reads would move each other's place in the file.
+    """
+    states = [getattr(getattr(dataset, "reader", None), "tar_state", None)]
+    while states:
+        state = states.pop()
+        if state is not None:
+            if state.tf is not None:
+                state.tf.close()
+                state.tf = None
+            states += state.children.values()
 
 
 def _name(dataset: Any, index: int) -> str:

@@ -34,10 +34,11 @@ def wrap(
             evenly in MACs.
         heads: builds a head of your own: called with a `Boundary` and K, gives a module from the boundary's output to
             (B, K) logits. By default heads are fitted to the features.
-        head_share: MACs that a fitted head may cost, as a share of the backbone's; twice that where it cannot be
+        head_share: MACs that a fitted head may cost, as a share of the backbone's; up to twice that where it cannot be
             narrower.
         confidence: "max_probability", "margin", "entropy", "patience", or a callable from (B, K) logits to (B,)
-        numbers. input_size: (C, H, W) of the images; by default what the backbone was made for.
+            numbers.
+        input_size: (C, H, W) of the images; by default what the backbone was made for.
 
     Returns:
         A model in the backbone's mode, on its device, with all thresholds at inf: nobody leaves yet.

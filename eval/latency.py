@@ -24,7 +24,7 @@ from dynnet import DynamicModel, Latency, fold, latency, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.checkpoint import write_atomically
 from dynnet.errors import DynnetError
-from eval.runs import open_run
+from eval.runs import Run, open_run
 
 
 def main(
@@ -37,6 +37,7 @@ def main(
     calls: int = 30,
     channels_last: bool = True,
     folded: bool = True,
+    device: str | None = None,
     out: Path | None = None,
 ) -> None:
     """Time a dynamic model against its bare backbone.
@@ -51,6 +52,7 @@ def main(
         calls: timed calls a scenario of `model`.
         channels_last: memory format of `model`.
         folded: batch norms of both models folded into their convolutions.
+        device: by default a GPU where there is one.
         out: also write the figures to this JSON file.
     """
     if (run is None) == (model is None):
@@ -59,19 +61,19 @@ def main(
     keep_freed_memory()
     try:
         found = (
-            _of_run(run, data, samples, batch, folded)
+            _of_run(open_run(run, data, device), samples, batch, folded)
             if run
-            else _of_model(str(model), exits, batch, calls, channels_last, folded)
+            else _of_model(str(model), exits, batch, calls, channels_last, folded, device)
         )
     except DynnetError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
 
 
-def _of_run(path: Path, data: str | None, samples: int, batch: Sequence[int], folded: bool) -> list[dict[str, Any]]:
-    run = open_run(path, data)
+def _of_run(run: Run, samples: int, batch: Sequence[int], folded: bool) -> list[dict[str, Any]]:
     images, count = [], 0
     for part in run.data.loader("test", 256):
         images.append(part.images)
@@ -101,6 +103,7 @@ def _of_model(
         dynamic = fold(dynamic)
     if channels_last:
         dynamic.to(memory_format=torch.channels_last)
+    dynamic.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dense = dynamic.ledger().dense
     found = []
     for size in batch:
@@ -133,7 +136,7 @@ def _scenarios(model: DynamicModel, images: Tensor) -> dict[str, list[float]]:
     """Thresholds by name. The heads of untrained exits answer at random, but what they cost is real."""
     off = float("inf")
     with torch.no_grad():
-        logits = model.forward_exits(images).logits
+        logits = model.forward_exits(images.to(next(model.parameters()).device)).logits
     count = len(model.exits)
     found = {"nobody leaves": [2.0] * count}
     for i, name in enumerate(model.exits):

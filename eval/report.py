@@ -47,6 +47,7 @@ def main(
     data: str | None = None,
     latency_samples: int = 300,
     batch_size: int = 256,
+    device: str | None = None,
     redraw: bool = False,
 ) -> None:
     """Write the report of a finished run.
@@ -56,6 +57,7 @@ def main(
         data: folder of the dataset, where it is not the recipe's.
         latency_samples: test images to time one at a time; p99 needs 662.
         batch_size: of the evaluation.
+        device: by default a GPU where there is one.
         redraw: draw again from an existing table, without the model; the galleries stay as they are.
     """
     out = run / "report"
@@ -66,7 +68,7 @@ def main(
             results = json.loads((out / "results.json").read_text())
         else:
             keep_freed_memory()
-            results = _evaluate(open_run(run, data), out, latency_samples, batch_size)
+            results = _evaluate(open_run(run, data, device), out, latency_samples, batch_size)
         table = read_table(out / "table.csv")
     except DynnetError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -143,8 +145,12 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
 @torch.no_grad()
 def _dense_correct(dense: nn.Module, data: Data, batch_size: int) -> np.ndarray:
     """(N,) int: was the bare backbone right?"""
+    device = next(dense.parameters()).device
     return np.concatenate(
-        [(dense(images).argmax(1) == labels).int().numpy() for images, labels, _ in data.loader("test", batch_size)]
+        [
+            (dense(images.to(device)).argmax(1).cpu() == labels).int().numpy()
+            for images, labels, _ in data.loader("test", batch_size)
+        ]
     )
 
 

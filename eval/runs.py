@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
+import torch
 from torch import nn
 
 from dynnet import DynamicModel, load
@@ -35,12 +36,13 @@ class Run:
     dense: nn.Module
 
 
-def open_run(path: Path, data: str | None = None) -> Run:
+def open_run(path: Path, data: str | None = None, device: str | None = None) -> Run:
     """Read a run back.
 
     Args:
         path: the folder.
         data: folder of the dataset, where it is not the recipe's.
+        device: for the models; by default a GPU where there is one.
 
     Raises:
         CheckpointError: the folder holds no finished run.
@@ -60,4 +62,5 @@ def open_run(path: Path, data: str | None = None) -> Run:
     load_weights(dense, tensors, path / "backbone.safetensors")
     config = timm.get_pretrained_cfg(recipe.backbone.name)
     loaded = load_data(recipe.data, config.to_dict() if config is not None else None)
-    return Run(path, recipe, loaded, load(path / "model.safetensors"), dense.eval())
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Run(path, recipe, loaded, load(path / "model.safetensors").to(where), dense.eval().to(where))

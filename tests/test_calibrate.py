@@ -17,6 +17,7 @@ from dynnet.errors import CalibrationError, DataError, NonFiniteError
 from tests.cases import tiny
 
 LEDGER = Ledger((100, 100, 100), (5, 5), {})
+SIZE = (3, 32, 32)
 
 
 def answers(samples: int = 300, seed: int = 0) -> Answers:
@@ -28,7 +29,7 @@ def answers(samples: int = 300, seed: int = 0) -> Answers:
     labels = rng.integers(0, 4, samples)
     predictions = np.where(margin > 0, labels[:, None], (labels[:, None] + 1) % 4)
     confidences = 1 / (1 + np.exp(-6 * margin + rng.normal(0, 1, size=margin.shape)))
-    return Answers(labels, predictions, confidences, ("a", "b"))
+    return Answers(labels, predictions, confidences, ("a", "b"), SIZE)
 
 
 def images(count: int = 60) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -119,6 +120,32 @@ def test_nan_in_the_final_classifier_is_an_error_and_in_an_exit_is_not() -> None
         model.backbone[-1].bias.fill_(math.nan)
     with pytest.raises(NonFiniteError, match="the final classifier gave NaN or infinity for 40 of samples 0 to 39"):
         collect(model, images())
+
+
+def test_a_budget_that_nan_makes_impossible_is_told() -> None:
+    model = dynnet.wrap(tiny(), ["0"], input_size=(3, 32, 32))
+    with torch.no_grad():
+        model.heads[0].classifier.bias.fill_(math.nan)
+    with pytest.raises(CalibrationError, match="cannot be met on these samples: the least is 1.000"):
+        dynnet.calibrate(model, images(), budget=0.9)
+
+
+def test_prices_follow_the_size_of_the_images() -> None:
+    model = dynnet.wrap(tiny(), ["0"], input_size=(3, 32, 32))
+    large = [(torch.randn(8, 3, 64, 64), torch.zeros(8, dtype=torch.long))]
+    fitted = dynnet.calibrate(model, large, accuracy_drop=0.1)
+    assert fitted.dense_macs == dynnet.measure(model, large).ledger.dense == model.ledger((3, 64, 64)).dense
+    with pytest.raises(DataError, match="gave images of sizes .* give all the same size"):
+        dynnet.calibrate(model, [*large, *images()], accuracy_drop=0.1)
+
+
+def test_measuring_reads_a_loader_once() -> None:
+    model = dynnet.wrap(tiny(), ["0", "1"], input_size=(3, 32, 32))
+    dynnet.calibrate(model, images(), budget=0.75)
+    once, again = dynnet.measure(model, iter(images())), dynnet.measure(model, images())
+    assert (once.exit == again.exit).all()
+    # What the table says each exit would have done is what the running model did.
+    assert (once.answers.route(model.thresholds) == once.exit).all()
 
 
 def test_collecting_leaves_the_mode_alone() -> None:

@@ -10,7 +10,7 @@ import timm
 import torch
 
 import dynnet
-from dynnet import checkpoint
+from dynnet import checkpoint, flow
 from dynnet.errors import CheckpointError
 from tests.cases import FEW, Case, leave_one_by_one, tiny
 
@@ -51,13 +51,16 @@ def saved(tmp_path: Path) -> Path:
 
 def test_every_flipped_bit_is_noticed(saved: Path) -> None:
     whole = saved.read_bytes()
+    start = whole.index(b'"format"')
     generator = torch.Generator().manual_seed(0)
-    for position in [8, 100, len(whole) - 1, *torch.randint(len(whole), (12,), generator=generator).tolist()]:
-        damaged = bytearray(whole)
-        damaged[position] ^= 4
-        saved.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"m.safetensors' (is|has|holds)"):
-            dynnet.load(saved)
+    anywhere = torch.randint(len(whole), (12,), generator=generator).tolist()
+    for position in [8, 100, len(whole) - 1, *anywhere, *range(start, start + 14)]:
+        for bit in range(8) if position in range(start, start + 14) else (2,):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            saved.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=r"m.safetensors' (is|has|holds)"):
+                dynnet.load(saved)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 500, -1])
@@ -95,6 +98,7 @@ def test_another_backbone_is_refused_and_left_alone(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="is of another model: .* has shape"):
         dynnet.load(saved, backbone=wide)
     assert all(torch.equal(v, before[k]) for k, v in wide.state_dict().items())
+    assert not flow.is_attached(wide)
     with pytest.raises(
         CheckpointError, match="was saved for cifar_resnet20, which does not fit .* no boundary 'layer1'"
     ):

@@ -53,11 +53,13 @@ def test_an_evaluation_sees_every_image_once_in_order_and_untouched() -> None:
     torch.testing.assert_close(batches[0].images[0], (first - 0.5) / 0.5)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 10])
 def test_processes_share_a_batch_without_overlap(world: int) -> None:
     data = load_data(DIGITS)
-    alone = list(data.train_loader(60, seed=5).epoch(2))
-    parts = [list(data.train_loader(60, seed=5, rank=r, world=world).epoch(2)) for r in range(world)]
+    alone = list(data.train_loader(90 if world == 10 else 60, seed=5).epoch(2))
+    parts = [
+        list(data.train_loader(90 if world == 10 else 60, seed=5, rank=r, world=world).epoch(2)) for r in range(world)
+    ]
     for step, whole in enumerate(alone):
         for rank in range(world):
             assert torch.equal(parts[rank][step].images, whole.images[rank::world])
@@ -111,6 +113,27 @@ def test_folders_and_tars_give_the_same(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(a.test.labels, b.test.labels)
 
 
+def test_a_tar_may_be_read_by_many_processes(folder: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for split in ("train", "test"):
+        with tarfile.open(packed / f"{split}.tar", "w") as tar:
+            for path in sorted((folder / split).rglob("*.png")):
+                tar.add(path, str(path.relative_to(folder / split)))
+    alone = load_data(config(packed, input_size=(3, 24, 24)))
+    many = load_data(dataclasses.replace(config(packed, input_size=(3, 24, 24)), workers=2))
+    many.test.pixels(0)
+    for a, b in zip(alone.loader("test", 1), many.loader("test", 1), strict=True):
+        assert torch.equal(a.images, b.images)
+
+
+def test_torchvisions_datasets_are_read_too(folder: Path) -> None:
+    timms, torchs = load_data(config(folder)), load_data(dataclasses.replace(config(folder), name="torch/image_folder"))
+    assert torchs.classes == timms.classes
+    assert torch.equal(torchs.test.labels, timms.test.labels)
+    assert torch.equal(torchs.test.images, timms.test.images)
+
+
 def test_large_images_are_streamed_with_timms_transforms(folder: Path) -> None:
     data = load_data(config(folder, input_size=(3, 24, 24)))
     batches = list(data.loader("test", 3))
@@ -156,5 +179,7 @@ def test_impossible_splits_and_batches_are_refused() -> None:
         data.train_loader(5000, seed=0)
     with pytest.raises(DataError, match="does not divide among 3 processes"):
         data.train_loader(64, seed=0, world=3)
+    with pytest.raises(DataError, match=r"has images of \(1, 8, 8\), not of data.input_size \(1, 32, 32\)"):
+        load_data(dataclasses.replace(DIGITS, input_size=(1, 32, 32)))
     with pytest.raises(DataError, match="has images of 1 channels, but mean and std have 3 and 1 values"):
         load_data(dataclasses.replace(DIGITS, mean=(0.1, 0.2, 0.3)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,10 @@ def worker(rank: int, port: int, folder: str) -> None:
 def test_two_halves_give_the_loss_and_the_gradients_of_the_whole(tmp_path: Path) -> None:
     images = torch.randn(12, 3, 32, 32, dtype=torch.float64)
     torch.save(images, tmp_path / "images.pt")
-    torch.multiprocessing.spawn(worker, (29731, str(tmp_path)), nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
     model = network()
     loss = step(model, images)
     for rank in range(2):

@@ -59,7 +59,8 @@ def test_proposals_are_blocks_and_stages() -> None:
         (-1, "cannot be negative"),
         (100, r"usable boundaries, too few for 100 exits"),
         (["fc"], "an exit must save some"),
-        (["layer1.0.act1", "layer1.0.act1"], "what follows|stands twice|runs"),
+        (["layer3", 0.2], "exit 0.2 is out of order: 'layer3' stands at 0.7"),
+        ([0.9, "layer1"], "exit 0.9 is out of order: 'layer1' stands at 0.3"),
     ],
 )
 def test_impossible_exits_are_explained(exits: object, message: str) -> None:
@@ -102,6 +103,16 @@ def test_a_backbone_without_classifier_is_refused() -> None:
         dynnet.wrap(timm.create_model("resnet18", num_classes=0))
     with pytest.raises(ExitError, match=r"one tensor of \(B, K\) logits is needed"):
         dynnet.wrap(nn.Conv2d(3, 3, 1), input_size=(3, 8, 8))
+
+
+def test_a_size_that_the_backbone_cannot_take_is_refused() -> None:
+    with pytest.raises(ExitError, match=r"test_vit cannot run on images of size \(3, 50, 50\) .* as input_size="):
+        dynnet.wrap(timm.create_model("test_vit"), 1, input_size=(3, 50, 50))
+
+
+def test_images_need_not_be_square() -> None:
+    model = dynnet.wrap(timm.create_model("cifar_resnet20"), ["layer2"], input_size=(3, 64, 32))
+    assert [(f.layout, f.channels) for f in model.boundaries[0].features] == [("nchw", 32)]
 
 
 def test_layouts_are_recognised() -> None:

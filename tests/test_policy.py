@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ SURE, TORN = [9.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]
 @pytest.mark.parametrize("measure", [max_probability, margin, entropy])
 def test_measures_rank_and_stay_in_range(measure) -> None:
     sure, torn, blank = measure(torch.tensor([SURE, TORN, [0.0] * 4])).tolist()
-    assert 1 >= sure > torn >= blank >= 0 or math.isclose(blank, 0, abs_tol=1e-6)
+    assert 1 >= sure > torn >= blank >= -1e-6
     assert sure > 0.99
     assert torch.isnan(measure(torch.full((1, 4), math.nan))).all()
 
@@ -42,6 +43,20 @@ def test_patience_counts_agreement_per_sample() -> None:
     assert confidence.tolist() == [2 / 3, 1 / 3]
     confidence, _ = patience(torch.eye(4)[[3, 2]], memory)
     assert confidence.tolist() == [1 / 3, 2 / 3]
+
+
+def test_a_nan_exit_has_no_vote() -> None:
+    patience = Patience(classifiers=3)
+    _, memory = patience(torch.full((1, 4), math.nan), None)
+    confidence, _ = patience(torch.eye(4)[[0]], memory)
+    assert confidence.tolist() == [1 / 3]
+
+
+def test_saturated_confidences_leave_where_they_were_fitted_to() -> None:
+    confidence = torch.tensor([1.0, 1.0 - 2**-24])
+    for threshold in (1 + 1e-9, 1 - 2**-25, 1.0):
+        assert leaves(confidence, threshold).tolist() == (confidence.double().numpy() >= threshold).tolist()
+    assert not leaves(confidence, 1 + 1e-9).any()
 
 
 def test_patience_runs_in_a_model() -> None:
@@ -71,7 +86,7 @@ def test_a_threshold_is_inclusive_and_nan_never_leaves() -> None:
         ([0.5], r"got 1 thresholds for 2 exits \['a', 'b'\]; give one per exit"),
         ([0.5, math.nan], "the threshold of exit 'b' is NaN"),
         (0.5, "give a sequence of numbers"),
-        ("ab", "give a sequence of numbers"),
+        (["a", "b"], "give a sequence of numbers"),
     ],
 )
 def test_wrong_thresholds_are_refused(thresholds, message: str) -> None:
@@ -82,7 +97,8 @@ def test_wrong_thresholds_are_refused(thresholds, message: str) -> None:
 def test_thresholds_of_a_model_are_checked_and_forget_their_calibration() -> None:
     model = dynnet.wrap(tiny(), ["0"], input_size=(3, 32, 32))
     model.calibration = {"goal": "budget"}
-    model.thresholds = torch.tensor([0.25])
+    for given in (torch.tensor([0.25]), np.array([0.25]), (0.25,)):
+        model.thresholds = given
     assert model.thresholds == (0.25,)
     assert model.calibration is None
     with pytest.raises(ThresholdError):

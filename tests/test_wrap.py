@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -111,10 +112,48 @@ def test_a_copy_is_its_own_model() -> None:
     answers = twin.predict(case.images())
     assert set(answers.exit.tolist()) == {0, 1, 2}
     model.unwrap()
+    with pytest.raises(InputError, match="this model was unwrapped"):
+        model(case.images())
     assert torch.equal(twin.predict(case.images()).exit, answers.exit)
     assert flow.is_attached(twin.backbone)
     twin.unwrap()
     assert not flow.is_attached(twin.backbone)
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    case = FEW[0]
+    model = case.wrapped()
+    batches = [torch.randn(6, *case.size) for _ in range(12)]
+    leave_one_by_one(model, torch.cat(batches))
+    alone = [model.predict(x) for x in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(model.predict, batches))
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a.exit, b.exit)
+        torch.testing.assert_close(a.logits, b.logits)
+
+
+def test_new_sizes_may_be_priced_while_others_run() -> None:
+    model = dynnet.wrap(tiny(), ["0", "1"], input_size=(3, 32, 32))
+    with ThreadPoolExecutor(3) as pool:
+        sizes = pool.map(lambda side: model.predict(torch.randn(1, 3, side, side)).macs.item(), range(33, 63))
+        for _ in range(200):
+            model.predict(torch.randn(1, 3, 32, 32))
+        assert list(sizes) == [model.ledger((3, side, side)).dense for side in range(33, 63)]
+
+
+def test_position_embeddings_are_spared_by_weight_decay() -> None:
+    case = next(c for c in CASES if c.name == "vit_tiny_patch16_224")
+    assert "backbone.pos_embed" in case.wrapped().no_weight_decay()
+    assert FEW[0].wrapped().no_weight_decay() == set()
+
+
+def test_gradient_checkpointing_is_refused() -> None:
+    case = next(c for c in CASES if c.name == "vit_tiny_patch16_224")
+    model = case.wrapped().train()
+    model.backbone.set_grad_checkpointing(True)
+    with pytest.raises(InputError, match="gradient checkpointing runs blocks a second time"):
+        model(case.images())
 
 
 def test_modes_and_types_follow() -> None:

@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,6 +43,15 @@ class World:
             dist.all_reduce(x)
         return x
 
+    @contextlib.contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """The first process does what follows before the others begin: it fills caches that they then find."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
@@ -58,7 +68,8 @@ def world() -> Iterator[World]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # The first process evaluates and writes alone at the end, which may take longer than the default ten minutes.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:

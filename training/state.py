@@ -116,6 +116,7 @@ class Log:
         if self.here.first:
             self.file = self.path.open("ab")
             self.file.truncate(self.size)
+            self.updates = self.path.read_bytes().count(b"\n")
             try:
                 from torch.utils.tensorboard import SummaryWriter
 

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynnet import DynamicModel, calibrate, wrap
+from dynnet.allocator import keep_freed_memory
+from dynnet.calibrate import check_budget
 from dynnet.checkpoint import load_weights, save, write_atomically, write_bundle
-from dynnet.data import Data, load_data
+from dynnet.data import Data, Loader, load_data
 from dynnet.errors import CheckpointError, DynnetError, NonFiniteError, RecipeError, did_you_mean
 from dynnet.losses import exit_losses, exit_weights
 from dynnet.recipe import Recipe, StageConfig, read_recipe, recipe_parser, recipe_to_yaml
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CheckpointError(
                 f"--resume goes on with {str(saved)!r}; leave out --recipe and {overrides or 'overrides'}"
             )
-        if not options.resume and saved.exists():
+        if not options.resume and (out / "state.safetensors").exists():
             raise CheckpointError(f"{str(out)!r} holds a run already; go on with --resume, or choose another --out")
         recipe = read_recipe(saved if options.resume else options.recipe, overrides)
         if options.data is not None:
@@ -73,33 +76,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
     """Run a recipe to its end, from the beginning or from the last checkpoint in `out`."""
-    goal = recipe.calibration.goal()  # asked first: hours later would be late for an error
+    keep_freed_memory()
     torch.manual_seed(recipe.seed)
-    backbone_cfg = recipe.backbone
-    data = load_data(recipe.data, _pretrained_cfg(backbone_cfg.name))
+    with here.first_goes_first():  # it may have to download
+        data = load_data(recipe.data, _pretrained_cfg(recipe.backbone.name))
     create = {
-        "model_name": backbone_cfg.name,
+        "model_name": recipe.backbone.name,
         "num_classes": len(data.classes),
         "in_chans": data.input_size[0],
-        **backbone_cfg.kwargs,
+        **recipe.backbone.kwargs,
     }
-    backbone = timm.create_model(pretrained=backbone_cfg.pretrained, **create)
-    if backbone_cfg.weights and not resume:
-        load_weights(backbone, _read_weights(backbone_cfg.weights), backbone_cfg.weights)
-    model = wrap(
-        backbone,
-        recipe.exits.at,
-        head_share=recipe.exits.head_share,
-        confidence=recipe.exits.confidence,
-        input_size=data.input_size,
-    )
+    with here.first_goes_first():
+        model = _build(recipe, data, create, fresh=not resume)
     model.to(here.device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
+    _check(recipe, model, data, here)
     if here.first:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "recipe.yaml", recipe_to_yaml(recipe).encode())
-        print(f"{model.config.exits} on {backbone_cfg.name}, {data.label}: {len(data.train)} training images, "
+        print(f"{model.config.exits} on {recipe.backbone.name}, {data.label}: {len(data.train)} training images, "
               f"{len(data.calibration)} for calibration, {len(data.test)} for testing")  # fmt: skip
     start = Position()
     state: State | None = None
@@ -108,6 +104,8 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
         start = state.position
         state.restore(model, None, None)
     with Log(out, state.log_bytes if state else 0, here) as log:
+        if state is None:
+            State.write(out, start, model, None, None, log, here)  # from here on --resume works
         for stage in range(start.stage, len(STAGES)):
             config: StageConfig = getattr(recipe, STAGES[stage])
             if config.epochs > 0:
@@ -115,9 +113,10 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
                 run_stage(model, data, recipe, begin, state if stage == start.stage else None, log, out, here)
             if stage == 0 and here.first:
                 write_bundle(out / "backbone.safetensors", model.backbone.state_dict(), {"kind": "backbone", **create})
+            State.write(out, Position(stage + 1), model, None, None, log, here)
         model.eval()
         if here.first:
-            fitted = calibrate(model, data.loader("calibration", 256), **goal)
+            fitted = calibrate(model, data.loader("calibration", 256), **recipe.calibration.goal())
             save(model, out / "model.safetensors", create)
             log.write({"kind": "calibration", **dataclasses.asdict(fitted)})
             print(fitted)
@@ -138,35 +137,18 @@ def run_stage(
     """Train one of the stages, from its beginning or from a checkpoint within it."""
     stage = STAGES[begin.stage]
     config: StageConfig = getattr(recipe, stage)
-    trained: nn.Module = {"dense": model.backbone, "heads": model.heads, "joint": model}[stage]
+    tools = _tools(model, data, recipe, stage, here)
+    trained, optimizer, scheduler, loader = tools.trained, tools.optimizer, tools.scheduler, tools.loader
+    steps = len(loader)
     model.requires_grad_(False)
     trained.requires_grad_(True)
-    optimizer = create_optimizer_v2(
-        trained,
-        config.opt,
-        config.lr,
-        config.weight_decay,
-        config.momentum,
-        filter_bias_and_bn=not config.decay_norms,
-    )
-    loader = data.train_loader(config.batch_size, seed=recipe.seed, rank=here.rank, world=here.size)
-    steps = len(loader)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup * config.epochs,
-        warmup_lr=config.lr / 100,
-        min_lr=config.lr * config.final_lr,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
     ema = ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
     if state is not None:
         state.restore(model, ema, optimizer)
     parallel = here.parallel(model.backbone if stage == "dense" else model)
     mixup = _mixup(recipe, len(data.classes))
     shares = [boundary.share for boundary in model.boundaries]
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
 
     for epoch in range(begin.epoch, config.epochs):
         first_step = begin.step if epoch == begin.epoch else 0
@@ -187,7 +169,8 @@ def run_stage(
             _seed(recipe.seed, begin.stage, update, here.rank)
             if scheduler is not None:
                 scheduler.step_update(update)
-            images, target = batch.images.to(here.device), batch.labels.to(here.device)
+            images = batch.images.to(here.device, memory_format=layout)
+            target = batch.labels.to(here.device)
             if mixup is not None:
                 images, target = mixup(images, target)
 
@@ -232,7 +215,6 @@ def run_stage(
     if ema is not None:
         model.load_state_dict(ema.module.state_dict())
     model.requires_grad_(True)
-    State.write(out, Position(begin.stage + 1), model, None, None, log, here)
 
 
 @torch.no_grad()
@@ -246,6 +228,85 @@ def accuracies(model: DynamicModel, data: Data, here: World) -> list[float]:
         right += torch.stack([*hits, torch.tensor(len(labels), device=here.device)])
     here.sum(right)
     return [float(r / right[-1]) for r in right[:-1]]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What one stage trains with."""
+
+    trained: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    loader: Loader
+
+
+def _tools(model: DynamicModel, data: Data, recipe: Recipe, stage: str, here: World) -> Tools:
+    """Build a stage's loader, optimiser and schedule.
+
+    Raises:
+        DataError, RecipeError: the stage's settings do not work.
+    """
+    config: StageConfig = getattr(recipe, stage)
+    trained: nn.Module = {"dense": model.backbone, "heads": model.heads, "joint": model}[stage]
+    loader = data.train_loader(config.batch_size, seed=recipe.seed, rank=here.rank, world=here.size)
+    if (recipe.mixup or recipe.cutmix) and config.batch_size // here.size % 2:
+        raise RecipeError(f"mixup pairs images: {stage}.batch_size={config.batch_size} must be even in every process")
+    try:
+        optimizer = create_optimizer_v2(
+            trained,
+            config.opt,
+            config.lr,
+            config.weight_decay,
+            config.momentum,
+            filter_bias_and_bn=not config.decay_norms,
+        )
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup * config.epochs,
+            warmup_lr=config.lr / 100,
+            min_lr=config.lr * config.final_lr,
+            step_on_epochs=False,
+            updates_per_epoch=len(loader),
+        )
+    except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
+        raise RecipeError(f"timm cannot set up stage {stage!r} with {config}: {error}") from error
+    return Tools(trained, optimizer, scheduler, loader)
+
+
+def _build(recipe: Recipe, data: Data, create: dict[str, Any], fresh: bool) -> DynamicModel:
+    """The wrapped backbone; `fresh` models take the weights that the recipe names."""
+    source = recipe.backbone
+    try:
+        backbone = timm.create_model(pretrained=source.pretrained and fresh, **create)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise RecipeError(f"timm cannot create {create} (pretrained={source.pretrained}): {error}") from error
+    if source.weights and fresh:
+        load_weights(backbone, _read_weights(source.weights), source.weights)
+    return wrap(
+        backbone,
+        recipe.exits.at,
+        head_share=recipe.exits.head_share,
+        confidence=recipe.exits.confidence,
+        input_size=data.input_size,
+    )
+
+
+def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None:
+    """Refuse now what would fail only hours later."""
+    if not model.exits:
+        raise RecipeError("exits.at names no exits, there is nothing to train but the backbone; give at least one")
+    for key in ("log_steps", "checkpoint_steps"):
+        if getattr(recipe, key) < 1:
+            raise RecipeError(f"{key}={getattr(recipe, key)}: give at least 1")
+    for stage in STAGES:
+        if getattr(recipe, stage).epochs > 0:
+            _tools(model, data, recipe, stage, here)
+    exit_weights(recipe.loss, [boundary.share for boundary in model.boundaries], 1.0)
+    goal = recipe.calibration.goal()
+    if "budget" in goal:
+        check_budget(model, goal["budget"])
 
 
 @contextmanager
@@ -276,7 +337,8 @@ def _refuse_non_finite(loss: Tensor, losses: Tensor, stage: str, epoch: int, ste
 def _mixup(recipe: Recipe, classes: int) -> Mixup | None:
     if recipe.mixup == recipe.cutmix == 0:
         return None
-    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.loss.label_smoothing, num_classes=classes)
+    # Labels are smoothed once, in the loss.
+    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=classes)
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:
