@@ -95,7 +95,13 @@ def _of_run(run: Run, samples: int, batch: Sequence[int], folded: bool) -> list[
 
 
 def _of_model(
-    name: str, exits: int, batch: Sequence[int], calls: int, channels_last: bool, folded: bool
+    name: str,
+    exits: int,
+    batch: Sequence[int],
+    calls: int,
+    channels_last: bool,
+    folded: bool,
+    device: str | None,
 ) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     dynamic = wrap(timm.create_model(name).eval(), exits)
