@@ -185,6 +185,8 @@ def is_attached(backbone: nn.Module) -> bool:
 
 def features(output: Any) -> list[Tensor]:
     """The tensors of a boundary's output, in the order in which `Feature.leaf` counts them."""
+    if isinstance(output, Tensor):
+        return [output]
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 

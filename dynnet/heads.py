@@ -144,16 +144,17 @@ def _convs(feature: Feature, grid: int, budget: float) -> list[Conv]:
 
 
 def _plan(channels: int, last: int, steps: int) -> list[Conv]:
-    """`steps` strided 3x3 convolutions whose channels double as the pixels are quartered, up to `last`.
+    """Strided 3x3 convolutions whose channels double as the pixels are quartered, up to `last`.
 
-    Many channels are first brought down by a 1x1 convolution, which is fast where a strided one is slow.
+    Many channels are first brought down by a 1x1 convolution, which is fast where a strided one is slow. Two convolutions
+    at most: one image at a time, starting an op costs more than its MACs. What pixels remain are pooled.
     """
+    steps = min(steps, 2)
     convs = []
     for i in range(steps):
         outputs = max(_NARROWEST, last >> (steps - 1 - i))
         if i == 0 and channels > 2 * outputs:
-            convs.append(Conv(channels, outputs, 1, 1))
-            channels = outputs
+            return [Conv(channels, last, 1, 1), Conv(last, last, 3, 2)]
         convs.append(Conv(channels, outputs, 3, 2))
         channels = outputs
     return convs

@@ -284,7 +284,8 @@ class _Answering(Flow):
         logits = self.model.heads[index](output)
         confidence, memory = self.model.measure(logits, self.memory)
         leaving = leaves(confidence, self.model.thresholds[index])
-        count = int(leaving.sum())  # the one synchronisation of an exit
+        # The one synchronisation of an exit; a sample alone needs no sum.
+        count = int(leaving) if len(leaving) == 1 else int(leaving.sum())
         if count == 0:
             self.memory = memory
             return None
