@@ -146,8 +146,8 @@ def _convs(feature: Feature, grid: int, budget: float) -> list[Conv]:
 def _plan(channels: int, last: int, steps: int) -> list[Conv]:
     """Strided 3x3 convolutions whose channels double as the pixels are quartered, up to `last`.
 
-    Many channels are first brought down by a 1x1 convolution, which is fast where a strided one is slow. Two convolutions
-    at most: one image at a time, starting an op costs more than its MACs. What pixels remain are pooled.
+    Many channels are first brought down by a 1x1 convolution, which is fast where a strided one is slow. Two
+    convolutions at most: one image at a time, starting an op costs more than its MACs. What pixels remain are pooled.
     """
     steps = min(steps, 2)
     convs = []
