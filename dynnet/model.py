@@ -225,7 +225,7 @@ class DynamicModel(nn.Module):
 
     def _answer(self, x: Tensor) -> _Answering:
         self._check(x)
-        answers = _Answering(self, len(x))
+        answers = _Answering(self)
         with flow.run(answers, self._notes_size):
             answers.finish(self.backbone(x))
         return answers
@@ -271,9 +271,9 @@ class _EveryExit(Flow):
 class _Answering(Flow):
     """Each sample leaves at the first exit that is confident of it."""
 
-    def __init__(self, model: DynamicModel, batch: int) -> None:
+    def __init__(self, model: DynamicModel) -> None:
         super().__init__(model.tag)
-        self.model, self.batch, self.active = model, batch, model.active
+        self.model, self.active = model, model.active
         self.memory: Tensor | None = None
         # One entry for each group that left: exit, original rows (None: all), logits, confidence.
         self.left: list[tuple[int, Tensor | None, Tensor, Tensor]] = []

@@ -30,6 +30,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def packed(folder: Path, tmp_path: Path) -> Path:
+    """The same, a tar for each split."""
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for split in ("train", "test"):
+        with tarfile.open(packed / f"{split}.tar", "w") as tar:
+            for path in sorted((folder / split).rglob("*.png")):
+                tar.add(path, str(path.relative_to(folder / split)))
+    return packed
+
+
 def config(root: Path, **kwargs: object) -> DataConfig:
     return DataConfig(name="", root=str(root), calibration=0.25, workers=0, **kwargs)  # type: ignore[arg-type]
 
@@ -99,13 +111,7 @@ def _crop(image: torch.Tensor, dy: int, dx: int, flip: bool) -> torch.Tensor:
     return cut.flip(2) if flip else cut
 
 
-def test_folders_and_tars_give_the_same(folder: Path, tmp_path: Path) -> None:
-    packed = tmp_path / "packed"
-    packed.mkdir()
-    for split in ("train", "test"):
-        with tarfile.open(packed / f"{split}.tar", "w") as tar:
-            for path in sorted((folder / split).rglob("*.png")):
-                tar.add(path, str(path.relative_to(folder / split)))
+def test_folders_and_tars_give_the_same(folder: Path, packed: Path) -> None:
     a, b = load_data(config(folder)), load_data(config(packed))
     assert a.classes == b.classes == ("cat", "dog")
     assert a.input_size == (3, 40, 40)
@@ -113,13 +119,7 @@ def test_folders_and_tars_give_the_same(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(a.test.labels, b.test.labels)
 
 
-def test_a_tar_may_be_read_by_many_processes(folder: Path, tmp_path: Path) -> None:
-    packed = tmp_path / "packed"
-    packed.mkdir()
-    for split in ("train", "test"):
-        with tarfile.open(packed / f"{split}.tar", "w") as tar:
-            for path in sorted((folder / split).rglob("*.png")):
-                tar.add(path, str(path.relative_to(folder / split)))
+def test_a_tar_may_be_read_by_many_processes(packed: Path) -> None:
     alone = load_data(config(packed, input_size=(3, 24, 24)))
     many = load_data(dataclasses.replace(config(packed, input_size=(3, 24, 24)), workers=2))
     many.test.pixels(0)
