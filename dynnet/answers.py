@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from dynnet.cost import Ledger
 from dynnet.errors import DataError, NonFiniteError
+from dynnet.model import DynamicModel
+from dynnet.policy import active
 from dynnet.probe import evaluating
-
-if TYPE_CHECKING:
-    from dynnet.model import DynamicModel
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Answers:
     def score(self, thresholds: Sequence[float], ledger: Ledger, remembers: bool = False) -> tuple[float, float]:
         """(accuracy in [0, 1], mean MACs) at these thresholds."""
         taken = self.route(thresholds)
-        bill = ledger.bill([remembers or t < np.inf for t in thresholds]).numpy()
+        bill = ledger.bill(active(thresholds, remembers)).numpy()
         return float(self.correct[np.arange(len(taken)), taken].mean()), float(bill[taken].mean())
 
 

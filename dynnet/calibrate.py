@@ -21,7 +21,7 @@ from dynnet.answers import Answers, collect
 from dynnet.cost import Ledger
 from dynnet.errors import CalibrationError
 from dynnet.model import DynamicModel
-from dynnet.policy import to_json
+from dynnet.policy import active, to_json
 
 # Prices of compute to try; neighbours differ by a quarter.
 _PRICES = 48
@@ -109,8 +109,7 @@ def calibrate(
         check_budget(model, budget)
     answers = collect(model, loader)
     ledger = model.ledger(answers.input_size)
-    remembers = model.config.confidence == "patience"
-    points = _explore(answers, ledger, remembers)
+    points = _explore(answers, ledger, model.remembers)
     full = float(answers.correct[:, -1].mean())
     if budget is not None:
         within = [p for p in points if p.macs <= budget * ledger.dense]
@@ -207,9 +206,9 @@ def _best_thresholds(
     for _ in range(8):
         before = list(thresholds)
         for i in reversed(range(exits)):
-            active = [remembers or t < np.inf for t in thresholds]
-            active[i] = True
-            bill = ledger.bill(active).numpy() * unit
+            running = active(thresholds, remembers)
+            running[i] = True
+            bill = ledger.bill(running).numpy() * unit
             earlier = answers.route([*thresholds[:i], *[np.inf] * (exits - i)]) < i
             later = answers.route([*[np.inf] * (i + 1), *thresholds[i + 1 :]])
             gain = (correct[:, i] - bill[i]) - (correct[everyone, later] - bill[later])

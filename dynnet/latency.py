@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dynnet.errors import InputError
 from dynnet.model import DynamicModel
+from dynnet.probe import evaluating
 
 # Samples that a percentile needs for its estimate to be an upper bound with 99% confidence in rank statistics.
 NEEDED = {50: 1, 90: 64, 99: 662}
@@ -111,9 +112,7 @@ def latency(
         [torch.randperm(len(images), generator=order) for _ in range(math.ceil(count * batch_size / len(images)))]
     )[: count * batch_size].view(count, batch_size)
     parameter = next(model.parameters())
-    mode = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         # The plain model, without hooks, on the same weights.
         bare = copy.deepcopy(model).unwrap()
         runs: tuple[Callable[[Tensor], Any], ...] = (bare, model)
@@ -128,8 +127,6 @@ def latency(
                     milliseconds[which, i] = elapsed
             if i >= 0:
                 exits[i] = model.predict(batch).exit.cpu().numpy()
-    finally:
-        model.train(mode)
     setting = {
         "device": str(parameter.device),
         "device_name": torch.cuda.get_device_name(parameter.device) if parameter.device.type == "cuda" else "CPU",

@@ -19,7 +19,7 @@ from dynnet import flow
 from dynnet.cost import Ledger, price
 from dynnet.errors import InputError
 from dynnet.flow import Finished, Flow, Tag
-from dynnet.policy import Measure, check_thresholds, leaves, make_measure
+from dynnet.policy import Measure, active, check_thresholds, leaves, make_measure
 from dynnet.probe import on_meta
 from dynnet.rehearse import Placement
 
@@ -137,10 +137,14 @@ class DynamicModel(nn.Module):
         self.calibration = None
 
     @property
+    def remembers(self) -> bool:
+        """Does the measure need every exit's vote, so that all heads run whatever the thresholds?"""
+        return self.config.confidence == "patience"
+
+    @property
     def active(self) -> tuple[bool, ...]:
         """Which heads run at the present thresholds."""
-        remembers = self.config.confidence == "patience"
-        return tuple(remembers or threshold < float("inf") for threshold in self.thresholds)
+        return tuple(active(self.thresholds, self.remembers))
 
     def forward(self, x: Tensor, equilibrium: bool = False) -> Tensor | ExitOutputs:
         """Answer a batch.

@@ -125,6 +125,11 @@ def leaves(confidence: Tensor, threshold: float) -> Tensor:
     return confidence.double() >= threshold
 
 
+def active(thresholds: Sequence[float], remembers: bool) -> list[bool]:
+    """Which heads run: one at inf is switched off, unless the measure remembers every exit's vote (patience)."""
+    return [remembers or threshold < math.inf for threshold in thresholds]
+
+
 def to_json(threshold: float) -> float | str:
     """A threshold for JSON, which has no infinity: inf and -inf become strings that float() reads back."""
     return threshold if abs(threshold) < math.inf else str(threshold)

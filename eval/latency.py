@@ -25,7 +25,7 @@ from dynnet import DynamicModel, Latency, fold, latency, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.checkpoint import write_atomically
 from dynnet.errors import DynnetError
-from eval.runs import Run, open_run
+from eval.runs import Run, open_run, test_images
 
 
 def main(
@@ -75,13 +75,7 @@ def main(
 
 
 def _of_run(run: Run, samples: int, batch: Sequence[int], folded: bool) -> list[dict[str, Any]]:
-    images, count = [], 0
-    for part in run.data.loader("test", 256):
-        images.append(part.images)
-        count += len(part.images)
-        if count >= samples:
-            break
-    pictures = torch.cat(images)[:samples]
+    _, pictures = test_images(run.data, samples)
     model = fold(run.model) if folded else run.model
     found = []
     for size in batch:

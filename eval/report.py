@@ -24,8 +24,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from dynnet import latency, measure
 from dynnet.allocator import keep_freed_memory
@@ -35,9 +34,9 @@ from dynnet.checkpoint import write_atomically
 from dynnet.data import Data
 from dynnet.errors import DynnetError
 from dynnet.measure import read_table, write_table
-from dynnet.policy import to_json
+from dynnet.policy import active, to_json
 from eval import figures
-from eval.runs import Run, open_run
+from eval.runs import Run, open_run, test_images
 
 POINTS = 14
 
@@ -96,17 +95,15 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
     table["dense_correct"] = _dense_correct(run.dense, data, batch_size)
     for e, macs in enumerate(measured.ledger.bill([True] * len(model.exits)).tolist()):
         table[f"macs_{e}"] = np.full(len(measured.exit), macs)
-    remembers = model.config.confidence == "patience"
-    points = trade_off(collect(model, data.loader("calibration", batch_size)), measured.ledger, remembers)
+    points = trade_off(collect(model, data.loader("calibration", batch_size)), measured.ledger, model.remembers)
     every = np.arange(len(measured.exit))
     for k, i in enumerate(np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))):
         taken = measured.answers.route(points[i].thresholds)
-        active = [remembers or t < np.inf for t in points[i].thresholds]
-        table[f"point{k}_macs"] = measured.ledger.bill(active).numpy()[taken]
+        running = active(points[i].thresholds, model.remembers)
+        table[f"point{k}_macs"] = measured.ledger.bill(running).numpy()[taken]
         table[f"point{k}_correct"] = measured.answers.correct[every, taken].astype(int)
 
-    rows = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:latency_samples].sort().values
-    images = _images(data, rows)
+    rows, images = test_images(data, latency_samples)
     timed = latency(model, images)
     for name, values in (("latency_ms", timed.dynamic_ms), ("dense_latency_ms", timed.dense_ms)):
         column = np.full(len(measured.exit), np.nan)
@@ -152,17 +149,6 @@ def _dense_correct(dense: nn.Module, data: Data, batch_size: int) -> np.ndarray:
             for images, labels, _ in data.loader("test", batch_size)
         ]
     )
-
-
-def _images(data: Data, rows: Tensor) -> Tensor:
-    """(len(rows), C, H, W) of the test split, as the model sees them."""
-    found = {}
-    wanted = set(rows.tolist())
-    for images, _, ids in tqdm(data.loader("test", 256), desc="images to time", leave=False, disable=None):
-        for image, i in zip(images, ids.tolist(), strict=True):
-            if i in wanted:
-                found[i] = image
-    return torch.stack([found[i] for i in rows.tolist()])
 
 
 def _galleries(table: dict[str, np.ndarray], data: Data, out: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from dynnet import DynamicModel, load
 from dynnet.checkpoint import load_weights, read_bundle
@@ -64,3 +65,21 @@ def open_run(path: Path, data: str | None = None, device: str | None = None) -> 
     loaded = load_data(recipe.data, config.to_dict() if config is not None else None)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Run(path, recipe, loaded, load(path / "model.safetensors").to(where), dense.eval().to(where))
+
+
+def test_images(data: Data, count: int) -> tuple[Tensor, Tensor]:
+    """Images of the test split as the model sees them, drawn at random: datasets are often sorted by class.
+
+    Args:
+        data: the splits.
+        count: how many, or all if there are fewer.
+
+    Returns:
+        (M,) their rows in the split, rising, and (M, C, H, W) the images.
+    """
+    rows = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:count].sort().values
+    wanted = set(rows.tolist())
+    found: dict[int, Tensor] = {}
+    for images, _, ids in tqdm(data.loader("test", 256), desc="images to time", leave=False, disable=None):
+        found.update((i, image) for i, image in zip(ids.tolist(), images, strict=True) if i in wanted)
+    return rows, torch.stack([found[i] for i in rows.tolist()])
