@@ -6,7 +6,7 @@ N samples, K classes, E exits; exit number E is the backbone's own head
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +50,17 @@ class Answers:
             # NaN compares false: never confident.
             taken[self.confidences[:, i] >= thresholds[i]] = i
         return taken
+
+    def lost(self, thresholds: Sequence[float]) -> np.ndarray:
+        """(N,) int64: 1 where the last exit is right and the one taken is wrong, -1 the other way round, else 0."""
+        correct = self.correct.astype(np.int64)
+        return correct[:, -1] - correct[np.arange(len(correct)), self.route(thresholds)]
+
+    def subset(self, rows: np.ndarray) -> Answers:
+        """The answers to some of the samples: rows (M,) int64."""
+        return replace(
+            self, labels=self.labels[rows], predictions=self.predictions[rows], confidences=self.confidences[rows]
+        )
 
     def score(self, thresholds: Sequence[float], ledger: Ledger, remembers: bool = False) -> tuple[float, float]:
         """(accuracy in [0, 1], mean MACs) at these thresholds."""

@@ -5,6 +5,9 @@ exits, the best one of an exit is found exactly: sort the samples that reach it 
 leaving, cut where the sum is largest. Exits take turns until nothing changes; a sweep over lambda gives the whole
 trade-off. An exit that does not pay for its head is switched off (threshold inf).
 
+The largest of many noisy sums is lucky on the samples that it was chosen on. What new samples will give is therefore
+told by cross-validation: thresholds fitted on all folds but one are tried on that one.
+
     N samples, E exits
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -25,6 +29,8 @@ from dynnet.policy import active, to_json
 
 # Prices of compute to try; neighbours differ by a quarter.
 _PRICES = 48
+
+_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class Calibration:
         samples: how many it was fitted on.
         confidence: the measure that the thresholds belong to.
         accuracy, macs: of the dynamic model on those samples; MACs are means per sample.
+        drop, drop_error: how far accuracy will fall below the final classifier's on new samples, and the standard error
+            of that estimate, by cross-validation; None where samples are too few.
         full_accuracy, dense_macs: of the final classifier, and of the bare backbone.
         rates: share of the samples that leaves at each exit and at the end.
     """
@@ -64,15 +72,18 @@ class Calibration:
     confidence: str
     accuracy: float
     macs: float
+    drop: float | None
+    drop_error: float | None
     full_accuracy: float
     dense_macs: int
     rates: tuple[float, ...]
 
     def __str__(self) -> str:
         rates = " / ".join(f"{rate:.0%}" for rate in self.rates)
+        new = "" if self.drop is None else f", {self.drop:.2%} ± {self.drop_error:.2%} lower expected on new samples"
         return (
             f"calibrated for {self.goal}={self.value:g} on {self.samples} samples: accuracy {self.accuracy:.2%} "
-            f"(never exiting {self.full_accuracy:.2%}) at {self.macs / self.dense_macs:.1%} of the MACs "
+            f"(never exiting {self.full_accuracy:.2%}{new}) at {self.macs / self.dense_macs:.1%} of the MACs "
             f"({self.macs / 1e6:.2f} of {self.dense_macs / 1e6:.2f} MMAC, {2 * self.macs / 1e6:.2f} MFLOP); "
             f"exits taken {rates}"
         )
@@ -92,8 +103,9 @@ def calibrate(
         loader: batches of (images, labels, ...) that were not trained on.
         budget: mean MACs per sample, as a share of the bare backbone's. The best accuracy within it is taken, and of
             equally good thresholds those that spend more.
-        accuracy_drop: how far accuracy may fall below never exiting, 0.005 for half a point. The fewest MACs are taken
-            at which the drop plus its standard error stays within: few samples cannot promise much.
+        accuracy_drop: how far accuracy may fall below never exiting on new samples, 0.005 for half a point. The fewest
+            MACs are taken at which the drop, as cross-validation sees it, plus its standard error stays within: few
+            samples cannot promise much.
 
     Raises:
         CalibrationError: not exactly one goal, or one that cannot be reached.
@@ -109,23 +121,22 @@ def calibrate(
         check_budget(model, budget)
     answers = collect(model, loader)
     ledger = model.ledger(answers.input_size)
-    points = _explore(answers, ledger, model.remembers)
-    full = float(answers.correct[:, -1].mean())
+    explored = _explore(answers, ledger, model.remembers)
     if budget is not None:
-        within = [p for p in points if p.macs <= budget * ledger.dense]
+        within = [p for p in explored if p.macs <= budget * ledger.dense]
         if not within:
-            least = min(p.macs for p in points) / ledger.dense
+            least = min(p.macs for p in explored) / ledger.dense
             raise CalibrationError(
                 f"a budget of {budget} of the dense MACs cannot be met on these samples: the least is {least:.3f}; are "
                 f"exits giving NaN?"
             )
         # Of equals the dearest: where these samples cannot tell the difference, new ones may.
         best = max(within, key=lambda p: (p.accuracy, p.macs))
+        drop = next(iter(_expected_drops(answers, ledger, model.remembers, [best.macs])), None)
         goal, value = "budget", budget
     else:
         assert accuracy_drop is not None
-        within = [p for p in points if _drop(answers, p.thresholds) <= accuracy_drop]
-        best = min(within, key=lambda p: (p.macs, -p.accuracy))
+        best, drop = _within_drop(answers, ledger, model.remembers, _frontier(explored), accuracy_drop)
         goal, value = "accuracy_drop", accuracy_drop
     model.thresholds = best.thresholds
     taken = answers.route(best.thresholds)
@@ -137,7 +148,9 @@ def calibrate(
         confidence=model.config.confidence,
         accuracy=best.accuracy,
         macs=best.macs,
-        full_accuracy=full,
+        drop=drop.mean if drop else None,
+        drop_error=drop.error if drop else None,
+        full_accuracy=float(answers.correct[:, -1].mean()),
         dense_macs=ledger.dense,
         rates=tuple(float((taken == e).mean()) for e in range(len(model.exits) + 1)),
     )
@@ -168,6 +181,54 @@ def trade_off(answers: Answers, ledger: Ledger, remembers: bool = False) -> list
         remembers: all heads run whatever the thresholds (patience).
     """
     return _frontier(_explore(answers, ledger, remembers))
+
+
+class _Drop(NamedTuple):
+    """How far accuracy falls below never exiting on new samples, and the standard error of that estimate."""
+
+    mean: float
+    error: float
+
+
+def _within_drop(
+    answers: Answers, ledger: Ledger, remembers: bool, points: Sequence[OperatingPoint], bound: float
+) -> tuple[OperatingPoint, _Drop]:
+    """The cheapest of the points whose expected drop plus its standard error stays within the bound.
+
+    From the dearest on, as long as all is well: a cheap one that looks well by luck is not reached.
+    """
+    best = _point(answers, ledger, (np.inf,) * len(answers.exits), remembers)
+    promised = _Drop(0.0, 0.0)
+    drops = _expected_drops(answers, ledger, remembers, [p.macs for p in points])
+    if not drops:
+        raise CalibrationError(
+            f"{len(answers.labels)} samples are too few to bound an accuracy drop; give at least {2 * _FOLDS}"
+        )
+    for point, drop in zip(reversed(points), reversed(drops), strict=True):
+        if drop.mean + drop.error > bound:
+            break
+        if point.macs < best.macs:
+            best, promised = point, drop
+    return best, promised
+
+
+def _expected_drops(answers: Answers, ledger: Ledger, remembers: bool, levels: Sequence[float]) -> list[_Drop]:
+    """For each level of mean MACs, by cross-validation; empty where samples are too few."""
+    samples = len(answers.labels)
+    if samples < 2 * _FOLDS:
+        return []
+    lost = np.zeros((len(levels), samples))
+    order = np.random.default_rng(0).permutation(samples)
+    for fold in np.array_split(order, _FOLDS):
+        fitted = trade_off(answers.subset(np.setdiff1d(order, fold)), ledger, remembers)
+        unseen = answers.subset(fold)
+        for k, level in enumerate(levels):
+            # Points come in order of their MACs.
+            point = next((p for p in reversed(fitted) if p.macs <= level), fitted[0])
+            lost[k, fold] = unseen.lost(point.thresholds)
+    # One change more than was seen: to have seen none in few samples promises little.
+    errors = np.sqrt((lost**2).sum(1) + 1) / samples
+    return [_Drop(float(mean), float(error)) for mean, error in zip(lost.mean(1), errors, strict=True)]
 
 
 def _explore(answers: Answers, ledger: Ledger, remembers: bool) -> list[OperatingPoint]:
@@ -234,13 +295,6 @@ def _best_thresholds(
 
 def _point(answers: Answers, ledger: Ledger, thresholds: tuple[float, ...], remembers: bool) -> OperatingPoint:
     return OperatingPoint(thresholds, *answers.score(thresholds, ledger, remembers))
-
-
-def _drop(answers: Answers, thresholds: tuple[float, ...]) -> float:
-    """How far accuracy falls below never exiting, plus one standard error of that difference (paired samples)."""
-    taken = answers.route(thresholds)
-    change = answers.correct[:, -1].astype(int) - answers.correct[np.arange(len(taken)), taken]
-    return float(change.mean() + change.std() / np.sqrt(len(taken)))
 
 
 def _frontier(points: Iterable[OperatingPoint]) -> list[OperatingPoint]:

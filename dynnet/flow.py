@@ -202,5 +202,8 @@ def _replace(flat: Sequence[Any], new: dict[int, Tensor]) -> list[Any]:
 def _take(x: Tensor, rows: Tensor, dim: int, per_sample: int) -> Tensor:
     if per_sample > 1:
         return _take(x.unflatten(dim, (-1, per_sample)), rows, dim, 1).flatten(dim, dim + 1)
-    # Indexing keeps channels_last, where index_select would make a contiguous NCHW copy.
-    return x[rows] if dim == 0 else x.index_select(dim, rows)
+    # In the order in which the dimensions lie in memory: whole samples are copied, and the layout stays.
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    order.insert(0, order.pop(order.index(dim)))
+    back = [order.index(d) for d in range(x.ndim)]
+    return x.permute(order).index_select(0, rows).permute(back)

@@ -4,6 +4,9 @@ Maps with more pixels than the backbone's last ones are brought down by strided 
 https://arxiv.org/abs/1703.09844): pooling them at once would lose what a classifier needs. Average and maximum are
 pooled side by side (as in Shallow-Deep Networks, https://arxiv.org/abs/1810.07052).
 
+Maps of many channels get a lean head: averaged over 2x2 pixels, a 1x1 convolution (the shortcut of ResNet-D,
+https://arxiv.org/abs/1812.01187), averaged. One image at a time, starting an operator costs more than its MACs.
+
     B batch, C channels, K classes, N tokens, H x W pixels
 """
 
@@ -21,6 +24,8 @@ from dynnet.flow import features
 HeadFactory = Callable[[Boundary, int], nn.Module]
 
 _NARROWEST = 16  # channels of a head's convolutions, at least
+_MANY = 128  # more channels than these get a lean head
+_LEAN = 96  # channels of a lean head's convolution, at most
 _HIDDEN = 512  # units of a token head's hidden layer, at most
 
 
@@ -50,7 +55,8 @@ class ExitHead(nn.Module):
 
 
 class Conv(NamedTuple):
-    """One convolution of a neck; batch norm and ReLU follow."""
+    """One convolution of a neck; batch norm and ReLU follow. Where the stride is wider than the kernel, an average over
+    what would be skipped goes before."""
 
     inputs: int
     outputs: int
@@ -71,10 +77,14 @@ class MapNeck(nn.Module):
         self.feature = feature
         layers: list[nn.Module] = []
         for inputs, outputs, kernel, stride in convs:
+            if stride > kernel:
+                layers.append(nn.AvgPool2d(stride, ceil_mode=True))
+                stride = 1
             conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
             layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         self.convs = nn.Sequential(*layers)
-        self.out_features = 2 * (convs[-1].outputs if convs else feature.channels)
+        self.lean = feature.channels > _MANY
+        self.out_features = (1 if self.lean else 2) * (convs[-1].outputs if convs else feature.channels)
         # Raw features of a pre-norm backbone have any scale; the convolutions' batch norm has taken care of it already.
         self.norm = nn.Identity() if convs else nn.LayerNorm(self.out_features)
 
@@ -84,7 +94,8 @@ class MapNeck(nn.Module):
         elif self.feature.layout == "tokens":
             x = x[:, self.feature.prefix :].transpose(1, 2).unflatten(2, self.feature.grid)
         x = self.convs(x)
-        return self.norm(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+        mean = x.mean((2, 3))
+        return self.norm(mean if self.lean else torch.cat([mean, x.amax((2, 3))], 1))
 
 
 class TokenNeck(nn.Module):
@@ -135,7 +146,8 @@ def _convs(feature: Feature, grid: int, budget: float) -> list[Conv]:
     while side > grid:
         side, steps = (side + 1) // 2, steps + 1
     best: list[Conv] = []
-    for last in range(_NARROWEST, 4 * max(feature.channels, _NARROWEST) + 1, 8):
+    widest = _LEAN if feature.channels > _MANY else 4 * max(feature.channels, _NARROWEST)
+    for last in range(_NARROWEST, widest + 1, 8):
         convs = _plan(feature.channels, last, steps)
         if _conv_macs(feature, convs) > (budget if best else 2 * budget):
             break
@@ -144,17 +156,14 @@ def _convs(feature: Feature, grid: int, budget: float) -> list[Conv]:
 
 
 def _plan(channels: int, last: int, steps: int) -> list[Conv]:
-    """Strided 3x3 convolutions whose channels double as the pixels are quartered, up to `last`.
-
-    Many channels are first brought down by a 1x1 convolution, which is fast where a strided one is slow. Two
-    convolutions at most: one image at a time, starting an op costs more than its MACs. What pixels remain are pooled.
-    """
+    """Two strided 3x3 convolutions at most, channels doubling up to `last` as the pixels are quartered, or the one
+    convolution of a lean head; what pixels remain are pooled."""
+    if channels > _MANY:
+        return [Conv(channels, last, 1, 2)] if steps else []
     steps = min(steps, 2)
     convs = []
     for i in range(steps):
         outputs = max(_NARROWEST, last >> (steps - 1 - i))
-        if i == 0 and channels > 2 * outputs:
-            return [Conv(channels, last, 1, 1), Conv(last, last, 3, 2)]
         convs.append(Conv(channels, outputs, 3, 2))
         channels = outputs
     return convs

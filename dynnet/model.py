@@ -113,6 +113,7 @@ class DynamicModel(nn.Module):
         # In a tuple, so that it is no submodule.
         self._shadow: tuple[DynamicModel] | None = None
         self._unwrapped = False
+        self._dtype: torch.dtype | None = None  # of the backbone, when last looked up
         self.tag = Tag()
         self._notes_size = placement.notes_size
         self.train(backbone.training)
@@ -243,9 +244,12 @@ class DynamicModel(nn.Module):
             raise InputError(f"got {got}; expected float images of shape (B, {channels}, H, W), normalised")
         if len(x) == 0:
             raise InputError("got an empty batch; give at least one image")
-        expected = next((p.dtype for p in self.backbone.parameters()), x.dtype)
-        if x.dtype != expected and not torch.is_autocast_enabled(x.device.type):
-            raise InputError(f"got images of {x.dtype} for a model of {expected}; convert with x.to({expected})")
+        if x.dtype != self._dtype:  # looking it up costs as much as an operator
+            self._dtype = next((p.dtype for p in self.backbone.parameters()), x.dtype)
+            if x.dtype != self._dtype and not torch.is_autocast_enabled(x.device.type):
+                raise InputError(
+                    f"got images of {x.dtype} for a model of {self._dtype}; convert with x.to({self._dtype})"
+                )
         if tuple(x.shape[1:]) not in self._ledgers:
             self.ledger(tuple(x.shape[1:]))  # a dry run, which tells in words where a size does not fit
 
@@ -279,21 +283,26 @@ class _Answering(Flow):
         super().__init__(model.tag)
         self.model, self.active = model, model.active
         self.memory: Tensor | None = None
-        # One entry for each group that left: exit, original rows (None: all), logits, confidence.
-        self.left: list[tuple[int, Tensor | None, Tensor, Tensor]] = []
+        # One entry for each group that left: exit, original rows (None: all), logits, confidence (None: not asked yet).
+        self.left: list[tuple[int, Tensor | None, Tensor, Tensor | None]] = []
 
     def reach(self, index: int, output: Any, batched: Sequence[tuple[int, int]]) -> Any:
         if not self.active[index]:
             return None
         logits = self.model.heads[index](output)
         confidence, memory = self.model.measure(logits, self.memory)
-        leaving = leaves(confidence, self.model.thresholds[index])
-        # The one synchronisation of an exit; a sample alone needs no sum.
-        count = int(leaving) if len(leaving) == 1 else int(leaving.sum())
+        threshold = self.model.thresholds[index]
+        # The one synchronisation of an exit.
+        if len(confidence) == 1:
+            # Python compares, also in float64, in less time than the three operators that a batch takes.
+            leaving, count = confidence, int(confidence.item() >= threshold)
+        else:
+            leaving = leaves(confidence, threshold)
+            count = int(leaving.sum())
         if count == 0:
             self.memory = memory
             return None
-        if count == len(leaving):
+        if count == len(confidence):
             self.left.append((index, self.rows, logits, confidence))
             raise Finished
         gone, kept = leaving.nonzero().squeeze(1), (~leaving).nonzero().squeeze(1)
@@ -303,14 +312,18 @@ class _Answering(Flow):
         return self.thin_out(output, batched, kept)
 
     def finish(self, logits: Tensor) -> None:
-        confidence, _ = self.model.measure(logits, self.memory)
-        self.left.append((len(self.active), self.rows, logits, confidence))
+        self.left.append((len(self.active), self.rows, logits, None))
 
     def logits(self) -> Tensor:
         return self._in_order([logits for _, _, logits, _ in self.left])
 
     def confidence(self) -> Tensor:
-        return self._in_order([confidence for _, _, _, confidence in self.left])
+        return self._in_order(
+            [
+                self.model.measure(logits, self.memory)[0] if confidence is None else confidence
+                for _, _, logits, confidence in self.left
+            ]
+        )
 
     def exits(self) -> Tensor:
         return self._in_order(
