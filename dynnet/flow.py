@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dynnet.exits import Boundary, Companion
+from dynnet.gather import pick
 
 _running: ContextVar[Flow | None] = ContextVar("dynnet_flow", default=None)
 
@@ -202,8 +203,4 @@ def _replace(flat: Sequence[Any], new: dict[int, Tensor]) -> list[Any]:
 def _take(x: Tensor, rows: Tensor, dim: int, per_sample: int) -> Tensor:
     if per_sample > 1:
         return _take(x.unflatten(dim, (-1, per_sample)), rows, dim, 1).flatten(dim, dim + 1)
-    # In the order in which the dimensions lie in memory: whole samples are copied, and the layout stays.
-    order = sorted(range(x.ndim), key=x.stride, reverse=True)
-    order.insert(0, order.pop(order.index(dim)))
-    back = [order.index(d) for d in range(x.ndim)]
-    return x.permute(order).index_select(0, rows).permute(back)
+    return pick(x, dim, rows)

@@ -1,0 +1,174 @@
+"""Running a layer on a subset of its channels, and cutting it down to one for good.
+
+One implementation serves gates, which choose channels for every input, and static pruning, which chooses them once.
+
+    C channels, k of them chosen, u channels in a block
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers import Linear as TimmLinear
+from timm.layers.grn import GlobalResponseNorm
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dynnet.channels import channel_dim
+from dynnet.gather import pick
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Channels, as whole blocks of neighbours: blocks are copied at once, single channels one by one.
+
+    Attributes:
+        blocks: (k / u,) int64, ascending.
+        size: u.
+        width: C, of all channels.
+    """
+
+    blocks: Tensor
+    size: int
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.blocks) * self.size
+
+    def take(self, x: Tensor, dim: int) -> Tensor:
+        """The chosen entries of a tensor along one dimension of size C."""
+        return pick(x, dim, self.blocks, self.size)
+
+    def channels(self) -> Tensor:
+        """(k,) int64."""
+        return (self.blocks[:, None] * self.size + torch.arange(self.size, device=self.blocks.device)).flatten()
+
+
+def subset(channels: Tensor, width: int) -> Subset:
+    """Any ascending channels (k,) of `width`, k > 0, in the largest blocks that they fill."""
+    size = 1
+    while width % (2 * size) == 0 and len(channels) % (2 * size) == 0:
+        runs = channels.view(-1, 2 * size)
+        if not bool((runs == runs[:, :1] // (2 * size) * (2 * size) + torch.arange(2 * size)).all()):
+            break
+        size *= 2
+    return Subset(channels.view(-1, size)[:, 0] // size, size, width)
+
+
+def run(layer: nn.Module, x: Tensor, reads: Subset | None, makes: Subset | None) -> Tensor:
+    """What `layer` makes of an input that has only some of its channels.
+
+    Args:
+        layer: of a kind that `dynnet.channels.layer_kind` knows; a batch norm in eval mode.
+        x: the input, with the channels of `reads` only, in their order.
+        reads: input channels that are there; None for all. Those that are missing count as zero.
+        makes: output channels wanted; None for all. What passes channels on, a depthwise convolution or a norm, makes
+            those that it reads.
+
+    Returns:
+        The output, with the channels of `makes` only.
+    """
+    if reads is None and makes is None:
+        return layer(x)
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return _weigh(layer, x, reads, makes)
+    assert reads is not None
+    if isinstance(layer, nn.LayerNorm):
+        return _layer_norm(layer, x, reads)
+    if isinstance(layer, GlobalResponseNorm):
+        return _response_norm(layer, x, reads)
+    assert isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))
+    mean, var, weight, bias = (
+        None if p is None else reads.take(p, 0)
+        for p in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    )
+    x = F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, layer.eps)
+    return layer.act(layer.drop(x)) if isinstance(layer, BatchNormAct2d) else x
+
+
+def narrowed(
+    weight: Tensor, bias: Tensor | None, groups: int, reads: Subset | None, makes: Subset | None
+) -> tuple[Tensor, Tensor | None, int]:
+    """A weight (O, I / groups, ...) and a bias (O,) of some of their channels, and how many groups are left.
+
+    Args:
+        groups: of the whole layer; where there are several, whole groups are chosen.
+        reads, makes: as in `run`.
+    """
+    if groups > 1:
+        makes = makes or reads
+        if makes is None:
+            return weight, bias, groups
+        groups, reads = groups * len(makes) // makes.width, None
+    if makes is not None:
+        weight = makes.take(weight, 0)
+        bias = None if bias is None else makes.take(bias, 0)
+    if reads is not None:
+        weight = reads.take(weight, 1)
+    return weight, bias, groups
+
+
+def _weigh(layer: nn.Conv2d | nn.Linear, x: Tensor, reads: Subset | None, makes: Subset | None) -> Tensor:
+    exact = type(layer) in (nn.Conv2d, Conv2dSame, nn.Linear, TimmLinear)
+    if exact and isinstance(layer, nn.Linear):
+        weight, bias, _ = narrowed(layer.weight, layer.bias, 1, reads, makes)
+        return F.linear(x, weight, bias)
+    if exact and isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
+        weight, bias, groups = narrowed(layer.weight, layer.bias, layer.groups, reads, makes)
+        padding: Any = layer.padding
+        if isinstance(layer, Conv2dSame):
+            x, padding = pad_same(x, layer.kernel_size, layer.stride, layer.dilation), 0
+        return F.conv2d(x, weight, bias, layer.stride, padding, layer.dilation, groups)
+    # Its forward does something to weights or images first (weight standardisation): let it, and narrow what it hands
+    # to the convolution.
+    with _Narrowing(reads, makes):
+        return layer(x)
+
+
+class _Narrowing(TorchFunctionMode):
+    def __init__(self, reads: Subset | None, makes: Subset | None) -> None:
+        super().__init__()
+        self.reads, self.makes = reads, makes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.conv2d:
+            given = dict(
+                zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False)
+            )
+            given |= kwargs or {}
+            given["weight"], given["bias"], given["groups"] = narrowed(
+                given["weight"], given.get("bias"), given.get("groups", 1), self.reads, self.makes
+            )
+            return F.conv2d(**given)
+        if func is F.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+            weight, bias, _ = narrowed(given["weight"], given.get("bias"), 1, self.reads, self.makes)
+            return F.linear(given["input"], weight, bias)
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(layer: nn.LayerNorm, x: Tensor, reads: Subset) -> Tensor:
+    """Over all channels, of which the missing ones are zero."""
+    dim, width = channel_dim(layer, x), reads.width
+    mean = x.sum(dim, keepdim=True) / width
+    centred = x - mean
+    missing = (width - len(reads)) * mean.square()
+    var = (centred.square().sum(dim, keepdim=True) + missing) / width
+    shape = [-1 if d == dim else 1 for d in range(x.ndim)]
+    y = centred * torch.rsqrt(var + layer.eps)
+    if layer.weight is not None:
+        y = y * reads.take(layer.weight, 0).view(shape)
+    return y if layer.bias is None else y + reads.take(layer.bias, 0).view(shape)
+
+
+def _response_norm(layer: GlobalResponseNorm, x: Tensor, reads: Subset) -> Tensor:
+    """As timm's, with the mean over all channels, of which the missing ones are zero."""
+    energy = x.norm(p=2, dim=layer.spatial_dim, keepdim=True)
+    mean = energy.sum(layer.channel_dim, keepdim=True) / reads.width
+    bias, weight = (reads.take(p, 0).view(layer.wb_shape) for p in (layer.bias, layer.weight))
+    return x + torch.addcmul(bias, weight, x * (energy / (mean + layer.eps)))

@@ -1,0 +1,109 @@
+"""Layers on a subset of their channels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d, Conv2dSame, LayerNorm, LayerNorm2d, ScaledStdConv2d, StdConv2dSame
+from timm.layers.grn import GlobalResponseNorm
+from torch import Tensor, nn
+
+from dynnet.channels import channel_dim, layer_kind
+from dynnet.slicing import run, subset
+
+
+def some(width: int, *, groups: int = 1, seed: int = 0) -> Tensor:
+    """Ascending channels, whole groups of them, about half."""
+    units = torch.randperm(groups if groups > 1 else width, generator=torch.Generator().manual_seed(seed))
+    per_unit = width // len(units)
+    chosen = units[: max(1, len(units) // 2)].sort().values
+    return (chosen[:, None] * per_unit + torch.arange(per_unit)).flatten()
+
+
+def alive(layer: nn.Module) -> nn.Module:
+    """With parameters and statistics that are not what they begin as."""
+    with torch.no_grad():
+        for tensor in [*layer.parameters(), *(b for b in layer.buffers() if b.is_floating_point())]:
+            tensor.copy_(torch.rand_like(tensor) + 0.1)
+    return layer.eval()
+
+
+WEIGHING = {
+    "conv": nn.Conv2d(12, 16, 3, 2, 1),
+    "pointwise": nn.Conv2d(12, 16, 1, bias=False),
+    "channels_last": nn.Conv2d(12, 16, 3).to(memory_format=torch.channels_last),
+    "reflecting": nn.Conv2d(12, 16, 3, padding=1, padding_mode="reflect"),
+    "same": Conv2dSame(12, 16, 3, 2),
+    "standardised": StdConv2dSame(12, 16, 3, stride=2),
+    "scaled": ScaledStdConv2d(12, 16, 3, padding=1),
+    "linear": nn.Linear(12, 16),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHING)
+def test_a_layer_on_some_channels_equals_the_whole_layer_on_zeros(name: str) -> None:
+    layer = alive(WEIGHING[name])
+    x = torch.randn(2, 5, 12) if isinstance(layer, nn.Linear) else torch.randn(2, 12, 9, 9)
+    dim = channel_dim(layer, x)
+    for read, made in ((some(12), some(16, seed=1)), (None, some(16)), (some(12), None), (None, None)):
+        narrow = x if read is None else x.index_select(dim, read)
+        zeroed = x if read is None else torch.zeros_like(x).index_copy(dim, read, narrow)
+        expected = layer(zeroed) if made is None else layer(zeroed).index_select(dim, made)
+        reads, makes = (None if c is None else subset(c, w) for c, w in ((read, 12), (made, 16)))
+        torch.testing.assert_close(run(layer, narrow, reads, makes), expected)
+
+
+PASSING = {
+    "depthwise": nn.Conv2d(16, 16, 3, padding=1, groups=16),
+    "batch norm": nn.BatchNorm2d(16),
+    "batch norm without parameters": nn.BatchNorm2d(16, affine=False),
+    "batch norm and activation": BatchNormAct2d(16),
+}
+MIXING = {
+    "layer norm": nn.LayerNorm(16),
+    "timm's layer norm": LayerNorm(16),
+    "layer norm of maps": LayerNorm2d(16),
+    "bare layer norm": nn.LayerNorm(16, elementwise_affine=False),
+    "response norm": GlobalResponseNorm(16),
+    "response norm of maps": GlobalResponseNorm(16, channels_last=False),
+}
+
+
+@pytest.mark.parametrize("name", [*PASSING, *MIXING])
+def test_norms_and_depthwise_layers_pass_on_what_they_read(name: str) -> None:
+    layer = alive((PASSING | MIXING)[name])
+    assert layer_kind(layer) == ("passes" if name in PASSING else "mixes")
+    x = torch.randn(2, 16, 16, 16) * 3 + 1
+    dim = channel_dim(layer, x)
+    read = some(16)
+    narrow = x.index_select(dim, read)
+    zeroed = torch.zeros_like(x).index_copy(dim, read, narrow)
+    torch.testing.assert_close(run(layer, narrow, subset(read, 16), None), layer(zeroed).index_select(dim, read))
+
+
+def test_grouped_convolutions_lose_whole_groups() -> None:
+    layer = alive(nn.Conv2d(12, 24, 3, groups=4))
+    x = torch.randn(2, 12, 9, 9)
+    read, made = some(12, groups=4), some(24, groups=4)
+    expected = layer(x)[:, made]
+    torch.testing.assert_close(run(layer, x[:, read], subset(read, 12), subset(made, 24)), expected)
+
+
+def test_narrow_weights_keep_the_layout() -> None:
+    layer = nn.Conv2d(16, 16, 3).to(memory_format=torch.channels_last)
+    chosen = subset(some(16), 16)
+    for dim in (0, 1):
+        taken = chosen.take(layer.weight.data, dim)
+        assert taken.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(taken, layer.weight.data.index_select(dim, chosen.channels()))
+
+
+@pytest.mark.parametrize(
+    ("channels", "size"),
+    [([0, 1, 2, 3], 4), ([4, 5, 6, 7, 12, 13, 14, 15], 4), ([1, 2], 1), ([2, 3, 6, 7], 2), ([5], 1), ([0, 1, 2], 1)],
+)
+def test_channels_are_found_in_the_largest_blocks(channels: list[int], size: int) -> None:
+    found = subset(torch.tensor(channels), 16)
+    assert found.size == size
+    assert found.channels().tolist() == channels
+    assert len(found) == len(channels)
