@@ -14,7 +14,7 @@ units that it reads: they cannot be narrowed, and the group says why.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -65,33 +65,33 @@ class Group:
         units: U.
         pinned: why the units cannot be narrowed; None where they can.
         coupled: the units of several blocks are tied by a residual sum, or travel past other layers.
+        inputs: channels that its first layer reads.
     """
 
     members: tuple[Member, ...]
     units: int
     pinned: str | None
     coupled: bool
+    inputs: int
 
     def layers(self, role: Role) -> tuple[str, ...]:
         return tuple(member.layer for member in self.members if member.role == role)
 
 
-def find_groups(
-    model: nn.Module, input_size: tuple[int, ...], forward: Callable[[Tensor], Any] | None = None
-) -> list[Group]:
+def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[str] = ()) -> list[Group]:
     """The channel groups of any model, in the order in which their first layers run.
 
     Args:
         model: takes one (B, *input_size) tensor.
         input_size: (C, H, W).
-        forward: what to call instead of the model itself, with the input.
+        seen: modules whose output something else reads as well, such as exits; their channels are pinned.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    tracer = _Tracer()
+    tracer = _Tracer(seen)
     with on_meta(model), evaluating(model), torch.no_grad(), tracer.watching(model):
         images = torch.empty(1, *input_size, dtype=dtype, device="meta")
         with tracer:
-            output = (forward or model)(images)
+            output = model(images)
     for x in tree_leaves(output):
         if isinstance(x, Tensor):
             tracer.pin(tracer.label(x), "they are the model's answer")
@@ -111,8 +111,9 @@ class _Tracer(TorchDispatchMode):
     """Labels are kept as int64 tensors with as many dimensions as the tensor that they describe, of size 1 along those
     in which they do not change."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: Collection[str]) -> None:
         super().__init__()
+        self._seen = seen
         self._labels: dict[int, Tensor] = {}
         self._held: list[Tensor] = []  # an identity may not be used twice
         self._slots: dict[tuple[str, Role], _Slot] = {}
@@ -151,6 +152,10 @@ class _Tracer(TorchDispatchMode):
                 self._inside -= 1
                 if not self._inside:
                     self._layer(name, module, args[0], output)
+            if name in self._seen:
+                for x in tree_leaves(output):
+                    if isinstance(x, Tensor):
+                        self.pin(self.label(x), f"an exit reads them at {name}")
             self._names.pop()
 
         return hook
@@ -386,10 +391,7 @@ class _Tracer(TorchDispatchMode):
         together: dict[tuple[int, ...], list[int]] = {}
         for unit in sorted(touched):
             together.setdefault(tuple(touched[unit]), []).append(unit)
-        found = []
-        for signature, units in sorted(together.items()):
-            found.append(self._group(signature, units, sides, parent, reasons))
-        return found
+        return [self._group(signature, units, sides, parent, reasons) for signature, units in sorted(together.items())]
 
     def _group(
         self,
@@ -415,7 +417,9 @@ class _Tracer(TorchDispatchMode):
             else:
                 positions = channels[np.argsort(owner, kind="stable")].reshape(len(units), -1)
             members.append(Member(layer, role, positions, slot.width, slot.pixels))
-        return Group(tuple(members), len(units), pinned, self._is_coupled([sides[side] for side in signature]))
+        first = self._slots.get((members[0].layer, "reads"), self._slots[sides[signature[0]]])
+        coupled = self._is_coupled([sides[side] for side in signature])
+        return Group(tuple(members), len(units), pinned, coupled, first.width)
 
     def _is_coupled(self, sides: Sequence[tuple[str, Role]]) -> bool:
         slots = {side: self._slots[side] for side in sides}

@@ -26,6 +26,10 @@ class ThresholdError(DynnetError, ValueError):
     """Thresholds that do not fit the model's exits."""
 
 
+class GateError(DynnetError, ValueError):
+    """Gates that cannot stand where they were asked for."""
+
+
 class InputError(DynnetError, ValueError):
     """A batch that the model cannot take."""
 

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dynnet.exits import Boundary, Companion
 from dynnet.gather import pick
+
+if TYPE_CHECKING:
+    from dynnet.gates import Decisions
 
 _running: ContextVar[Flow | None] = ContextVar("dynnet_flow", default=None)
 
@@ -39,11 +42,15 @@ class Flow:
 
     Attributes:
         rows: (b,) int64, the original rows that are still running; None while all are.
+        size: b.
+        decisions: of the gates; None where nothing is gated.
     """
 
-    def __init__(self, tag: Tag) -> None:
+    def __init__(self, tag: Tag, size: int, decisions: Decisions | None = None) -> None:
         self.tag = tag
         self.rows: Tensor | None = None
+        self.size = size
+        self.decisions = decisions
         # For a tensor made when n rows were running: which of its rows are still there. Sizes only ever shrink, so n
         # tells the time.
         self._survivors: dict[int, Tensor] = {}
@@ -67,6 +74,7 @@ class Flow:
         self._survivors = {n: rows[kept] for n, rows in self._survivors.items()}
         self._survivors[before] = kept
         self.rows = kept if self.rows is None else self.rows[kept]
+        self.size = len(kept)
         return tree_unflatten(_replace(flat, {i: _take(tensors[i], kept, 0, n) for i, n in leaves}), spec)
 
     def catch_up(self, args: Any, leaves: Sequence[tuple[int, int, int]]) -> Any:
@@ -106,6 +114,12 @@ def run(flow: Flow, notes_size: bool = False) -> Iterator[None]:
         _running.reset(token)
 
 
+def running(tag: Tag) -> Flow | None:
+    """The call that is running, if it is one of the model with this tag."""
+    flow = _running.get()
+    return flow if flow is not None and flow.tag is tag else None
+
+
 class _NotedSizes(TorchFunctionMode):
     """Some forwards begin with `B = x.shape[0]` and end with `x.reshape(B, H, W, -1)`, when there may be fewer rows.
 
@@ -140,8 +154,8 @@ class ExitHook:
     leaves: tuple[tuple[int, int], ...]
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        flow = _running.get()
-        return flow.reach(self.index, output, self.leaves) if flow is not None and flow.tag is self.tag else None
+        flow = running(self.tag)
+        return None if flow is None else flow.reach(self.index, output, self.leaves)
 
 
 @dataclass(eq=False)
@@ -152,8 +166,8 @@ class CompanionHook:
     leaves: tuple[tuple[int, int, int], ...]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        flow = _running.get()
-        if flow is None or flow.tag is not self.tag or flow.rows is None:
+        flow = running(self.tag)
+        if flow is None or flow.rows is None:
             return None
         return flow.catch_up((args, kwargs), self.leaves)
 

@@ -9,21 +9,25 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dynnet import flow
+from dynnet import flow, gates
 from dynnet.cost import Ledger, price
-from dynnet.errors import InputError
+from dynnet.errors import GateError, InputError
 from dynnet.flow import Finished, Flow, Tag
+from dynnet.gates import Decisions, Gates
 from dynnet.policy import Measure, active, check_thresholds, leaves, make_measure
 from dynnet.probe import on_meta
+from dynnet.regions import GateConfig, GatePlan
 from dynnet.rehearse import Placement
 
 _PRICING = threading.Lock()
+
+Execution = Literal["sparse", "masked"]
 
 
 class Prediction(NamedTuple):
@@ -52,9 +56,11 @@ class ExitOutputs(NamedTuple):
 
     Attributes:
         logits: E + 1 tensors of (B, K), the backbone's own last.
+        decisions: what the gates decided on the way; None without gates.
     """
 
     logits: tuple[Tensor, ...]
+    decisions: Decisions | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class WrapConfig:
         head_share: MACs of one head, as a share of the backbone's.
         confidence: name of the measure; "custom" for a callable.
         heads: "fitted", or "custom" for heads of the user's own.
+        gates: how channels are gated; None where they are not.
     """
 
     exits: tuple[str, ...]
@@ -74,6 +81,7 @@ class WrapConfig:
     head_share: float = 0.005
     confidence: str = "max_probability"
     heads: str = "fitted"
+    gates: GateConfig | None = None
 
 
 class DynamicModel(nn.Module):
@@ -85,6 +93,7 @@ class DynamicModel(nn.Module):
     Attributes:
         backbone: as it came, with hooks on its boundaries.
         heads: one for each exit.
+        gates: the gate networks, and what they switch; None without gates.
         config: how it was wrapped.
         boundaries: where the exits stand.
         num_classes: K.
@@ -99,10 +108,13 @@ class DynamicModel(nn.Module):
         config: WrapConfig,
         num_classes: int,
         confidence: str | Callable[[Tensor], Tensor],
+        plan: GatePlan | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleList(heads)
+        self.gates = None if plan is None else Gates(plan)
+        self._execution: Execution = "sparse"
         self.boundaries = placement.exits
         self.config = config
         self.num_classes = num_classes
@@ -138,6 +150,17 @@ class DynamicModel(nn.Module):
         self.calibration = None
 
     @property
+    def execution(self) -> Execution:
+        """ "sparse": closed channels are not computed; "masked": they are computed and set to zero, the reference."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, value: Execution) -> None:
+        if value not in get_args(Execution):
+            raise GateError(f"execution={value!r}: choose from {', '.join(get_args(Execution))}")
+        self._execution = value
+
+    @property
     def remembers(self) -> bool:
         """Does the measure need every exit's vote, so that all heads run whatever the thresholds?"""
         return self.config.confidence == "patience"
@@ -159,7 +182,8 @@ class DynamicModel(nn.Module):
         """
         if self.training:
             return self.forward_exits(x, equilibrium)
-        return self._answer(x).logits()
+        self._check(x)
+        return torch.cat([self._answer(part).logits() for part in self._parts(x)])
 
     def forward_exits(self, x: Tensor, equilibrium: bool = False) -> ExitOutputs:
         """The logits of every exit for every sample; nobody leaves.
@@ -175,7 +199,7 @@ class DynamicModel(nn.Module):
                 "gradient checkpointing runs blocks a second time, and their exits with them; switch it off with "
                 "backbone.set_grad_checkpointing(False)"
             )
-        return self.run_every_exit(x, equilibrium)
+        return self.run_every_exit(x, equilibrium, gated=True)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Prediction:
@@ -189,10 +213,14 @@ class DynamicModel(nn.Module):
         """
         if self.training:
             raise InputError("predict() answers in eval mode; call model.eval() first")
-        answers = self._answer(x)
-        exits = answers.exits().to(x.device)
+        self._check(x)
         bill = self.ledger(tuple(x.shape[1:])).bill(self.active).to(x.device)
-        return Prediction(answers.logits(), exits, answers.confidence(), bill[exits])
+        found = []
+        for part in self._parts(x):
+            answers = self._answer(part)
+            exits = answers.exits().to(x.device)
+            found.append(Prediction(answers.logits(), exits, answers.confidence(), bill[exits]))
+        return Prediction(*(torch.cat(column) for column in zip(*found, strict=True)))
 
     def ledger(self, input_size: tuple[int, ...] | None = None) -> Ledger:
         """Prices of segments and heads for one sample of (C, H, W); by default of the size it was wrapped for."""
@@ -210,6 +238,7 @@ class DynamicModel(nn.Module):
     def unwrap(self) -> nn.Module:
         """Take the hooks away and return the backbone as it came. This model cannot be used afterwards."""
         flow.detach(self.backbone)
+        gates.detach(self.backbone)
         self._unwrapped = True
         return self.backbone
 
@@ -221,16 +250,22 @@ class DynamicModel(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"exit {i} at {b.name} ({b.share:.0%} of MACs)" for i, b in enumerate(self.boundaries))
 
-    def run_every_exit(self, x: Tensor, equilibrium: bool = False) -> ExitOutputs:
-        """`forward_exits` without its checks, for dry runs."""
-        every = _EveryExit(self, equilibrium)
+    def run_every_exit(self, x: Tensor, equilibrium: bool = False, gated: bool = False) -> ExitOutputs:
+        """`forward_exits` without its checks; also without gates, for dry runs."""
+        every = _EveryExit(self, len(x), self._decisions(sparse=False) if gated else None, equilibrium)
         with flow.run(every, self._notes_size):
             every.logits.append(self.backbone(x))
-        return ExitOutputs(tuple(every.logits))
+        return ExitOutputs(tuple(every.logits), every.decisions)
+
+    def _parts(self, x: Tensor) -> Sequence[Tensor]:
+        """The batch, in the parts that run together: sparse, samples of different masks share nothing."""
+        return x.split(1) if self.gates is not None and self.execution == "sparse" else (x,)
+
+    def _decisions(self, sparse: bool) -> Decisions | None:
+        return None if self.gates is None else Decisions(self.gates, sparse)
 
     def _answer(self, x: Tensor) -> _Answering:
-        self._check(x)
-        answers = _Answering(self)
+        answers = _Answering(self, len(x), self._decisions(sparse=self.execution == "sparse"))
         with flow.run(answers, self._notes_size):
             answers.finish(self.backbone(x))
         return answers
@@ -257,8 +292,8 @@ class DynamicModel(nn.Module):
 class _EveryExit(Flow):
     """All heads answer, all samples go on."""
 
-    def __init__(self, model: DynamicModel, equilibrium: bool) -> None:
-        super().__init__(model.tag)
+    def __init__(self, model: DynamicModel, size: int, decisions: Decisions | None, equilibrium: bool) -> None:
+        super().__init__(model.tag, size, decisions)
         self.model, self.equilibrium = model, equilibrium
         self.logits: list[Tensor] = []
 
@@ -279,8 +314,8 @@ class _EveryExit(Flow):
 class _Answering(Flow):
     """Each sample leaves at the first exit that is confident of it."""
 
-    def __init__(self, model: DynamicModel) -> None:
-        super().__init__(model.tag)
+    def __init__(self, model: DynamicModel, size: int, decisions: Decisions | None) -> None:
+        super().__init__(model.tag, size, decisions)
         self.model, self.active = model, model.active
         self.memory: Tensor | None = None
         # One entry for each group that left: exit, original rows (None: all), logits, confidence (None: not asked yet).

@@ -23,7 +23,7 @@ class _Rehearsal(Flow):
     """A third of the rows leaves at every exit."""
 
     def __init__(self, tag: Tag) -> None:
-        super().__init__(tag)
+        super().__init__(tag, BATCH)
         self.running = BATCH
 
     def reach(self, index: int, output: Any, leaves: Sequence[tuple[int, int]]) -> Any:

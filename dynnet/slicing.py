@@ -8,7 +8,7 @@ One implementation serves gates, which choose channels for every input, and stat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class Subset:
 
     def take(self, x: Tensor, dim: int) -> Tensor:
         """The chosen entries of a tensor along one dimension of size C."""
-        return pick(x, dim, self.blocks, self.size)
+        return pick(x, dim, self.blocks.to(x.device), self.size)
 
     def channels(self) -> Tensor:
         """(k,) int64."""
@@ -74,7 +74,7 @@ def run(layer: nn.Module, x: Tensor, reads: Subset | None, makes: Subset | None)
         The output, with the channels of `makes` only.
     """
     if reads is None and makes is None:
-        return layer(x)
+        return _forward(layer, x)
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         return _weigh(layer, x, reads, makes)
     assert reads is not None
@@ -127,7 +127,12 @@ def _weigh(layer: nn.Conv2d | nn.Linear, x: Tensor, reads: Subset | None, makes:
     # Its forward does something to weights or images first (weight standardisation): let it, and narrow what it hands
     # to the convolution.
     with _Narrowing(reads, makes):
-        return layer(x)
+        return _forward(layer, x)
+
+
+def _forward(layer: nn.Module, x: Tensor) -> Tensor:
+    # The class's: the instance's may be what called `run`.
+    return cast(Tensor, type(layer).forward(layer, x))
 
 
 class _Narrowing(TorchFunctionMode):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from dynnet import flow
+from dynnet.channels import find_groups
 from dynnet.errors import ExitError, HeadError
 from dynnet.exits import Boundary, Places, input_size_of, title
+from dynnet.gates import attach as attach_gates
+from dynnet.gates import detach as detach_gates
 from dynnet.heads import ExitHead, HeadFactory
 from dynnet.model import DynamicModel, WrapConfig
 from dynnet.policy import make_measure
 from dynnet.probe import BATCH, trace
+from dynnet.regions import GateConfig, GatePlan, check_gates, plan_gates
 from dynnet.rehearse import place
 
 
@@ -21,6 +25,7 @@ def wrap(
     backbone: nn.Module,
     exits: int | Sequence[str | float] = 2,
     *,
+    gates: Literal["channel"] | GateConfig | None = None,
     heads: HeadFactory | None = None,
     head_share: float = 0.005,
     confidence: str | Callable[[Tensor], Tensor] = "max_probability",
@@ -32,6 +37,7 @@ def wrap(
         backbone: any timm classifier, or module from (B, C, H, W) images to (B, K) logits.
         exits: module names ("layer2"), fractions of the backbone's MACs (0.5), both mixed, or a number of exits spread
             evenly in MACs.
+        gates: "channel" gives channels learned gates, in blocks of 8; a `GateConfig` says more. By default none.
         heads: builds a head of your own: called with a `Boundary` and K, gives a module from the boundary's output to
             (B, K) logits. By default heads are fitted to the features.
         head_share: MACs that a fitted head may cost, as a share of the backbone's; up to twice that where it cannot be
@@ -45,6 +51,7 @@ def wrap(
 
     Raises:
         ExitError: an exit that cannot stand where it was asked for; the backbone is left untouched.
+        GateError: nothing to gate, and why; the backbone is left untouched.
         HeadError: a head that does not answer with (B, K) logits; the backbone is left untouched.
     """
     if isinstance(backbone, DynamicModel) or flow.is_attached(backbone):
@@ -61,22 +68,29 @@ def wrap(
             f"rows cannot leave {title(backbone)} at {[b.name for b in boundaries]}: what follows still needs the "
             f"whole batch ({placement.problem}); choose other exits"
         )
+    gating = check_gates(gates)
+    plan = None if gating is None else _plan(places, boundaries, gating)
     config = WrapConfig(
         exits=tuple(b.name for b in boundaries),
         input_size=size,
         head_share=head_share,
         confidence=confidence if isinstance(confidence, str) else "custom",
         heads="fitted" if heads is None else "custom",
+        gates=gating,
     )
     factory = heads or _fitted(places, head_share)
-    modules = [_like(factory(boundary, places.num_classes), backbone, boundary) for boundary in boundaries]
-    model = DynamicModel(backbone, modules, placement, config, places.num_classes, confidence)
+    modules = [_checked(factory(boundary, places.num_classes), backbone, boundary) for boundary in boundaries]
+    model = DynamicModel(backbone, modules, placement, config, places.num_classes, confidence, plan)
+    if model.gates is not None:
+        _beside(model.gates, backbone)
+        attach_gates(backbone, model.tag, model.gates.plan)
     flow.attach(backbone, model.tag, boundaries, placement.companions)
     try:
         _check_heads(model)
         model.ledger()
     except BaseException:
         flow.detach(backbone)
+        detach_gates(backbone)
         raise
     return model
 
@@ -95,11 +109,25 @@ def _fitted(places: Places, head_share: float) -> HeadFactory:
     return build
 
 
-def _like(head: Any, backbone: nn.Module, boundary: Boundary) -> nn.Module:
+def _plan(places: Places, boundaries: Sequence[Boundary], config: GateConfig) -> GatePlan:
+    backbone = places.backbone
+    groups = find_groups(backbone, places.input_size, [b.name for b in boundaries])
+    layers = {name: macs // BATCH for name, macs in places.trace.layers.items()}
+    return plan_gates(
+        groups, config, layers, places.trace.macs // BATCH, dict(backbone.named_modules()), title(backbone)
+    )
+
+
+def _checked(head: Any, backbone: nn.Module, boundary: Boundary) -> nn.Module:
     if not isinstance(head, nn.Module):
         raise HeadError(f"the head for exit {boundary.name!r} is a {type(head).__name__}; build a torch.nn.Module")
+    return _beside(head, backbone)
+
+
+def _beside(module: nn.Module, backbone: nn.Module) -> nn.Module:
+    """On the backbone's device, in its type."""
     parameter = next((p for p in backbone.parameters() if p.is_floating_point()), None)
-    return head if parameter is None else head.to(parameter.device, parameter.dtype)
+    return module if parameter is None else module.to(parameter.device, parameter.dtype)
 
 
 def _check_heads(model: DynamicModel) -> None:

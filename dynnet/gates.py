@@ -1,0 +1,171 @@
+"""Gate networks, and layers that compute only the channels that they leave open.
+
+At the entry of a region its network reads the mean of the features and gives every unit a logit; a unit is open where
+that is not negative. Masked, a closed channel is zero for every layer that reads it; that defines the result. Sparse,
+it is not computed at all: layers that make it leave it out, layers that read it read less. Both give the same answer.
+
+Training follows "Channel Gating", DGNet (https://arxiv.org/abs/2105.04010) and their kin: logistic noise on the logits
+and a temperature, hard decisions forward, the gradient of the sigmoid backward (straight through).
+
+    B rows of the batch, C channels of a layer, U units of a region
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dynnet import flow
+from dynnet.channels import channel_dim
+from dynnet.flow import Flow, Tag
+from dynnet.regions import GatePlan, Region, Side, Site
+from dynnet.slicing import Subset, run
+
+TEMPERATURE = 2 / 3  # of the sigmoid, as in DGNet
+_OPEN = 2.0  # bias of the logits: gates begin open
+
+
+class GateNetwork(nn.Module):
+    """From the features at the entry of a region to one logit a unit."""
+
+    def __init__(self, region: Region) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(region.inputs)
+        self.hidden = nn.Linear(region.inputs, region.hidden)
+        self.logits = nn.Linear(region.hidden, region.units)
+        nn.init.constant_(self.logits.bias, _OPEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C) mean features to (B, U) logits."""
+        return cast(Tensor, self.logits(self.hidden(self.norm(x)).relu()))
+
+
+class Gates(nn.Module):
+    """All gate networks of a model, and the plan by which their decisions switch layers.
+
+    Attributes:
+        plan: regions and sites.
+        networks: one for each region.
+        noisy: in train mode, is noise added to the logits?
+    """
+
+    def __init__(self, plan: GatePlan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.networks = nn.ModuleList(GateNetwork(region) for region in plan.regions)
+        self.noisy = True
+
+    def decide(self, number: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What region `number` makes of (B, C) mean features.
+
+        Returns:
+            The logits (B, U), and the decisions (B, U): 1 open, 0 closed, with the gradient of the sigmoid in train
+            mode. One unit of every group stays open. Where logits are NaN all units are open.
+        """
+        logits = self.networks[number](features)
+        noisy = logits
+        if self.training and self.noisy:
+            u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+            noisy = logits + u.log() - (-u).log1p()
+        hard = torch.cat([~(part < _bar(part)) for part in noisy.split(self.plan.regions[number].groups, 1)], 1)
+        if not self.training:
+            return logits, hard.to(logits.dtype)
+        soft = (noisy / TEMPERATURE).sigmoid()
+        return logits, hard.to(soft.dtype) + soft - soft.detach()
+
+
+def _bar(logits: Tensor) -> Tensor:
+    """Zero, or less where no unit reaches it: the largest logit always does."""
+    return logits.amax(1, keepdim=True).clamp(max=0)
+
+
+class Decisions:
+    """What the gates have decided in one call of one model, and how layers run under it.
+
+    Attributes:
+        taken: by region, (original rows or None for all, logits, decisions).
+    """
+
+    def __init__(self, gates: Gates, sparse: bool) -> None:
+        self.gates, self.sparse = gates, sparse
+        self.taken: dict[int, tuple[Tensor | None, Tensor, Tensor]] = {}
+        self._subsets: dict[Side, Subset | None] = {}
+
+    def apply(self, site: Site, layer: nn.Module, x: Tensor, of: Flow) -> Tensor:
+        """Run one layer.
+
+        Args:
+            site: of the layer.
+            layer: itself.
+            x: its input, (B, ...) or several entries of the first dimension per sample.
+            of: the running flow, which knows who is still in the batch.
+        """
+        if self.sparse:
+            reads = self._subset(site.reads)
+            if site.decides is not None:
+                self._decide(site.decides, layer, x, of, reads)
+            return run(layer, x, reads, self._subset(site.makes))
+        if site.reads is not None and site.zeroes:
+            x = x * self._mask(site.reads, x, channel_dim(layer, x))
+        if site.decides is not None:
+            self._decide(site.decides, layer, x, of, None)
+        return run(layer, x, None, None)
+
+    def _decide(self, number: int, layer: nn.Module, x: Tensor, of: Flow, reads: Subset | None) -> None:
+        # Back to one entry of the first dimension per sample, channels last.
+        features = x.movedim(channel_dim(layer, x), -1).reshape(of.size, -1, x.shape[channel_dim(layer, x)]).mean(1)
+        if reads is not None:
+            whole = features.new_zeros(len(features), reads.width)
+            features = whole.index_copy(1, reads.channels(), features)
+        logits, decisions = self.gates.decide(number, features)
+        self.taken[number] = (of.rows, logits, decisions)
+
+    def _mask(self, side: Side, x: Tensor, dim: int) -> Tensor:
+        """(B, 1, .., C, .., 1) decisions for the channels of one side of a layer."""
+        decisions = [self.taken[n][2] for n in side.regions]
+        known = torch.cat([*decisions, decisions[0].new_ones(len(decisions[0]), 1)], 1)
+        mask = known[:, side.units].repeat_interleave(side.size, 1)
+        mask = mask.repeat_interleave(x.shape[0] // len(mask), 0)
+        return mask.view([x.shape[d] if d in (0, dim) else 1 for d in range(x.ndim)]).to(x.dtype)
+
+    def _subset(self, side: Side | None) -> Subset | None:
+        """The open channels of one side of a layer, for the one sample of a sparse call; None if all are."""
+        if side is None:
+            return None
+        if side not in self._subsets:
+            decisions = [self.taken[n][2][0] for n in side.regions]
+            known = torch.cat([*decisions, decisions[0].new_ones(1)])
+            blocks = known[side.units].nonzero().squeeze(1)
+            self._subsets[side] = None if len(blocks) == len(side.units) else Subset(blocks, side.size, side.width)
+        return self._subsets[side]
+
+
+class GatedForward:
+    """Stands in for the `forward` of one layer, and leaves it alone unless gates are deciding.
+
+    An attribute of the instance: the layer keeps its class, its parameters and its name, and copies take it along.
+    """
+
+    def __init__(self, layer: nn.Module, site: Site, tag: Tag) -> None:
+        self.layer, self.site, self.tag = layer, site, tag
+
+    def __call__(self, x: Tensor) -> Tensor:
+        running = flow.running(self.tag)
+        if running is None or running.decisions is None:
+            return run(self.layer, x, None, None)
+        return running.decisions.apply(self.site, self.layer, x, running)
+
+
+def attach(backbone: nn.Module, tag: Tag, plan: GatePlan) -> None:
+    """Let the layers of a backbone listen to gates; `detach` undoes it."""
+    for site in plan.sites:
+        layer: Any = backbone.get_submodule(site.layer)
+        layer.forward = GatedForward(layer, site, tag)
+
+
+def detach(backbone: nn.Module) -> None:
+    for module in backbone.modules():
+        if isinstance(module.__dict__.get("forward"), GatedForward):
+            del module.__dict__["forward"]

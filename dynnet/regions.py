@@ -1,0 +1,275 @@
+"""What gates decide: regions of a backbone, the units in each, and which channels of which layers they switch.
+
+A region is one or two channel groups that one gate network decides on, from the input of the layer that makes the first
+of their channels. Neighbouring units are merged, so that a decision switches whole blocks of channels.
+
+    C channels of a layer, U units of a region, u channels in a block
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynnet.channels import Group, Member
+from dynnet.errors import GateError, did_you_mean
+
+_FEWEST = 4  # units of a group, at least, where its channels allow
+_WORTHWHILE = 4.0  # times what its gate network costs: what a region must be able to save when half of it is closed
+_BLIND = 8  # channels that a gate network reads, at least: the mean colour of an image tells nothing
+_SMALLEST = 0.001  # of the backbone's MACs: smaller regions are left alone
+HIDDEN = (16, 64)  # units of a gate network's hidden layer: a quarter of its inputs, within these bounds
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """How channels are gated.
+
+    Attributes:
+        unit: neighbouring channels that are switched together: 1 for single channels, 8 or 16 for speed.
+        exclude: modules, by name, inside of which nothing is gated.
+    """
+
+    unit: int = 8
+    exclude: tuple[str, ...] = ()
+
+
+def check_gates(gates: str | GateConfig | None) -> GateConfig | None:
+    """What a user may write for `gates=`, as a configuration.
+
+    Raises:
+        GateError: something else.
+    """
+    if gates is None or isinstance(gates, GateConfig):
+        return gates
+    if gates == "channel":
+        return GateConfig()
+    raise GateError(f"gates={gates!r}: give 'channel', a GateConfig, or None")
+
+
+@dataclass(frozen=True)
+class Region:
+    """What one gate network decides.
+
+    Attributes:
+        layer: at whose entry the decision is taken.
+        groups: units of each of its groups; U is their sum.
+        inputs: channels of that layer's input, which the gate network reads.
+    """
+
+    layer: str
+    groups: tuple[int, ...]
+    inputs: int
+
+    @property
+    def units(self) -> int:
+        return sum(self.groups)
+
+    @property
+    def hidden(self) -> int:
+        low, high = HIDDEN
+        return min(max(self.inputs // 4, low), high)
+
+    @property
+    def macs(self) -> int:
+        """Of the gate network, for one sample."""
+        return self.inputs * self.hidden + self.hidden * self.units
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """How decisions cover the input or output channels of one layer.
+
+    Attributes:
+        regions: their numbers.
+        units: (C / u,) int64, for every block of channels its unit, counted through all of `regions`; -1 for blocks
+            that are always on.
+        size: u.
+        width: C.
+    """
+
+    regions: tuple[int, ...]
+    units: Tensor
+    size: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One layer that is switched.
+
+    Attributes:
+        layer: its name.
+        reads: cover of its inputs; None where all are always there. What passes channels on makes those that it reads.
+        makes: cover of its outputs; None where all are made.
+        decides: the region that is decided at its entry.
+        zeroes: must what is closed be zero at its entry? Not for what passes channels on one by one.
+    """
+
+    layer: str
+    reads: Side | None
+    makes: Side | None
+    decides: int | None
+    zeroes: bool
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """All regions and sites of a backbone.
+
+    Attributes:
+        regions: in the order in which they are decided.
+        sites: in the order in which the layers run.
+        share: of the backbone's MACs, in layers with at least one side under a gate.
+    """
+
+    regions: tuple[Region, ...]
+    sites: tuple[Site, ...]
+    share: float
+
+
+def plan_gates(
+    groups: Sequence[Group],
+    config: GateConfig,
+    macs: Mapping[str, int],
+    total: int,
+    modules: Collection[str],
+    title: str,
+) -> GatePlan:
+    """Choose what to gate.
+
+    Args:
+        groups: of the backbone, in running order.
+        config: granularity, and what to leave out.
+        macs: of every layer, by name.
+        total: MACs of the backbone.
+        modules: names of all of its modules.
+        title: of the backbone, for messages.
+
+    Raises:
+        GateError: a unit of no channels, an unknown module to exclude, or nothing to gate; the message says why.
+    """
+    if config.unit < 1:
+        raise GateError(f"unit={config.unit}: give a number of neighbouring channels, 1 or more")
+    for name in config.exclude:
+        if name not in modules:
+            raise GateError(f"exclude: {title} has no module {name!r}{did_you_mean(name, modules)}")
+    chosen = [group for group in groups if _usable(group, config) and _worthwhile(group, config, macs, total)]
+    if not chosen:
+        raise GateError(f"{title} has no channels to gate: {_why_not(groups, config)}")
+    regions, numbers = _regions(chosen, config)
+    sites = _sites(chosen, numbers, regions, config)
+    covered = sum(macs.get(site.layer, 0) for site in sites)
+    return GatePlan(tuple(regions), tuple(sites), covered / total)
+
+
+def _usable(group: Group, config: GateConfig) -> bool:
+    excluded = any(m.layer == e or m.layer.startswith(e + ".") for m in group.members for e in config.exclude)
+    return (
+        group.pinned is None
+        and not group.coupled
+        and group.units > 1
+        and bool(group.layers("produces"))
+        and not excluded
+    )
+
+
+def _worthwhile(group: Group, config: GateConfig, macs: Mapping[str, int], total: int) -> bool:
+    if group.inputs < _BLIND:
+        return False
+    saved = 0.0
+    for member in group.members:
+        if member.role in ("produces", "reads"):
+            saved += 0.5 * macs.get(member.layer, 0) * member.channels.size / member.width
+    first = group.members[0]
+    cost = Region(first.layer, (_units(group, config),), group.inputs).macs
+    return saved >= max(_WORTHWHILE * cost, _SMALLEST * total)
+
+
+def _why_not(groups: Sequence[Group], config: GateConfig) -> str:
+    reasons = [group.pinned for group in groups if group.pinned and not group.coupled and group.layers("produces")]
+    if config.exclude:
+        reasons.append(f"excluded are {list(config.exclude)}")
+    if any(group.coupled and not group.pinned for group in groups):
+        reasons.append("channels that several blocks share through residual sums are left alone")
+    return "; ".join(dict.fromkeys(reasons)) or "no layer reads what another one makes"
+
+
+def _merge(group: Group, config: GateConfig) -> int:
+    """How many of a group's units are switched together."""
+    per_unit = group.members[0].channels.shape[1]
+    wanted = max(1, round(config.unit / per_unit))
+    return max(1, min(wanted, group.units // _FEWEST))
+
+
+def _units(group: Group, config: GateConfig) -> int:
+    return math.ceil(group.units / _merge(group, config))
+
+
+def _regions(groups: Sequence[Group], config: GateConfig) -> tuple[list[Region], list[tuple[int, int]]]:
+    """The regions, and for every group (number of its region, first unit in it)."""
+    regions: list[Region] = []
+    numbers: list[tuple[int, int]] = []
+    decided: dict[str, int] = {}
+    for i, group in enumerate(groups):
+        first, units = group.members[0].layer, _units(group, config)
+        # Made from what the group before it holds: decided together with it, where everything can still be seen.
+        chained = i > 0 and first in groups[i - 1].layers("reads") and len(regions[numbers[-1][0]].groups) == 1
+        number = decided.get(first, numbers[-1][0] if chained else len(regions))
+        if number == len(regions):
+            regions.append(Region(first, (), group.inputs))
+            decided[first] = number
+        region = regions[number]
+        numbers.append((number, region.units))
+        regions[number] = Region(region.layer, (*region.groups, units), region.inputs)
+    return regions, numbers
+
+
+def _sites(
+    groups: Sequence[Group], numbers: Sequence[tuple[int, int]], regions: Sequence[Region], config: GateConfig
+) -> list[Site]:
+    covers: dict[tuple[str, bool], list[tuple[int, int, int, Member]]] = {}
+    passing: set[str] = set()
+    order: dict[str, None] = {}
+    for group, (region, offset) in zip(groups, numbers, strict=True):
+        for member in group.members:
+            order.setdefault(member.layer)
+            makes = member.role == "produces"
+            covers.setdefault((member.layer, makes), []).append((region, offset, _merge(group, config), member))
+            if member.role == "passes":
+                passing.add(member.layer)
+    decided = {region.layer: number for number, region in enumerate(regions)}
+    known: dict[Any, Side] = {}
+
+    def side(layer: str, makes: bool) -> Side | None:
+        found = _side(covers.get((layer, makes), []), regions)
+        if found is None:
+            return None
+        # One object for all that are alike: what is open is then looked up once.
+        return known.setdefault((found.regions, tuple(found.units.tolist()), found.size), found)
+
+    return [
+        Site(layer, side(layer, False), side(layer, True), decided.get(layer), layer not in passing) for layer in order
+    ]
+
+
+def _side(covers: Sequence[tuple[int, int, int, Member]], regions: Sequence[Region]) -> Side | None:
+    if not covers:
+        return None
+    numbers = tuple(dict.fromkeys(region for region, _, _, _ in covers))
+    start = dict(zip(numbers, np.cumsum([0, *(regions[n].units for n in numbers[:-1])]).tolist(), strict=True))
+    width = covers[0][3].width
+    of_channel = np.full(width, -1)
+    for region, offset, merge, member in covers:
+        for unit, channels in enumerate(member.channels):
+            of_channel[channels] = start[region] + offset + unit // merge
+    size = 1
+    while width % (2 * size) == 0 and (of_channel.reshape(-1, 2 * size) == of_channel[:: 2 * size, None]).all():
+        size *= 2
+    return Side(numbers, torch.from_numpy(of_channel[::size].copy()), size, width)
