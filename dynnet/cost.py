@@ -3,20 +3,46 @@
 MACs are multiply-adds of convolutions, matrix products and attention, as `torch.utils.flop_counter` counts them;
 FLOPs = 2 x MACs. Norms, activations, pooling and additions are free by the field's convention.
 
-    E exits, counted from 0; the backbone's own head is number E
+    E exits, counted from 0; the backbone's own head is number E; B samples
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dynnet.errors import InputError
 from dynnet.probe import Trace, trace
+from dynnet.regions import Side, Site
+
+
+@dataclass(frozen=True, eq=False)
+class SitePrice:
+    """A layer that gates switch.
+
+    Attributes:
+        macs: with all channels, for one sample.
+        reads, makes: covers of its inputs and outputs; None where nothing is switched.
+        tied: outputs are made group by group from inputs of the same decision (depthwise and grouped convolutions).
+    """
+
+    macs: int
+    reads: Side | None
+    makes: Side | None
+    tied: bool
+
+    def at(self, channels: Callable[[Side], Tensor]) -> Tensor:
+        """(B,) MACs, where `channels` tells how many channels (B,) of a side are open."""
+        sides = [side for side in (self.reads, self.makes) if side is not None][: 1 if self.tied else 2]
+        macs: Any = self.macs // math.prod(side.width for side in sides)
+        for side in sides:
+            macs = macs * channels(side)
+        return cast(Tensor, macs)
 
 
 @dataclass(frozen=True)
@@ -28,11 +54,13 @@ class Ledger:
         heads: MACs of the E exit heads.
         unpriced: ops that do arithmetic nobody has told the price of, each with the modules in which it runs. Where
             there are any, every figure is a lower bound.
+        sites: layers that gates switch; what they save and the gate networks cost is no part of `segments`.
     """
 
     segments: tuple[int, ...]
     heads: tuple[int, ...]
     unpriced: dict[str, tuple[str, ...]]
+    sites: tuple[SitePrice, ...] = ()
 
     @property
     def dense(self) -> int:
@@ -50,9 +78,18 @@ class Ledger:
 
 
 def price(
-    model: nn.Module, forward: Callable[[Tensor], Any], input_size: tuple[int, ...], exits: Sequence[str]
+    model: nn.Module,
+    forward: Callable[[Tensor], Any],
+    input_size: tuple[int, ...],
+    exits: Sequence[str],
+    sites: Sequence[Site] = (),
 ) -> Ledger:
     """Price a model whose `backbone` has boundaries `exits`, where its `heads` answer when `forward` is called.
+
+    Args:
+        model, forward, input_size: as for `dynnet.probe.trace`; nothing may be gated.
+        exits: module names.
+        sites: layers of the backbone that gates will switch.
 
     Raises:
         InputError: the model cannot take images of this size.
@@ -67,7 +104,13 @@ def price(
     ends = [calls[f"backbone.{name}"].macs - sum(heads[: i + 1]) for i, name in enumerate(exits)]
     ends.append(seen.macs - sum(heads))
     segments = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
-    return Ledger(segments, tuple(heads), {op: tuple(sorted(names)) for op, names in seen.unpriced.items()})
+    gated = [
+        SitePrice(seen.layers[f"backbone.{site.layer}"], site.reads, site.makes, site.tied)
+        for site in sites
+        if seen.layers[f"backbone.{site.layer}"]
+    ]
+    unpriced = {op: tuple(sorted(names)) for op, names in seen.unpriced.items()}
+    return Ledger(segments, tuple(heads), unpriced, tuple(gated))
 
 
 def _below(seen: Trace, module: str) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dynnet import flow
 from dynnet.channels import channel_dim
+from dynnet.cost import Ledger
 from dynnet.flow import Flow, Tag
 from dynnet.regions import GatePlan, Region, Side, Site
 from dynnet.slicing import Subset, run
@@ -113,6 +114,38 @@ class Decisions:
             self._decide(site.decides, layer, x, of, None)
         return run(layer, x, None, None)
 
+    def price(self, ledger: Ledger, size: int) -> Tensor:
+        """What gates add to a bill: their networks, less what closed channels save.
+
+        Args:
+            ledger: with the prices of the sites.
+            size: B of the call.
+
+        Returns:
+            (B,) int64, mostly negative; differentiable floats where the decisions are.
+        """
+        first = next(iter(self.taken.values()), None)
+        if first is None:
+            return torch.zeros(size, dtype=torch.int64)
+        exact = not first[2].requires_grad
+        bill = torch.zeros(size, dtype=torch.int64 if exact else first[2].dtype, device=first[2].device)
+        counts: dict[Side, Tensor] = {}
+
+        def channels(side: Side) -> Tensor:
+            if side not in counts:
+                covered = self._known(side)[:, side.units].sum(1) * side.size
+                counts[side] = covered.round().long() if exact else covered
+            return counts[side]
+
+        for number, (rows, _, decisions) in self.taken.items():
+            cost = torch.full((len(decisions),), self.gates.plan.regions[number].macs, device=bill.device)
+            bill = _added(bill, rows, cost)
+        for site in ledger.sites:
+            numbers = {n for side in (site.reads, site.makes) if side is not None for n in side.regions}
+            if numbers <= self.taken.keys():
+                bill = _added(bill, self.taken[min(numbers)][0], site.at(channels) - site.macs)
+        return bill
+
     def _decide(self, number: int, layer: nn.Module, x: Tensor, of: Flow, reads: Subset | None) -> None:
         # Back to one entry of the first dimension per sample, channels last.
         features = x.movedim(channel_dim(layer, x), -1).reshape(of.size, -1, x.shape[channel_dim(layer, x)]).mean(1)
@@ -124,22 +157,27 @@ class Decisions:
 
     def _mask(self, side: Side, x: Tensor, dim: int) -> Tensor:
         """(B, 1, .., C, .., 1) decisions for the channels of one side of a layer."""
-        decisions = [self.taken[n][2] for n in side.regions]
-        known = torch.cat([*decisions, decisions[0].new_ones(len(decisions[0]), 1)], 1)
-        mask = known[:, side.units].repeat_interleave(side.size, 1)
+        mask = self._known(side)[:, side.units].repeat_interleave(side.size, 1)
         mask = mask.repeat_interleave(x.shape[0] // len(mask), 0)
         return mask.view([x.shape[d] if d in (0, dim) else 1 for d in range(x.ndim)]).to(x.dtype)
+
+    def _known(self, side: Side) -> Tensor:
+        """(B, U + 1) decisions of a side's regions, and at last, where -1 finds it, what is always open."""
+        decisions = [self.taken[n][2] for n in side.regions]
+        return torch.cat([*decisions, decisions[0].new_ones(len(decisions[0]), 1)], 1)
 
     def _subset(self, side: Side | None) -> Subset | None:
         """The open channels of one side of a layer, for the one sample of a sparse call; None if all are."""
         if side is None:
             return None
         if side not in self._subsets:
-            decisions = [self.taken[n][2][0] for n in side.regions]
-            known = torch.cat([*decisions, decisions[0].new_ones(1)])
-            blocks = known[side.units].nonzero().squeeze(1)
+            blocks = self._known(side)[0, side.units].nonzero().squeeze(1)
             self._subsets[side] = None if len(blocks) == len(side.units) else Subset(blocks, side.size, side.width)
         return self._subsets[side]
+
+
+def _added(bill: Tensor, rows: Tensor | None, cost: Tensor) -> Tensor:
+    return bill + cost if rows is None else bill.index_add(0, rows, cost.to(bill.dtype))
 
 
 class GatedForward:

@@ -214,12 +214,16 @@ class DynamicModel(nn.Module):
         if self.training:
             raise InputError("predict() answers in eval mode; call model.eval() first")
         self._check(x)
-        bill = self.ledger(tuple(x.shape[1:])).bill(self.active).to(x.device)
+        ledger = self.ledger(tuple(x.shape[1:]))
+        bill = ledger.bill(self.active).to(x.device)
         found = []
         for part in self._parts(x):
             answers = self._answer(part)
             exits = answers.exits().to(x.device)
-            found.append(Prediction(answers.logits(), exits, answers.confidence(), bill[exits]))
+            macs = bill[exits]
+            if answers.decisions is not None:
+                macs = macs + answers.decisions.price(ledger, len(part))
+            found.append(Prediction(answers.logits(), exits, answers.confidence(), macs))
         return Prediction(*(torch.cat(column) for column in zip(*found, strict=True)))
 
     def ledger(self, input_size: tuple[int, ...] | None = None) -> Ledger:
@@ -232,7 +236,8 @@ class DynamicModel(nn.Module):
                     with on_meta(self):
                         self._shadow = (copy.deepcopy(self),)
                 (shadow,) = self._shadow
-                self._ledgers[size] = price(shadow, shadow.run_every_exit, size, self.exits)
+                sites = () if self.gates is None else self.gates.plan.sites
+                self._ledgers[size] = price(shadow, shadow.run_every_exit, size, self.exits, sites)
         return self._ledgers[size]
 
     def unwrap(self) -> nn.Module:

@@ -110,6 +110,7 @@ class Site:
         makes: cover of its outputs; None where all are made.
         decides: the region that is decided at its entry.
         zeroes: must what is closed be zero at its entry? Not for what passes channels on one by one.
+        tied: does one decision switch inputs and outputs, group by group?
     """
 
     layer: str
@@ -117,6 +118,7 @@ class Site:
     makes: Side | None
     decides: int | None
     zeroes: bool
+    tied: bool
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ def _sites(
 ) -> list[Site]:
     covers: dict[tuple[str, bool], list[tuple[int, int, int, Member]]] = {}
     passing: set[str] = set()
+    grouped: set[str] = set()
     order: dict[str, None] = {}
     for group, (region, offset) in zip(groups, numbers, strict=True):
         for member in group.members:
@@ -244,6 +247,7 @@ def _sites(
             covers.setdefault((member.layer, makes), []).append((region, offset, _merge(group, config), member))
             if member.role == "passes":
                 passing.add(member.layer)
+        grouped |= set(group.layers("reads")) & set(group.layers("produces"))
     decided = {region.layer: number for number, region in enumerate(regions)}
     known: dict[Any, Side] = {}
 
@@ -255,7 +259,15 @@ def _sites(
         return known.setdefault((found.regions, tuple(found.units.tolist()), found.size), found)
 
     return [
-        Site(layer, side(layer, False), side(layer, True), decided.get(layer), layer not in passing) for layer in order
+        Site(
+            layer,
+            side(layer, False),
+            side(layer, True),
+            decided.get(layer),
+            zeroes=layer not in passing,
+            tied=layer in passing or layer in grouped,
+        )
+        for layer in order
     ]
 
 
