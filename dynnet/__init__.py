@@ -8,6 +8,7 @@ from dynnet.fold import fold
 from dynnet.latency import Latency, latency
 from dynnet.measure import Measurement, measure
 from dynnet.model import DynamicModel, ExitOutputs, Prediction
+from dynnet.regions import GateConfig
 from dynnet.wrap import unwrap, wrap
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "Calibration",
     "DynamicModel",
     "ExitOutputs",
+    "GateConfig",
     "Latency",
     "Measurement",
     "Prediction",

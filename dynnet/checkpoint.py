@@ -25,6 +25,7 @@ from dynnet.exits import title
 from dynnet.heads import HeadFactory
 from dynnet.model import DynamicModel
 from dynnet.policy import to_json
+from dynnet.regions import GateConfig
 from dynnet.wrap import wrap
 
 FORMAT = 1
@@ -127,6 +128,7 @@ def load(
         model = wrap(
             backbone,
             settings["exits"],
+            gates=_gates(settings.get("gates")),
             heads=heads,
             head_share=settings["head_share"],
             confidence=confidence or settings["confidence"],
@@ -144,6 +146,10 @@ def load(
     model.thresholds = [float(t) for t in about["thresholds"]]
     model.calibration = about["calibration"]
     return model.eval()
+
+
+def _gates(settings: Mapping[str, Any] | None) -> GateConfig | None:
+    return None if settings is None else GateConfig(settings["unit"], tuple(settings["exclude"]))
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

@@ -111,3 +111,26 @@ def tiny(classes: int = 4, channels: int = 3) -> nn.Module:
         nn.Flatten(),
         nn.Linear(24, classes),
     ).eval()
+
+
+def enliven(model: nn.Module, seed: int = 0) -> None:
+    """Give norms, scales and biases numbers of their own, so that every channel and every branch counts."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.ndim <= 1 or tensor.numel() == max(tensor.shape):
+                if "bias" in name or "mean" in name:
+                    tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
+                elif tensor.is_floating_point():
+                    tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+
+
+def open_at_random(model: DynamicModel, seed: int = 0, bias: float = 0.0) -> None:
+    """Gate networks whose decisions differ from image to image; about half is open where the bias is zero."""
+    assert model.gates is not None
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for network in model.gates.networks:
+            for layer, scale in ((network.hidden, 0.5), (network.logits, 2.0)):
+                layer.weight.copy_(scale * torch.randn(layer.weight.shape, generator=generator))
+            network.logits.bias.copy_(bias + 0.5 * torch.randn(network.logits.bias.shape, generator=generator))

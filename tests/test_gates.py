@@ -1,0 +1,280 @@
+"""Gates: masked is the reference, skipped is the product."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dynnet
+from dynnet.errors import GateError
+from dynnet.regions import GateConfig
+from tests.cases import CASES, Case, enliven, leave_one_by_one, open_at_random, tiny
+
+# Its halves are cut out by numbers written down in its code.
+CLOSED = {"test_mambaout"}
+GATED = [case for case in CASES if case.name not in CLOSED]
+SMALL = Case("cifar_resnet20", (3, 32, 32))
+
+
+def gated(case: Case = SMALL, exits: object = (), unit: int = 8, **kwargs) -> dynnet.DynamicModel:
+    backbone = case.backbone()
+    enliven(backbone)
+    model = dynnet.wrap(backbone, exits, gates=GateConfig(unit=unit), input_size=case.size, **kwargs)
+    open_at_random(model)
+    return model
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float(((a - b).abs().max() / b.abs().max()).detach())
+
+
+@pytest.mark.parametrize("case", GATED, ids=str)
+@torch.no_grad()
+def test_skipped_equals_masked_and_is_billed_exactly(case: Case) -> None:
+    backbone, images = case.backbone(), case.images(6)
+    enliven(backbone)
+    plain = backbone(images)
+    model = dynnet.wrap(backbone, [1 / 3, 2 / 3], gates="channel", input_size=case.size)
+    # Nothing is decided yet about who leaves: all gates open is plain timm, bit for bit.
+    open_at_random(model, bias=1e6)
+    model.execution = "masked"
+    assert torch.equal(model(images), plain)
+    for bias in (-2.0, 0.0, 2.0):
+        open_at_random(model, bias=bias)
+        leave_one_by_one(model, images)
+        model.execution = "masked"
+        masked = model.predict(images)
+        model.execution = "sparse"
+        sparse = model.predict(images)
+        assert difference(sparse.logits, masked.logits) < 1e-4
+        assert sparse.exit.tolist() == masked.exit.tolist()
+        assert sparse.macs.tolist() == masked.macs.tolist()
+        assert difference(masked.logits, plain) > 1e-3
+    # The bill of every sample is what a counter sees of it alone.
+    for i in range(6):
+        with FlopCounterMode(display=False) as counter:
+            model(images[i : i + 1])
+        assert counter.get_total_flops() == sparse.flops[i]
+    assert model.unwrap() is backbone
+    assert not any("forward" in vars(m) for m in backbone.modules())
+    assert torch.equal(backbone(images), plain)
+
+
+class Generated(nn.Module):
+    """A small network of randomly chosen parts; widths are multiples of 8."""
+
+    def __init__(self, parts: list[str], width: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.parts = nn.ModuleList(PARTS[name](width) for name in parts)
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for part in self.parts:
+            x = part(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def unit(inputs: int, outputs: int, kernel: int = 3, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Joined(nn.Module):
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+class Scaled(nn.Module):
+    """Channel attention over its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(width, 8, 1), nn.Conv2d(8, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+class GatedMlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, gate = self.up(self.norm(x.permute(0, 2, 3, 1))).chunk(2, -1)
+        return x + self.down(y * nn.functional.gelu(gate)).permute(0, 3, 1, 2)
+
+
+PARTS = {
+    "plain": lambda w: unit(w, w),
+    "basic": lambda w: Residual(nn.Sequential(unit(w, w), unit(w, w))),
+    "grouped": lambda w: Residual(nn.Sequential(unit(w, 2 * w, 1), unit(2 * w, 2 * w, groups=4), unit(2 * w, w, 1))),
+    "inverted": lambda w: Residual(
+        nn.Sequential(unit(w, 4 * w, 1), unit(4 * w, 4 * w, 5, groups=4 * w), Scaled(4 * w), unit(4 * w, w, 1))
+    ),
+    "branches": lambda w: nn.Sequential(Joined(unit(w, w), nn.Sequential(unit(w, w, 1), unit(w, w))), unit(2 * w, w)),
+    "mlp": GatedMlp,
+}
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    parts=st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=4),
+    width=st.sampled_from([8, 16, 24]),
+    block=st.sampled_from([1, 4, 8]),
+    seed=st.integers(0, 1000),
+)
+@torch.no_grad()
+def test_skipped_equals_masked_on_any_network(parts: list[str], width: int, block: int, seed: int) -> None:
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    if set(parts) <= {"plain"}:
+        parts = [*parts, "basic"]  # a single link may save less than its gate would cost
+    net = Generated(parts, width, seed).eval()
+    enliven(net, seed)
+    model = dynnet.wrap(net, [], gates=GateConfig(unit=block), input_size=(3, 16, 16))
+    open_at_random(model, seed)
+    model.execution = "masked"
+    masked = model.predict(images)
+    model.execution = "sparse"
+    sparse = model.predict(images)
+    assert difference(sparse.logits, masked.logits) < 1e-4
+    assert sparse.macs.tolist() == masked.macs.tolist()
+    for i in range(3):
+        with FlopCounterMode(display=False) as counter:
+            model(images[i : i + 1])
+        assert counter.get_total_flops() == sparse.flops[i]
+
+
+def test_two_inputs_get_two_masks_and_one_unit_stays_open() -> None:
+    model = gated()
+    decisions = model.forward_exits(SMALL.images(6)).decisions
+    assert decisions is not None
+    assert any(len(taken.unique(dim=0)) > 1 for _, _, taken in decisions.taken.values())
+    open_at_random(model, bias=-1e6)
+    images = SMALL.images(2)
+    closed = model.forward_exits(images).decisions
+    assert closed is not None
+    for number, (_, _, taken) in closed.taken.items():
+        for part in taken.split(model.gates.plan.regions[number].groups, 1):
+            assert (part.sum(1) == 1).all()
+    model.execution = "masked"
+    masked = model(images)
+    model.execution = "sparse"
+    assert difference(model(images), masked) < 1e-4
+
+
+def test_nan_in_a_gate_network_opens_everything() -> None:
+    model, images = gated(), SMALL.images(2)
+    for network in model.gates.networks:
+        nn.init.constant_(network.logits.bias, float("nan"))
+    model.execution = "masked"
+    assert torch.equal(model(images), model.backbone(images))
+
+
+def test_gradients_reach_the_gates() -> None:
+    model = gated(exits=["layer2.0"]).train()
+    outputs = model(SMALL.images(4))
+    bill = outputs.decisions.price(model.ledger(), 4)
+    (outputs.logits[-1].square().mean() + bill.mean() / model.ledger().dense).backward()
+    for network in model.gates.networks:
+        assert network.hidden.weight.grad.abs().sum() > 0
+        assert network.logits.bias.grad.abs().sum() > 0
+    # The bill alone would close a gate: the last one, which no other listens to.
+    model.zero_grad()
+    model.gates.noisy = False
+    model(SMALL.images(4)).decisions.price(model.ledger(), 4).mean().backward()
+    assert (model.gates.networks[-1].logits.bias.grad > 0).all()
+
+
+def test_noise_is_for_training_only() -> None:
+    model, images = gated(), SMALL.images(4)
+    assert torch.equal(model.forward_exits(images).logits[0], model.forward_exits(images).logits[0])
+    model.train()
+    model.gates.noisy = False
+    for m in model.backbone.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+    quiet = [model(images).logits[0] for _ in range(2)]
+    assert torch.equal(*quiet)
+    model.gates.noisy = True
+    assert not torch.equal(model(images).logits[0], quiet[0])
+
+
+def test_gated_models_are_copied_and_keep_their_names() -> None:
+    model, images = gated(exits=["layer2.0"]), SMALL.images(3)
+    names = set(SMALL.backbone().state_dict())
+    assert {k.removeprefix("backbone.") for k in model.state_dict() if k.startswith("backbone.")} == names
+    twin = copy.deepcopy(model)
+    expected = model(images)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(twin(images), expected)
+
+
+def test_a_gated_model_is_saved_and_loaded(tmp_path) -> None:
+    model, images = gated(exits=["layer2.0"], unit=4), SMALL.images(3)
+    model.thresholds = [0.3]
+    path = tmp_path / "m.safetensors"
+    dynnet.save(model, path, {"model_name": "cifar_resnet20", "num_classes": 7})
+    loaded = dynnet.load(path)
+    assert loaded.config == model.config
+    assert torch.equal(loaded.predict(images).logits, model.predict(images).logits)
+    assert torch.equal(loaded.predict(images).macs, model.predict(images).macs)
+
+
+@pytest.mark.parametrize(
+    ("gates", "message"),
+    [
+        ("channels", "gates='channels': give 'channel', a GateConfig, or None"),
+        (GateConfig(unit=0), "unit=0: give a number of neighbouring channels"),
+        (GateConfig(exclude=("layer9",)), r"cifar_resnet20 has no module 'layer9'; did you mean 'layer\d'\?"),
+        (GateConfig(exclude=("layer1", "layer2", "layer3")), "no channels to gate: .*excluded are"),
+    ],
+)
+def test_impossible_gates_are_refused(gates: object, message: str) -> None:
+    backbone = SMALL.backbone()
+    with pytest.raises(GateError, match=message):
+        dynnet.wrap(backbone, [], gates=gates, input_size=SMALL.size)
+    assert not any("forward" in vars(m) for m in backbone.modules())
+
+
+def test_a_model_without_anything_to_gate_says_why() -> None:
+    with pytest.raises(GateError, match=r"test_mambaout has no channels to gate: split_with_sizes in stages"):
+        dynnet.wrap(Case("test_mambaout", (3, 160, 160)).backbone(), [], gates="channel")
+    with pytest.raises(GateError, match="Sequential has no channels to gate"):
+        dynnet.wrap(tiny(), [], gates=GateConfig(exclude=("1", "2")), input_size=(3, 32, 32))
+
+
+def test_excluded_modules_are_left_alone() -> None:
+    model = dynnet.wrap(SMALL.backbone(), [], gates=GateConfig(exclude=("layer1", "layer2.1")), input_size=SMALL.size)
+    layers = {site.layer for site in model.gates.plan.sites}
+    assert not any(name.startswith(("layer1.", "layer2.1.")) for name in layers)
+    assert any(name.startswith("layer2.0.") for name in layers)
+
+
+def test_an_unknown_execution_is_refused() -> None:
+    with pytest.raises(GateError, match="execution='fast': choose from sparse, masked"):
+        gated().execution = "fast"
