@@ -66,6 +66,7 @@ class Group:
         pinned: why the units cannot be narrowed; None where they can.
         coupled: the units of several blocks are tied by a residual sum, or travel past other layers.
         inputs: channels that its first layer reads.
+        segment: how many of the `seen` modules had ended when its first layer ran.
     """
 
     members: tuple[Member, ...]
@@ -73,6 +74,7 @@ class Group:
     pinned: str | None
     coupled: bool
     inputs: int
+    segment: int
 
     def layers(self, role: Role) -> tuple[str, ...]:
         return tuple(member.layer for member in self.members if member.role == role)
@@ -105,6 +107,7 @@ class _Slot(NamedTuple):
     width: int
     pixels: int
     order: int  # of the layer's call
+    segment: int  # modules that something else reads, and that had ended before
 
 
 class _Tracer(TorchDispatchMode):
@@ -114,6 +117,7 @@ class _Tracer(TorchDispatchMode):
     def __init__(self, seen: Collection[str]) -> None:
         super().__init__()
         self._seen = seen
+        self._segment = 0
         self._labels: dict[int, Tensor] = {}
         self._held: list[Tensor] = []  # an identity may not be used twice
         self._slots: dict[tuple[str, Role], _Slot] = {}
@@ -153,6 +157,7 @@ class _Tracer(TorchDispatchMode):
                 if not self._inside:
                     self._layer(name, module, args[0], output)
             if name in self._seen:
+                self._segment += 1
                 for x in tree_leaves(output):
                     if isinstance(x, Tensor):
                         self.pin(self.label(x), f"an exit reads them at {name}")
@@ -193,7 +198,7 @@ class _Tracer(TorchDispatchMode):
             self.pin(atoms, f"{name} runs more than once")
             return atoms
         pixels = x.numel() // (x.shape[0] * width)
-        self._slots[name, role] = _Slot(self._atoms, width, pixels, len(self._macs) - 1)
+        self._slots[name, role] = _Slot(self._atoms, width, pixels, len(self._macs) - 1, self._segment)
         self._atoms += width
         return torch.arange(self._atoms - width, self._atoms)
 
@@ -419,7 +424,7 @@ class _Tracer(TorchDispatchMode):
             members.append(Member(layer, role, positions, slot.width, slot.pixels))
         first = self._slots.get((members[0].layer, "reads"), self._slots[sides[signature[0]]])
         coupled = self._is_coupled([sides[side] for side in signature])
-        return Group(tuple(members), len(units), pinned, coupled, first.width)
+        return Group(tuple(members), len(units), pinned, coupled, first.width, first.segment)
 
     def _is_coupled(self, sides: Sequence[tuple[str, Role]]) -> bool:
         slots = {side: self._slots[side] for side in sides}

@@ -149,7 +149,7 @@ def load(
 
 
 def _gates(settings: Mapping[str, Any] | None) -> GateConfig | None:
-    return None if settings is None else GateConfig(settings["unit"], tuple(settings["exclude"]))
+    return None if settings is None else GateConfig(settings["unit"], settings["blocks"], tuple(settings["exclude"]))
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

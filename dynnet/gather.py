@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 
@@ -20,12 +22,23 @@ def pick(x: Tensor, dim: int, index: Tensor, size: int = 1) -> Tensor:
     Returns:
         As x, with k * size entries along `dim`.
     """
-    order = sorted(range(x.ndim), key=x.stride, reverse=True)
-    place = order.index(dim)
-    laid = x.permute(order)
+    order, place, back = _layout(x.stride(), dim)
+    laid = x if order is None else x.permute(order)
+    before, after = laid.shape[:place], laid.shape[place + 1 :]
     if size > 1:
-        laid = laid.unflatten(place, (-1, size))
+        laid = laid.view(*before, -1, size, *after)
     taken = laid.index_select(place, index)
     if size > 1:
-        taken = taken.flatten(place, place + 1)
-    return taken.permute([order.index(d) for d in range(x.ndim)])
+        taken = taken.view(*before, -1, *after)
+    return taken if back is None else taken.permute(back)
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(strides: tuple[int, ...], dim: int) -> tuple[tuple[int, ...] | None, int, tuple[int, ...] | None]:
+    """The dimensions in the order in which they lie in memory, the place of `dim` among them, and the way back; None
+    for both where they lie in order."""
+    dims = tuple(range(len(strides)))
+    order = tuple(sorted(dims, key=lambda d: strides[d], reverse=True))
+    if order == dims:
+        return None, dim, None
+    return order, order.index(dim), tuple(order.index(d) for d in dims)

@@ -151,7 +151,9 @@ class DynamicModel(nn.Module):
 
     @property
     def execution(self) -> Execution:
-        """ "sparse": closed channels are not computed; "masked": they are computed and set to zero, the reference."""
+        """ "sparse": the channels that gates close are not computed, for one image at a time; in a batch, where masks
+        differ and no work can be shared, they are computed and set to zero. "masked": always so, the reference.
+        """
         return self._execution
 
     @execution.setter
@@ -182,8 +184,7 @@ class DynamicModel(nn.Module):
         """
         if self.training:
             return self.forward_exits(x, equilibrium)
-        self._check(x)
-        return torch.cat([self._answer(part).logits() for part in self._parts(x)])
+        return self._answer(x).logits()
 
     def forward_exits(self, x: Tensor, equilibrium: bool = False) -> ExitOutputs:
         """The logits of every exit for every sample; nobody leaves.
@@ -213,18 +214,13 @@ class DynamicModel(nn.Module):
         """
         if self.training:
             raise InputError("predict() answers in eval mode; call model.eval() first")
-        self._check(x)
+        answers = self._answer(x)
+        exits = answers.exits().to(x.device)
         ledger = self.ledger(tuple(x.shape[1:]))
-        bill = ledger.bill(self.active).to(x.device)
-        found = []
-        for part in self._parts(x):
-            answers = self._answer(part)
-            exits = answers.exits().to(x.device)
-            macs = bill[exits]
-            if answers.decisions is not None:
-                macs = macs + answers.decisions.price(ledger, len(part))
-            found.append(Prediction(answers.logits(), exits, answers.confidence(), macs))
-        return Prediction(*(torch.cat(column) for column in zip(*found, strict=True)))
+        macs = ledger.bill(self.active).to(x.device)[exits]
+        if answers.decisions is not None:
+            macs = macs + answers.decisions.price(ledger, len(x))
+        return Prediction(answers.logits(), exits, answers.confidence(), macs)
 
     def ledger(self, input_size: tuple[int, ...] | None = None) -> Ledger:
         """Prices of segments and heads for one sample of (C, H, W); by default of the size it was wrapped for."""
@@ -262,15 +258,12 @@ class DynamicModel(nn.Module):
             every.logits.append(self.backbone(x))
         return ExitOutputs(tuple(every.logits), every.decisions)
 
-    def _parts(self, x: Tensor) -> Sequence[Tensor]:
-        """The batch, in the parts that run together: sparse, samples of different masks share nothing."""
-        return x.split(1) if self.gates is not None and self.execution == "sparse" else (x,)
-
     def _decisions(self, sparse: bool) -> Decisions | None:
         return None if self.gates is None else Decisions(self.gates, sparse)
 
     def _answer(self, x: Tensor) -> _Answering:
-        answers = _Answering(self, len(x), self._decisions(sparse=self.execution == "sparse"))
+        self._check(x)
+        answers = _Answering(self, len(x), self._decisions(sparse=self.execution == "sparse" and len(x) == 1))
         with flow.run(answers, self._notes_size):
             answers.finish(self.backbone(x))
         return answers

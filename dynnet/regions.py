@@ -1,13 +1,15 @@
 """What gates decide: regions of a backbone, the units in each, and which channels of which layers they switch.
 
-A region is one or two channel groups that one gate network decides on, from the input of the layer that makes the first
-of their channels. Neighbouring units are merged, so that a decision switches whole blocks of channels.
+A region is a run of blocks of one resolution whose channel groups one gate network decides on, from the input of the
+layer that makes the first of their channels: one image at a time, a gate network costs more than its MACs. Neighbouring
+units are merged, so that a decision switches several channels at once: they are fetched faster.
 
     C channels of a layer, U units of a region, u channels in a block
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,10 +35,12 @@ class GateConfig:
 
     Attributes:
         unit: neighbouring channels that are switched together: 1 for single channels, 8 or 16 for speed.
+        blocks: how many blocks, at most, one gate network decides on; 1 for a network of its own in each.
         exclude: modules, by name, inside of which nothing is gated.
     """
 
     unit: int = 8
+    blocks: int = 4
     exclude: tuple[str, ...] = ()
 
 
@@ -99,6 +103,15 @@ class Side:
     size: int
     width: int
 
+    @functools.cached_property
+    def partly(self) -> bool:
+        """Are there blocks that are always on?"""
+        return bool((self.units < 0).any())
+
+    @functools.cached_property
+    def unit_list(self) -> list[int]:
+        return [int(unit) for unit in self.units]
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -157,8 +170,9 @@ def plan_gates(
     Raises:
         GateError: a unit of no channels, an unknown module to exclude, or nothing to gate; the message says why.
     """
-    if config.unit < 1:
-        raise GateError(f"unit={config.unit}: give a number of neighbouring channels, 1 or more")
+    for key in ("unit", "blocks"):
+        if getattr(config, key) < 1:
+            raise GateError(f"{key}={getattr(config, key)}: give a number of 1 or more")
     for name in config.exclude:
         if name not in modules:
             raise GateError(f"exclude: {title} has no module {name!r}{did_you_mean(name, modules)}")
@@ -218,18 +232,30 @@ def _regions(groups: Sequence[Group], config: GateConfig) -> tuple[list[Region],
     """The regions, and for every group (number of its region, first unit in it)."""
     regions: list[Region] = []
     numbers: list[tuple[int, int]] = []
-    decided: dict[str, int] = {}
+    start: list[Group] = []  # of each region
+    blocks: list[int] = []
+    links: set[int] = set()  # groups that were chained to the one before
     for i, group in enumerate(groups):
         first, units = group.members[0].layer, _units(group, config)
-        # Made from what the group before it holds: decided together with it, where everything can still be seen.
-        chained = i > 0 and first in groups[i - 1].layers("reads") and len(regions[numbers[-1][0]].groups) == 1
-        number = decided.get(first, numbers[-1][0] if chained else len(regions))
-        if number == len(regions):
+        same = next((n for n, region in enumerate(regions) if region.layer == first), None)
+        if same is None and regions:
+            # Made from what the group before it holds, in the same block: two in a row at most, or a plain chain of
+            # layers would be one block.
+            chained = first in groups[i - 1].layers("reads") and i - 1 not in links
+            near = group.members[0].pixels == start[-1].members[0].pixels and group.segment == start[-1].segment
+            if near and (chained or blocks[-1] < config.blocks):
+                same = len(regions) - 1
+                blocks[-1] += not chained
+                if chained:
+                    links.add(i)
+        if same is None:
+            same = len(regions)
             regions.append(Region(first, (), group.inputs))
-            decided[first] = number
-        region = regions[number]
-        numbers.append((number, region.units))
-        regions[number] = Region(region.layer, (*region.groups, units), region.inputs)
+            start.append(group)
+            blocks.append(1)
+        region = regions[same]
+        numbers.append((same, region.units))
+        regions[same] = Region(region.layer, (*region.groups, units), region.inputs)
     return regions, numbers
 
 

@@ -1,0 +1,137 @@
+"""What closed channels save in time: masked and sparse execution beside the folded dense backbone.
+
+    python -m eval.speed --model resnet50 --keep 0.5 --batch 1 16
+
+Gates stand on a timm model with random weights, each unit open for the given share of random images, every image with a
+mask of its own. All variants have their batch norms folded and take turns on the same input.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from dynnet import DynamicModel, GateConfig, fold, wrap
+from dynnet.allocator import keep_freed_memory
+from dynnet.checkpoint import write_atomically
+
+
+def main(
+    model: str = "resnet50",
+    keep: float = 0.5,
+    unit: int = 8,
+    blocks: int = 4,
+    batch: Sequence[int] = (1, 16),
+    calls: int = 30,
+    channels_last: bool = True,
+    device: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Time gated models.
+
+    Args:
+        model: timm's name.
+        keep: share of the images for which a unit is open.
+        unit: neighbouring channels that are switched together.
+        blocks: blocks that one gate network decides on.
+        batch: batch sizes, each timed apart.
+        calls: timed calls of each variant, four times as many at batch size 1.
+        channels_last: memory format.
+        device: by default a GPU where there is one.
+        out: also write the figures to this JSON file.
+    """
+    keep_freed_memory()
+    torch.manual_seed(0)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gated = wrap(timm.create_model(model, num_classes=1000).eval(), [], gates=GateConfig(unit, blocks))
+    images = torch.randn(max(16, *batch), *gated.config.input_size)
+    open_share(gated, images, keep)
+    gated = fold(gated).to(where)
+    if channels_last:
+        gated.to(memory_format=torch.channels_last)
+    images = images.to(where)
+    macs = gated.predict(images).macs.double().mean().item() / gated.ledger().dense
+    assert gated.gates is not None
+    print(f"{model}: {gated.gates.plan.share:.0%} of the MACs under gates, {macs:.1%} run at keep {keep:g}")
+    found = []
+    for size in batch:
+        times = compare(gated, images, size, calls * (4 if size == 1 else 1), channels_last)
+        dense = statistics.median(times["dense"])
+        for name, seconds in times.items():
+            ratio = statistics.median(d / s for d, s in zip(times["dense"], seconds, strict=True))
+            found.append(
+                {
+                    "model": model,
+                    "batch": size,
+                    "variant": name,
+                    "ms": 1e3 * statistics.median(seconds),
+                    "speedup": ratio,
+                    "macs_share": macs,
+                }
+            )
+            typical = 1e3 * statistics.median(seconds)
+            print(f"  batch {size}, {name}: {typical:.2f} ms, {ratio:.2f}x (dense {1e3 * dense:.2f} ms)")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+
+
+@torch.no_grad()
+def open_share(model: DynamicModel, images: Tensor, keep: float) -> None:
+    """Set the gates so that each unit is open for about this share of the images, one region after the other."""
+    assert model.gates is not None
+    network: Any
+    for number, network in enumerate(model.gates.networks):
+        logits = model.forward_exits(images).decisions.taken[number][1]  # type: ignore[union-attr]
+        network.logits.bias -= logits.quantile(1 - keep, dim=0)
+
+
+@torch.no_grad()
+def compare(model: DynamicModel, images: Tensor, size: int, calls: int, channels_last: bool) -> dict[str, list[float]]:
+    """Seconds of every call, by variant; they take turns."""
+
+    def executed(how: Any) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            model.execution = how
+            return model(x)
+
+        return run
+
+    # Without a running call, the layers of the backbone are timm's.
+    variants: dict[str, Callable[[Tensor], Tensor]] = {
+        "dense": model.backbone,
+        "masked": executed("masked"),
+        "sparse": executed("sparse"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(-3, calls):
+        start = (i + 3) * size % (len(images) - size + 1)
+        x = images[start : start + size]
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        names = list(variants)
+        for name in names[i % 3 :] + names[: i % 3]:
+            if x.device.type != "cpu":
+                torch.accelerator.synchronize(x.device)
+            began = time.perf_counter()
+            variants[name](x)
+            if x.device.type != "cpu":
+                torch.accelerator.synchronize(x.device)
+            if i >= 0:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__)
+    parser.add_function_arguments(main, skip={"batch"})
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="batch sizes, each timed apart")
+    main(**vars(parser.parse_args()))
