@@ -29,6 +29,7 @@ class Answers:
         confidences: (N, E + 1) float64, NaN where an exit gave NaN.
         exits: E names.
         input_size: (C, H, W) of the images, on which prices depend.
+        gated: (N, E + 1) int64, what gates add to the bill of a sample that leaves at each exit; None without gates.
     """
 
     labels: np.ndarray
@@ -36,6 +37,7 @@ class Answers:
     confidences: np.ndarray
     exits: tuple[str, ...]
     input_size: tuple[int, ...]
+    gated: np.ndarray | None = None
 
     @property
     def correct(self) -> np.ndarray:
@@ -59,14 +61,24 @@ class Answers:
     def subset(self, rows: np.ndarray) -> Answers:
         """The answers to some of the samples: rows (M,) int64."""
         return replace(
-            self, labels=self.labels[rows], predictions=self.predictions[rows], confidences=self.confidences[rows]
+            self,
+            labels=self.labels[rows],
+            predictions=self.predictions[rows],
+            confidences=self.confidences[rows],
+            gated=None if self.gated is None else self.gated[rows],
         )
+
+    def bills(self, ledger: Ledger, running: Sequence[bool]) -> np.ndarray:
+        """(N, E + 1) int64: MACs of every sample, were it to leave at each exit, where the heads `running` run."""
+        bill = np.broadcast_to(ledger.bill(running).numpy(), self.confidences.shape)
+        return bill if self.gated is None else bill + self.gated
 
     def score(self, thresholds: Sequence[float], ledger: Ledger, remembers: bool = False) -> tuple[float, float]:
         """(accuracy in [0, 1], mean MACs) at these thresholds."""
         taken = self.route(thresholds)
-        bill = ledger.bill(active(thresholds, remembers)).numpy()
-        return float(self.correct[np.arange(len(taken)), taken].mean()), float(bill[taken].mean())
+        bills = self.bills(ledger, active(thresholds, remembers))
+        every = np.arange(len(taken))
+        return float(self.correct[every, taken].mean()), float(bills[every, taken].mean())
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,7 @@ class BatchAnswers:
     predictions: Tensor
     confidences: Tensor
     input_size: tuple[int, ...]
+    gated: Tensor | None
 
 
 @torch.no_grad()
@@ -100,7 +113,7 @@ def ask(model: DynamicModel, images: Tensor, labels: Tensor, seen: int = 0) -> B
             f"labels of {which} are no classes 0 .. {model.num_classes - 1} (shape {tuple(labels.shape)}, from "
             f"{labels.min()} to {labels.max()}); the model has {model.num_classes} classes"
         )
-    logits = model.forward_exits(images).logits
+    logits, decisions = model.forward_exits(images)
     if not bool(logits[-1].isfinite().all()):
         bad = int((~logits[-1].isfinite().all(1)).sum())
         raise NonFiniteError(
@@ -112,7 +125,9 @@ def ask(model: DynamicModel, images: Tensor, labels: Tensor, seen: int = 0) -> B
         confidence, memory = model.measure(at_exit, memory)
         said.append(confidence.double())
     predictions = torch.stack([x.argmax(1) for x in logits], 1)
-    return BatchAnswers(labels, predictions.cpu(), torch.stack(said, 1).cpu(), tuple(images.shape[1:]))
+    size = tuple(images.shape[1:])
+    gated = None if decisions is None else decisions.price(model.ledger(size), len(images)).cumsum(1).cpu()
+    return BatchAnswers(labels, predictions.cpu(), torch.stack(said, 1).cpu(), size, gated)
 
 
 def join(parts: Sequence[BatchAnswers], exits: tuple[str, ...]) -> Answers:
@@ -132,6 +147,7 @@ def join(parts: Sequence[BatchAnswers], exits: tuple[str, ...]) -> Answers:
         torch.cat([part.confidences for part in parts]).numpy(),
         exits,
         sizes.pop(),
+        None if parts[0].gated is None else torch.cat([part.gated for part in parts if part.gated is not None]).numpy(),
     )
 
 

@@ -269,10 +269,10 @@ def _best_thresholds(
         for i in reversed(range(exits)):
             running = active(thresholds, remembers)
             running[i] = True
-            bill = ledger.bill(running).numpy() * unit
+            bills = answers.bills(ledger, running) * unit
             earlier = answers.route([*thresholds[:i], *[np.inf] * (exits - i)]) < i
             later = answers.route([*[np.inf] * (i + 1), *thresholds[i + 1 :]])
-            gain = (correct[:, i] - bill[i]) - (correct[everyone, later] - bill[later])
+            gain = (correct[:, i] - bills[:, i]) - (correct[everyone, later] - bills[everyone, later])
             confidence = answers.confidences[:, i]
             rows = np.flatnonzero(~earlier & ~np.isnan(confidence))
             rows = rows[np.argsort(-confidence[rows], kind="stable")]

@@ -36,6 +36,11 @@ class SitePrice:
     makes: Side | None
     tied: bool
 
+    @property
+    def regions(self) -> tuple[int, ...]:
+        """Numbers of the regions that decide on it; all stand in one segment."""
+        return tuple(n for side in (self.reads, self.makes) if side is not None for n in side.regions)
+
     def at(self, channels: Callable[[Side], Tensor]) -> Tensor:
         """(B,) MACs, where `channels` tells how many channels (B,) of a side are open."""
         sides = [side for side in (self.reads, self.makes) if side is not None][: 1 if self.tied else 2]

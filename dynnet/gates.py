@@ -132,13 +132,13 @@ class Decisions:
             size: B of the call.
 
         Returns:
-            (B,) int64, mostly negative; differentiable floats where the decisions are.
+            (B, E + 1) by segment, mostly negative: int64, or differentiable floats in train mode.
         """
-        first = next(iter(self.taken.values()), None)
-        if first is None:
-            return torch.zeros(size, dtype=torch.int64)
-        exact = not first[2].requires_grad
-        bill = torch.zeros(size, dtype=torch.int64 if exact else first[2].dtype, device=first[2].device)
+        plan = self.gates.plan
+        device = next(self.gates.parameters()).device
+        exact = not self.gates.training
+        dtype = torch.int64 if exact else torch.float32
+        bill = [torch.zeros(size, dtype=dtype, device=device) for _ in ledger.segments]
         counts: dict[Side, Tensor] = {}
 
         def channels(side: Side) -> Tensor:
@@ -148,13 +148,19 @@ class Decisions:
             return counts[side]
 
         for number, (rows, _, decisions) in self.taken.items():
-            cost = torch.full((len(decisions),), self.gates.plan.regions[number].macs, device=bill.device)
-            bill = _added(bill, rows, cost)
+            region = plan.regions[number]
+            cost = torch.full((len(decisions),), region.macs, dtype=dtype, device=device)
+            bill[region.segment] = _added(bill[region.segment], rows, cost)
         for site in ledger.sites:
-            numbers = {n for side in (site.reads, site.makes) if side is not None for n in side.regions}
-            if numbers <= self.taken.keys():
-                bill = _added(bill, self.taken[min(numbers)][0], site.at(channels) - site.macs)
-        return bill
+            number = site.regions[0]
+            if number in self.taken:
+                segment = plan.regions[number].segment
+                bill[segment] = _added(bill[segment], self.taken[number][0], site.at(channels) - site.macs)
+        return torch.stack(bill, 1)
+
+    def open_rates(self) -> Tensor:
+        """(R,) share of the units that are open, by region, over all rows that were decided on."""
+        return torch.stack([self.taken[n][2].mean() for n in sorted(self.taken)])
 
     def _decide(self, number: int, layer: nn.Module, x: Tensor, of: Flow, reads: Subset | None) -> None:
         dims = [d for d in range(1, x.ndim) if d != channel_dim(layer, x)]
@@ -198,7 +204,8 @@ class Decisions:
 
 
 def _added(bill: Tensor, rows: Tensor | None, cost: Tensor) -> Tensor:
-    return bill + cost if rows is None else bill.index_add(0, rows, cost.to(bill.dtype))
+    cost = cost.to(bill.dtype)
+    return bill + cost if rows is None else bill.index_add(0, rows, cost)
 
 
 class GatedForward:

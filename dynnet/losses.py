@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynnet.cost import Ledger
 from dynnet.errors import RecipeError
+from dynnet.policy import Measure
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,30 @@ class LossConfig:
     temperature: float = 1.0
     equilibrium: bool = True
     label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How gates are made to save compute: a penalty on the expected MACs of the whole dynamic inference.
+
+    Attributes:
+        target: expected MACs, as a share of the backbone's.
+        weight: lambda of the penalty.
+        ramp: share of the joint stage over which the target falls from 1 to its value.
+        relax: share of the joint stage over which the bounds on every region's open rate widen from the target to
+            [0, 1]; without them a few regions would be closed for good before the others have learnt anything.
+        leave_at: confidence around which a sample is expected to leave an exit, before thresholds are fitted.
+        sharpness: width of that step, in units of confidence.
+        quiet: last share of the joint stage, without noise on the gates.
+    """
+
+    target: float = 0.5
+    weight: float = 8.0
+    ramp: float = 0.2
+    relax: float = 1 / 3
+    leave_at: float = 0.9
+    sharpness: float = 0.05
+    quiet: float = 0.2
 
 
 def exit_weights(config: LossConfig, shares: Sequence[float], progress: float) -> tuple[float, ...]:
@@ -90,3 +116,46 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     log_p = F.log_softmax(student.float() / temperature, 1)
     log_q = F.log_softmax(teacher.float() / temperature, 1)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def expected_macs(
+    logits: Sequence[Tensor], gated: Tensor | None, ledger: Ledger, config: BudgetConfig, measure: Measure
+) -> Tensor:
+    """(B,) expected MACs of every sample: what each segment and head costs, times the probability of reaching it.
+
+    Args:
+        logits: E + 1 tensors (B, K).
+        gated: (B, E + 1) what gates add to the segments (`Decisions.price`); None without gates.
+        ledger: prices of segments and heads.
+        config: where samples are expected to leave.
+        measure: of confidence, as the model decides by.
+    """
+    segments = torch.tensor(ledger.segments, dtype=torch.float32, device=logits[0].device)
+    costs = segments.expand(len(logits[0]), -1) if gated is None else segments + gated
+    reaches = torch.ones(len(logits[0]), device=logits[0].device)
+    total = torch.zeros_like(reaches)
+    memory = None
+    for i, exit in enumerate(logits[:-1]):
+        total = total + reaches * (costs[:, i] + ledger.heads[i])
+        confidence, memory = measure(exit.float(), memory)
+        reaches = reaches * (1 - ((confidence.float() - config.leave_at) / config.sharpness).sigmoid())
+    return total + reaches * costs[:, -1]
+
+
+def budget_loss(expected: Tensor, dense: float, rates: Tensor, config: BudgetConfig, progress: float) -> Tensor:
+    """lambda * ((mean MACs / dense - target)^2 + mean over regions of (open rate outside its bounds)^2).
+
+    After DGNet (https://arxiv.org/abs/2105.04010): the bounds keep every region near the target at first, and let go.
+
+    Args:
+        expected: (B,) expected MACs.
+        dense: MACs of the bare backbone.
+        rates: (R,) open rates of the regions.
+        config: target and weights.
+        progress: of the stage, in [0, 1].
+    """
+    target = 1 - (1 - config.target) * (min(1.0, progress / config.ramp) if config.ramp > 0 else 1.0)
+    slack = min(1.0, progress / config.relax) if config.relax > 0 else 1.0
+    low, high = target * (1 - slack), target + (1 - target) * slack
+    outside = (low - rates).clamp(min=0) + (rates - high).clamp(min=0)
+    return config.weight * ((expected.mean() / dense - target).square() + outside.square().mean())

@@ -172,27 +172,28 @@ class DynamicModel(nn.Module):
         """Which heads run at the present thresholds."""
         return tuple(active(self.thresholds, self.remembers))
 
-    def forward(self, x: Tensor, equilibrium: bool = False) -> Tensor | ExitOutputs:
+    def forward(self, x: Tensor, equilibrium: bool = False, gated: bool = True) -> Tensor | ExitOutputs:
         """Answer a batch.
 
         Args:
             x: (B, C, H, W) float images.
-            equilibrium: in train mode, see `forward_exits`.
+            equilibrium, gated: in train mode, see `forward_exits`.
 
         Returns:
             In eval mode (B, K) logits, each sample's from the exit at which it left; in train mode all exits' logits.
         """
         if self.training:
-            return self.forward_exits(x, equilibrium)
+            return self.forward_exits(x, equilibrium, gated)
         return self._answer(x).logits()
 
-    def forward_exits(self, x: Tensor, equilibrium: bool = False) -> ExitOutputs:
+    def forward_exits(self, x: Tensor, equilibrium: bool = False, gated: bool = True) -> ExitOutputs:
         """The logits of every exit for every sample; nobody leaves.
 
         Args:
             x: (B, C, H, W) float images.
             equilibrium: scale gradients so that every part of the backbone feels the exits behind it evenly (Li et al.,
                 "Improved Techniques for Training Adaptive Deep Networks", https://arxiv.org/abs/1908.06294).
+            gated: let the gates decide; else all channels are computed.
         """
         self._check(x)
         if torch.is_grad_enabled() and getattr(self.backbone, "grad_checkpointing", False):
@@ -200,7 +201,7 @@ class DynamicModel(nn.Module):
                 "gradient checkpointing runs blocks a second time, and their exits with them; switch it off with "
                 "backbone.set_grad_checkpointing(False)"
             )
-        return self.run_every_exit(x, equilibrium, gated=True)
+        return self.run_every_exit(x, equilibrium, gated)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Prediction:
@@ -219,7 +220,7 @@ class DynamicModel(nn.Module):
         ledger = self.ledger(tuple(x.shape[1:]))
         macs = ledger.bill(self.active).to(x.device)[exits]
         if answers.decisions is not None:
-            macs = macs + answers.decisions.price(ledger, len(x))
+            macs = macs + answers.decisions.price(ledger, len(x)).sum(1)
         return Prediction(answers.logits(), exits, answers.confidence(), macs)
 
     def ledger(self, input_size: tuple[int, ...] | None = None) -> Ledger:
@@ -244,9 +245,11 @@ class DynamicModel(nn.Module):
         return self.backbone
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the backbone wants spared (timm's optimisers ask): position embeddings and the like."""
+        """Parameters to be spared (timm's optimisers ask): position embeddings and the like, and gates."""
         own = getattr(self.backbone, "no_weight_decay", None)
-        return {f"backbone.{name}" for name in own()} if callable(own) else set()
+        spared = {f"backbone.{name}" for name in own()} if callable(own) else set()
+        # Decay would draw logits to zero, where gates are open by chance.
+        return spared | {name for name, _ in self.named_parameters() if name.startswith("gates.")}
 
     def extra_repr(self) -> str:
         return ", ".join(f"exit {i} at {b.name} ({b.share:.0%} of MACs)" for i, b in enumerate(self.boundaries))

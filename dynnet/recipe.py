@@ -13,7 +13,8 @@ import yaml
 
 from dynnet.data import DataConfig
 from dynnet.errors import RecipeError, did_you_mean
-from dynnet.losses import LossConfig
+from dynnet.losses import BudgetConfig, LossConfig
+from dynnet.regions import GateConfig
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Recipe:
         description: the command, the hardware, the hours, the accuracy to expect.
         seed: of weights, batches and augmentation.
         data, backbone, exits, loss: see their classes.
+        gates: how channels are gated; by default they are not.
+        budget: what gates are trained for, in the joint stage.
         dense: trains the backbone alone.
         heads: trains the heads on the frozen backbone.
         joint: trains everything together.
@@ -118,6 +121,8 @@ class Recipe:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     exits: ExitConfig = field(default_factory=ExitConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    gates: GateConfig | None = None
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     dense: StageConfig = field(default_factory=StageConfig)
     heads: StageConfig = field(default_factory=StageConfig)
     joint: StageConfig = field(default_factory=StageConfig)

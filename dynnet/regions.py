@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,11 +65,13 @@ class Region:
         layer: at whose entry the decision is taken.
         groups: units of each of its groups; U is their sum.
         inputs: channels of that layer's input, which the gate network reads.
+        segment: exits that are passed before it.
     """
 
     layer: str
     groups: tuple[int, ...]
     inputs: int
+    segment: int = 0
 
     @property
     def units(self) -> int:
@@ -250,12 +252,12 @@ def _regions(groups: Sequence[Group], config: GateConfig) -> tuple[list[Region],
                     links.add(i)
         if same is None:
             same = len(regions)
-            regions.append(Region(first, (), group.inputs))
+            regions.append(Region(first, (), group.inputs, group.segment))
             start.append(group)
             blocks.append(1)
         region = regions[same]
         numbers.append((same, region.units))
-        regions[same] = Region(region.layer, (*region.groups, units), region.inputs)
+        regions[same] = replace(region, groups=(*region.groups, units))
     return regions, numbers
 
 

@@ -93,14 +93,15 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
     table["file"] = np.array([data.test.name(i) for i in range(len(data.test))])
     table["dense_macs"] = np.full(len(measured.exit), measured.ledger.dense)
     table["dense_correct"] = _dense_correct(run.dense, data, batch_size)
-    for e, macs in enumerate(measured.ledger.bill([True] * len(model.exits)).tolist()):
-        table[f"macs_{e}"] = np.full(len(measured.exit), macs)
+    bills = measured.answers.bills(measured.ledger, [True] * len(model.exits))
+    for e in range(len(model.exits) + 1):
+        table[f"macs_{e}"] = bills[:, e]
     points = trade_off(collect(model, data.loader("calibration", batch_size)), measured.ledger, model.remembers)
     every = np.arange(len(measured.exit))
     for k, i in enumerate(np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))):
         taken = measured.answers.route(points[i].thresholds)
         running = active(points[i].thresholds, model.remembers)
-        table[f"point{k}_macs"] = measured.ledger.bill(running).numpy()[taken]
+        table[f"point{k}_macs"] = measured.answers.bills(measured.ledger, running)[every, taken]
         table[f"point{k}_correct"] = measured.answers.correct[every, taken].astype(int)
 
     rows, images = test_images(data, latency_samples)

@@ -200,7 +200,7 @@ def test_nan_in_a_gate_network_opens_everything() -> None:
 def test_gradients_reach_the_gates() -> None:
     model = gated(exits=["layer2.0"]).train()
     outputs = model(SMALL.images(4))
-    bill = outputs.decisions.price(model.ledger(), 4)
+    bill = outputs.decisions.price(model.ledger(), 4).sum(1)
     (outputs.logits[-1].square().mean() + bill.mean() / model.ledger().dense).backward()
     for network in model.gates.networks:
         assert network.hidden.weight.grad.abs().sum() > 0
@@ -208,10 +208,22 @@ def test_gradients_reach_the_gates() -> None:
     # The bill alone would close a gate: the last one, which no other listens to.
     model.zero_grad()
     model.gates.noisy = False
-    model(SMALL.images(4)).decisions.price(model.ledger(), 4).mean().backward()
+    model(SMALL.images(4)).decisions.price(model.ledger(), 4).sum(1).mean().backward()
     last = model.gates.networks[-1].logits.bias.grad
     assert (last >= 0).all()
     assert (last > 0).any()
+
+
+def test_thresholds_are_fitted_on_what_gated_samples_cost() -> None:
+    model = gated(exits=["layer2.0", "layer3.0"])
+    batches = [(SMALL.images(40), torch.arange(40) % 7)]
+    fitted = dynnet.calibrate(model, batches, budget=0.7)
+    measured = dynnet.measure(model, batches)
+    assert measured.macs.mean() == pytest.approx(fitted.macs)
+    assert fitted.macs <= 0.7 * fitted.dense_macs
+    # Half of the channels are closed: never exiting is far below the dense bill.
+    never = measured.answers.bills(measured.ledger, [False, False])[:, -1]
+    assert 0.2 < never.mean() / fitted.dense_macs < 0.8
 
 
 def test_folding_keeps_what_gates_decide() -> None:

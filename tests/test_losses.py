@@ -7,8 +7,10 @@ import torch
 from torch.nn import functional as F
 
 import dynnet
+from dynnet.cost import Ledger
 from dynnet.errors import RecipeError
-from dynnet.losses import LossConfig, distillation, exit_losses, exit_weights
+from dynnet.losses import BudgetConfig, LossConfig, budget_loss, distillation, exit_losses, exit_weights, expected_macs
+from dynnet.policy import Instant, max_probability
 from tests.cases import tiny
 
 
@@ -73,3 +75,40 @@ def test_a_backbone_that_goes_on_in_place_can_be_trained() -> None:
     )  # fmt: skip
     model = dynnet.wrap(backbone, ["0"], input_size=(3, 16, 16)).train()
     sum(y.sum() for y in model(torch.randn(2, 3, 16, 16)).logits).backward()
+
+
+LEDGER = Ledger((60, 40), (10,), {})
+
+
+def test_expected_macs_follow_the_probability_of_leaving() -> None:
+    config = BudgetConfig(leave_at=0.9, sharpness=0.01)
+    sure, unsure = torch.tensor([[9.0, 0.0], [0.0, 0.0]])
+    expected = expected_macs(
+        (torch.stack([sure, unsure]), torch.zeros(2, 2)), None, LEDGER, config, Instant(max_probability)
+    )
+    assert expected.tolist() == pytest.approx([70.0, 110.0], abs=0.1)
+    gated = torch.tensor([[-30.0, -20.0], [-30.0, -20.0]])
+    saved = expected_macs(
+        (torch.stack([sure, unsure]), torch.zeros(2, 2)), gated, LEDGER, config, Instant(max_probability)
+    )
+    assert saved.tolist() == pytest.approx([40.0, 60.0], abs=0.1)
+    # A sample that is closer to leaving is cheaper, and the gradient says so.
+    logits = torch.tensor([[1.2, 0.0]], requires_grad=True)
+    expected_macs((logits, torch.zeros(1, 2)), None, LEDGER, BudgetConfig(), Instant(max_probability)).sum().backward()
+    assert logits.grad[0, 0] < 0 < logits.grad[0, 1]
+
+
+def test_the_budget_loss_is_zero_on_target_and_bounds_relax() -> None:
+    config = BudgetConfig(target=0.5, weight=2.0, ramp=0.0, relax=0.5)
+
+    def loss(macs: float, rates: list[float], progress: float) -> float:
+        return budget_loss(torch.tensor([float(macs)]), 100.0, torch.tensor(rates), config, progress).item()
+
+    assert loss(50, [0.5, 0.5], 0.0) == 0
+    assert loss(70, [0.5, 0.5], 0.0) == pytest.approx(2 * 0.2**2)
+    assert loss(50, [0.9, 0.1], 0.0) == pytest.approx(2 * 0.4**2)
+    assert loss(50, [0.9, 0.1], 0.25) == pytest.approx(2 * 0.15**2)
+    assert loss(50, [0.9, 0.1], 0.5) == 0
+    # The target falls from 1.
+    falling = BudgetConfig(target=0.5, weight=1.0, ramp=0.5, relax=0.0)
+    assert budget_loss(torch.tensor([75.0]), 100.0, torch.ones(1), falling, 0.25).item() == 0

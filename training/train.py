@@ -42,7 +42,7 @@ from dynnet.calibrate import check_budget
 from dynnet.checkpoint import load_weights, save, write_atomically, write_bundle
 from dynnet.data import Data, Loader, load_data
 from dynnet.errors import CheckpointError, DynnetError, NonFiniteError, RecipeError, did_you_mean
-from dynnet.losses import exit_losses, exit_weights
+from dynnet.losses import budget_loss, exit_losses, exit_weights, expected_macs
 from dynnet.recipe import Recipe, StageConfig, read_recipe, recipe_parser, recipe_to_yaml
 from training.distributed import SyncedBatchNorm, World, world
 from training.state import Log, Position, State
@@ -108,7 +108,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
             State.write(out, start, model, None, None, log, here)  # from here on --resume works
         for stage in range(start.stage, len(STAGES)):
             config: StageConfig = getattr(recipe, STAGES[stage])
-            if config.epochs > 0:
+            if config.epochs > 0 and (model.exits or STAGES[stage] != "heads"):
                 begin = start if stage == start.stage else Position(stage)
                 run_stage(model, data, recipe, begin, state if stage == start.stage else None, log, out, here)
             if stage == 0 and here.first:
@@ -116,10 +116,11 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
             State.write(out, Position(stage + 1), model, None, None, log, here)
         model.eval()
         if here.first:
-            fitted = calibrate(model, data.loader("calibration", 256), **recipe.calibration.goal())
+            if model.exits:
+                fitted = calibrate(model, data.loader("calibration", 256), **recipe.calibration.goal())
+                log.write({"kind": "calibration", **dataclasses.asdict(fitted)})
+                print(fitted)
             save(model, out / "model.safetensors", create)
-            log.write({"kind": "calibration", **dataclasses.asdict(fitted)})
-            print(fitted)
         here.wait()
     return model
 
@@ -156,6 +157,7 @@ def run_stage(
         model.train()
         if stage == "heads":
             model.backbone.eval()
+        gated = stage == "joint" and model.gates is not None
         bar = tqdm(
             loader.epoch(10_000 * begin.stage + epoch, first_step),
             f"{stage} {epoch + 1}/{config.epochs}",
@@ -178,7 +180,10 @@ def run_stage(
                 if stage == "dense":
                     logits: tuple[Tensor, ...] = (parallel(images),)
                 else:
-                    logits = parallel(images, equilibrium=recipe.loss.equilibrium and stage == "joint").logits
+                    if model.gates is not None:
+                        model.gates.noisy = update < (1 - recipe.budget.quiet) * steps * config.epochs
+                    balanced = recipe.loss.equilibrium and stage == "joint"
+                    logits, decisions = parallel(images, equilibrium=balanced, gated=gated)
             losses = exit_losses(logits, target, recipe.loss)
             weights = exit_weights(recipe.loss, shares, (update + 1) / (steps * config.epochs))
             if stage == "heads":
@@ -187,6 +192,13 @@ def run_stage(
                 loss = losses[-1]
             else:
                 loss = losses[-1] + (losses[:-1] * losses.new_tensor(weights)).sum()
+            metrics: dict[str, Any] = {}
+            if gated:
+                ledger, progress = model.ledger(tuple(images.shape[1:])), (update + 1) / (steps * config.epochs)
+                price, rates = decisions.price(ledger, len(images)), decisions.open_rates()
+                expected = expected_macs(logits, price, ledger, recipe.budget, model.measure)
+                loss = loss + budget_loss(expected, ledger.dense, rates, recipe.budget, progress)
+                metrics = {"expected_macs": expected.mean().item() / ledger.dense, "open": rates.tolist()}
             _refuse_non_finite(loss, losses, stage, epoch, step)
 
             optimizer.zero_grad(set_to_none=True)
@@ -201,11 +213,11 @@ def run_stage(
             if step % recipe.log_steps == 0:
                 record = {"kind": "step", "stage": stage, "epoch": epoch, "step": step}
                 mean = here.sum(losses.detach().clone()) / here.size
-                log.write({**record, "lr": optimizer.param_groups[0]["lr"], "losses": mean.tolist()})
+                log.write({**record, "lr": optimizer.param_groups[0]["lr"], "losses": mean.tolist(), **metrics})
             if (step + 1) % recipe.checkpoint_steps == 0 and step + 1 < steps:
                 State.write(out, Position(begin.stage, epoch, step + 1), model, ema, optimizer, log, here)
         judged = ema.module if ema is not None else model
-        accuracy = accuracies(judged, data, here)
+        accuracy = accuracies(judged, data, here, gated)
         seconds = time.monotonic() - began
         log.write({"kind": "epoch", "stage": stage, "epoch": epoch, "accuracy": accuracy, "seconds": round(seconds, 1)})
         if here.first:
@@ -218,12 +230,12 @@ def run_stage(
 
 
 @torch.no_grad()
-def accuracies(model: DynamicModel, data: Data, here: World) -> list[float]:
+def accuracies(model: DynamicModel, data: Data, here: World, gated: bool) -> list[float]:
     """Held-out accuracy of each exit and the final head, on the calibration split; every image counts once."""
     model.eval()
     right = torch.zeros(len(model.exits) + 2, dtype=torch.float64, device=here.device)
     for images, labels, _ in data.loader("calibration", 256, rank=here.rank, world=here.size):
-        logits = model.forward_exits(images.to(here.device)).logits
+        logits = model.forward_exits(images.to(here.device), gated=gated).logits
         hits = [(x.argmax(1) == labels.to(here.device)).sum() for x in logits]
         right += torch.stack([*hits, torch.tensor(len(labels), device=here.device)])
     here.sum(right)
@@ -259,6 +271,7 @@ def _tools(model: DynamicModel, data: Data, recipe: Recipe, stage: str, here: Wo
             config.weight_decay,
             config.momentum,
             filter_bias_and_bn=not config.decay_norms,
+            param_group_fn=_gates_apart if config.decay_norms else None,
         )
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -275,6 +288,14 @@ def _tools(model: DynamicModel, data: Data, recipe: Recipe, stage: str, here: Wo
     return Tools(trained, optimizer, scheduler, loader)
 
 
+def _gates_apart(trained: nn.Module) -> list[dict[str, Any]]:
+    """Everything decays but the gates."""
+    named = list(trained.named_parameters())
+    gates = [p for name, p in named if name.startswith("gates.")]
+    rest = [p for name, p in named if not name.startswith("gates.")]
+    return [{"params": rest}, *([{"params": gates, "weight_decay": 0.0}] if gates else [])]
+
+
 def _build(recipe: Recipe, data: Data, create: dict[str, Any], fresh: bool) -> DynamicModel:
     """The wrapped backbone; `fresh` models take the weights that the recipe names."""
     source = recipe.backbone
@@ -287,6 +308,7 @@ def _build(recipe: Recipe, data: Data, create: dict[str, Any], fresh: bool) -> D
     return wrap(
         backbone,
         recipe.exits.at,
+        gates=recipe.gates,
         head_share=recipe.exits.head_share,
         confidence=recipe.exits.confidence,
         input_size=data.input_size,
@@ -295,8 +317,8 @@ def _build(recipe: Recipe, data: Data, create: dict[str, Any], fresh: bool) -> D
 
 def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None:
     """Refuse now what would fail only hours later."""
-    if not model.exits:
-        raise RecipeError("exits.at names no exits, there is nothing to train but the backbone; give at least one")
+    if not model.exits and model.gates is None:
+        raise RecipeError("exits.at names no exits and there are no gates; give at least one exit, or gates")
     for key in ("log_steps", "checkpoint_steps"):
         if getattr(recipe, key) < 1:
             raise RecipeError(f"{key}={getattr(recipe, key)}: give at least 1")
@@ -305,7 +327,7 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
             _tools(model, data, recipe, stage, here)
     exit_weights(recipe.loss, [boundary.share for boundary in model.boundaries], 1.0)
     goal = recipe.calibration.goal()
-    if "budget" in goal:
+    if "budget" in goal and model.exits:
         check_budget(model, goal["budget"])
 
 
