@@ -60,14 +60,14 @@ class Gates(nn.Module):
     Attributes:
         plan: regions and sites.
         networks: one for each region.
-        noisy: in train mode, is noise added to the logits?
+        noise: scale of the logistic noise on the logits in train mode; fades out in the course of training.
     """
 
     def __init__(self, plan: GatePlan) -> None:
         super().__init__()
         self.plan = plan
         self.networks = nn.ModuleList(GateNetwork(region) for region in plan.regions)
-        self.noisy = True
+        self.noise = 1.0
 
     def decide(self, number: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """What region `number` makes of (B, C) mean features.
@@ -81,9 +81,8 @@ class Gates(nn.Module):
         if not self.training:
             return logits, network.opens(logits).to(logits.dtype)
         noisy = logits
-        if self.noisy:
-            u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-            noisy = logits + u.log() - (-u).log1p()
+        if self.noise > 0:
+            noisy = logits + self.noise * torch.rand_like(logits).clamp(1e-6, 1 - 1e-6).logit()
         soft = (noisy / TEMPERATURE).sigmoid()
         return logits, network.opens(noisy).to(soft.dtype) + soft - soft.detach()
 

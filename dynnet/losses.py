@@ -118,6 +118,15 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
+def gate_noise(config: BudgetConfig, progress: float) -> float:
+    """Scale of the noise on the gates: falls from 1 to 0, and stays there for the quiet part of the stage.
+
+    It fades: gates that were open half of the time by chance would all open at once if it stopped.
+    """
+    loud = 1 - config.quiet
+    return max(0.0, 1 - progress / loud) if loud > 0 else 0.0
+
+
 def expected_macs(
     logits: Sequence[Tensor], gated: Tensor | None, ledger: Ledger, config: BudgetConfig, measure: Measure
 ) -> Tensor:

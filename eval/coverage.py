@@ -1,4 +1,4 @@
-"""Which of timm's architectures take exits: exits at 1/3 and 2/3 of the MACs of every one.
+"""Which of timm's architectures take exits, at 1/3 and 2/3 of the MACs, and what share of their MACs gates can switch.
 
     python -m eval.coverage --out runs/coverage.csv
     python -m eval.coverage --names 'resnet*' --real_params 0
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynnet import DynamicModel, wrap
-from dynnet.errors import DynnetError
+from dynnet.errors import DynnetError, GateError
 from dynnet.exits import input_size_of
 
 COLUMNS = (
-    "name", "wrapped", "exits", "shares", "gmacs", "mparams", "unpriced", "real", "identical", "alone_error", "reason",
-    "seconds",
+    "name", "wrapped", "exits", "shares", "gmacs", "mparams", "unpriced", "gated", "real", "identical", "alone_error",
+    "reason", "gate_reason", "seconds",
 )  # fmt: skip
 TOLERANCE = 1e-4
 
@@ -47,7 +47,10 @@ def main(out: Path = Path("runs/coverage.csv"), names: str = "*", real_params: f
     done: dict[str, dict[str, Any]] = {}
     if out.exists():
         with out.open(newline="") as file:
-            done = {row["name"]: row for row in csv.DictReader(file)}
+            reader = csv.DictReader(file)
+            done = {row["name"]: row for row in reader}
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise SystemExit(f"error: {str(out)!r} has other columns than {', '.join(COLUMNS)}; choose another --out")
     else:
         with out.open("w", newline="") as file:
             csv.DictWriter(file, COLUMNS).writeheader()
@@ -66,13 +69,19 @@ def summary(rows: list[dict[str, Any]]) -> str:
     real = [r for r in rows if r["real"] == "True"]
     identical = [r for r in real if r["identical"] == "True"]
     alone = [r for r in real if r["alone_error"] and float(r["alone_error"]) <= TOLERANCE]
+    gated = [float(r["gated"] or 0) for r in rows]
     lines = [
         f"{len(wrapped)} of {len(rows)} architectures take exits at 1/3 and 2/3",
         f"{len(identical)} of {len(real)} run with numbers answer bit for bit as plain timm when nobody exits",
         f"{len(alone)} of {len(real)} answer within {TOLERANCE:g} alone as in a batch that thins out",
     ]
+    lines += [
+        f"{sum(g >= 0.5 for g in gated)} of {len(rows)} have at least half of their MACs under gates, "
+        f"{sum(g > 0 for g in gated)} have some",
+    ]
     lines += [f"  unpriced ops in {r['name']}: {r['unpriced']}" for r in rows if r["unpriced"]]
     lines += [f"  {r['name']}: {r['reason']}" for r in rows if r["reason"]]
+    lines += [f"  {r['name']}: {r['gate_reason'][:200]}" for r in rows if r["gate_reason"]]
     return "\n".join(lines)
 
 
@@ -85,6 +94,7 @@ def examine(name: str, real_params: float) -> dict[str, Any]:
         backbone = _create(name, meta=True)
         model = wrap(backbone, exits=[1 / 3, 2 / 3])
         ledger = model.ledger()
+        row |= _gated(model.unwrap())
         millions = sum(p.numel() for p in backbone.parameters()) / 1e6
         row |= {
             "wrapped": True,
@@ -102,6 +112,15 @@ def examine(name: str, real_params: float) -> dict[str, Any]:
         row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     row["seconds"] = f"{time.monotonic() - began:.1f}"
     return row
+
+
+def _gated(backbone: nn.Module) -> dict[str, Any]:
+    try:
+        model = wrap(backbone, [], gates="channel")
+    except GateError as error:
+        return {"gated": "0", "gate_reason": " ".join(str(error).split())}
+    assert model.gates is not None
+    return {"gated": f"{model.gates.plan.share:.3f}"}
 
 
 @torch.no_grad()

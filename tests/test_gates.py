@@ -207,7 +207,7 @@ def test_gradients_reach_the_gates() -> None:
         assert network.logits.bias.grad.abs().sum() > 0
     # The bill alone would close a gate: the last one, which no other listens to.
     model.zero_grad()
-    model.gates.noisy = False
+    model.gates.noise = 0.0
     model(SMALL.images(4)).decisions.price(model.ledger(), 4).sum(1).mean().backward()
     last = model.gates.networks[-1].logits.bias.grad
     assert (last >= 0).all()
@@ -240,13 +240,13 @@ def test_noise_is_for_training_only() -> None:
     model, images = gated(), SMALL.images(4)
     assert torch.equal(model.forward_exits(images).logits[0], model.forward_exits(images).logits[0])
     model.train()
-    model.gates.noisy = False
+    model.gates.noise = 0.0
     for m in model.backbone.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.eval()
     quiet = [model(images).logits[0] for _ in range(2)]
     assert torch.equal(*quiet)
-    model.gates.noisy = True
+    model.gates.noise = 1.0
     assert not torch.equal(model(images).logits[0], quiet[0])
 
 

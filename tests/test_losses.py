@@ -9,7 +9,16 @@ from torch.nn import functional as F
 import dynnet
 from dynnet.cost import Ledger
 from dynnet.errors import RecipeError
-from dynnet.losses import BudgetConfig, LossConfig, budget_loss, distillation, exit_losses, exit_weights, expected_macs
+from dynnet.losses import (
+    BudgetConfig,
+    LossConfig,
+    budget_loss,
+    distillation,
+    exit_losses,
+    exit_weights,
+    expected_macs,
+    gate_noise,
+)
 from dynnet.policy import Instant, max_probability
 from tests.cases import tiny
 
@@ -112,3 +121,9 @@ def test_the_budget_loss_is_zero_on_target_and_bounds_relax() -> None:
     # The target falls from 1.
     falling = BudgetConfig(target=0.5, weight=1.0, ramp=0.5, relax=0.0)
     assert budget_loss(torch.tensor([75.0]), 100.0, torch.ones(1), falling, 0.25).item() == 0
+
+
+def test_noise_fades_before_the_end() -> None:
+    config = BudgetConfig(quiet=0.2)
+    assert [gate_noise(config, p) for p in (0.0, 0.4, 0.8, 0.9)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    assert gate_noise(BudgetConfig(quiet=1.0), 0.0) == 0

@@ -42,7 +42,7 @@ from dynnet.calibrate import check_budget
 from dynnet.checkpoint import load_weights, save, write_atomically, write_bundle
 from dynnet.data import Data, Loader, load_data
 from dynnet.errors import CheckpointError, DynnetError, NonFiniteError, RecipeError, did_you_mean
-from dynnet.losses import budget_loss, exit_losses, exit_weights, expected_macs
+from dynnet.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise
 from dynnet.recipe import Recipe, StageConfig, read_recipe, recipe_parser, recipe_to_yaml
 from training.distributed import SyncedBatchNorm, World, world
 from training.state import Log, Position, State
@@ -108,7 +108,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
             State.write(out, start, model, None, None, log, here)  # from here on --resume works
         for stage in range(start.stage, len(STAGES)):
             config: StageConfig = getattr(recipe, STAGES[stage])
-            if config.epochs > 0 and (model.exits or STAGES[stage] != "heads"):
+            if _runs(model, STAGES[stage], config):
                 begin = start if stage == start.stage else Position(stage)
                 run_stage(model, data, recipe, begin, state if stage == start.stage else None, log, out, here)
             if stage == 0 and here.first:
@@ -181,7 +181,7 @@ def run_stage(
                     logits: tuple[Tensor, ...] = (parallel(images),)
                 else:
                     if model.gates is not None:
-                        model.gates.noisy = update < (1 - recipe.budget.quiet) * steps * config.epochs
+                        model.gates.noise = gate_noise(recipe.budget, update / (steps * config.epochs))
                     balanced = recipe.loss.equilibrium and stage == "joint"
                     logits, decisions = parallel(images, equilibrium=balanced, gated=gated)
             losses = exit_losses(logits, target, recipe.loss)
@@ -250,6 +250,11 @@ class Tools:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     loader: Loader
+
+
+def _runs(model: DynamicModel, stage: str, config: StageConfig) -> bool:
+    """Is there anything to do? A model without exits has no heads to train."""
+    return config.epochs > 0 and (bool(model.exits) or stage != "heads")
 
 
 def _tools(model: DynamicModel, data: Data, recipe: Recipe, stage: str, here: World) -> Tools:
@@ -323,7 +328,7 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
         if getattr(recipe, key) < 1:
             raise RecipeError(f"{key}={getattr(recipe, key)}: give at least 1")
     for stage in STAGES:
-        if getattr(recipe, stage).epochs > 0:
+        if _runs(model, stage, getattr(recipe, stage)):
             _tools(model, data, recipe, stage, here)
     exit_weights(recipe.loss, [boundary.share for boundary in model.boundaries], 1.0)
     goal = recipe.calibration.goal()
