@@ -13,12 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 import dynnet
 from dynnet import checkpoint
+from dynnet.data import load_data
 from dynnet.recipe import read_recipe
 from training import train
+from training.distributed import World
 
 
 def log(out: Path) -> list[dict]:
@@ -35,6 +38,54 @@ def test_a_run_learns_and_leaves_everything_behind(run: Path, recipe: Path) -> N
     model = dynnet.load(run / "model.safetensors")
     assert model.calibration is not None
     assert model.calibration["samples"] == round(1438 * 0.15)
+
+
+GATED = """
+data: {name: digits, crop: 1, calibration: 0.2, test: 0.2}
+backbone: {name: cifar_resnet20}
+exits: {at: %s}
+gates: {unit: 4, blocks: 1}
+budget: {target: %s}
+dense: {epochs: 3, lr: 0.1, batch_size: 64}
+heads: {epochs: 1, lr: 0.1, batch_size: 64}
+joint: {epochs: 7, lr: 0.1, batch_size: 64}
+calibration: {budget: 0.6}
+log_steps: 5
+"""
+
+
+@pytest.mark.parametrize(("exits", "target"), [("[]", 0.7), ("[layer2.0]", 0.5)])
+def test_gates_learn_to_keep_a_budget(exits: str, target: float, tmp_path: Path) -> None:
+    path, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(GATED % (exits, target))
+    assert train.main(["--recipe", str(path), "--out", str(out)]) == 0
+    steps = [r for r in log(out) if r["kind"] == "step" and r["stage"] == "joint"]
+    assert steps[-1]["expected_macs"] == pytest.approx(target, abs=0.1)
+    rates = steps[-1]["open"]
+    assert min(rates) < 0.9
+    assert max(rates) > 0.1
+    epochs = [r for r in log(out) if r["kind"] == "epoch"]
+    assert epochs[-1]["accuracy"][-1] > 0.85
+    model = dynnet.load(out / "model.safetensors")
+    data = load_data(read_recipe(path).data)
+    measured = dynnet.measure(model, data.loader("test", 64))
+    assert measured.macs_share < target + 0.15
+    images = next(iter(data.loader("test", 64))).images
+    decisions = model.forward_exits(images).decisions
+    assert any(len(taken.unique(dim=0)) > 1 for _, _, taken in decisions.taken.values())
+
+
+def test_gates_do_not_decay(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    for decay_norms in ("true", "false"):
+        path.write_text((GATED % ("[layer2.0]", 0.5)).replace("joint: {", "joint: {decay_norms: " + decay_norms + ", "))
+        recipe = read_recipe(path)
+        data = load_data(recipe.data)
+        model = dynnet.wrap(timm.create_model("cifar_resnet20", in_chans=1), ["layer2.0"], gates="channel")
+        optimizer = train._tools(model, data, recipe, "joint", World(0, 1, torch.device("cpu"))).optimizer
+        decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        assert all(decays[id(p)] == 0 for p in model.gates.parameters())
+        assert decays[id(model.backbone.conv1.weight)] > 0
 
 
 def test_the_heads_stage_leaves_the_backbone_alone(recipe: Path, tmp_path: Path) -> None:
