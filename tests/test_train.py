@@ -229,7 +229,7 @@ def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--joint.opt=sgdd"], "timm cannot set up stage 'joint'"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--backbone.kwargs={{widht: 2}}"], "timm cannot create"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--checkpoint_steps=0"], "checkpoint_steps=0: give at least 1"),
-        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--exits.at=0"], "there is nothing to train but the backbone"),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--exits.at=0"], "names no exits and there are no gates"),
     ],
 )
 def test_bad_commands_are_explained_and_overwrite_nothing(
