@@ -209,8 +209,10 @@ class Places:
     def companions(self, exits: Sequence[Boundary]) -> list[Companion]:
         """Modules after an exit that receive batch tensors which no earlier module could thin out."""
         found: dict[str, set[tuple[int, int, int]]] = {}
+        # A head reads all that its boundary gives, also what is only handed through and never used again (CoaT).
+        trace = self.trace.with_readers([self._calls[boundary.name] for boundary in exits])
         for boundary in exits:
-            for index, tensors in (self.trace.receivers(self._calls[boundary.name]) or {}).items():
+            for index, tensors in (trace.receivers(self._calls[boundary.name]) or {}).items():
                 call = self.trace.calls[index]
                 for position, tensor in call.inputs.items():
                     leaf = self.trace.lives[tensor].leaf if tensor in tensors else None

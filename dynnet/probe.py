@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -119,6 +119,17 @@ class Trace:
         """The modules that were called exactly once."""
         count = Counter(call.name for call in self.calls)
         return {call.name: call for call in self.calls if count[call.name] == 1}
+
+    def with_readers(self, calls: Sequence[Call]) -> Trace:
+        """The same trace, had somebody else read the outputs of these calls as well (exit heads do)."""
+        lives = dict(self.lives)
+        for call in calls:
+            for tensor in call.outputs:
+                if tensor in lives:
+                    life = lives[tensor]
+                    reader = (call.end, self.calls.index(call))
+                    lives[tensor] = replace(life, readers=sorted([*life.readers, reader]))
+        return replace(self, lives=lives)
 
     def beside(self, call: Call) -> set[int]:
         """Tensors of the batch that outlive `call` but are no part of its output."""

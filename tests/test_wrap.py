@@ -255,3 +255,40 @@ def test_a_size_that_does_not_fit_is_told() -> None:
 def test_predict_wants_eval_mode() -> None:
     with pytest.raises(InputError, match=r"call model.eval\(\) first"):
         FEW[0].wrapped().train().predict(FEW[0].images())
+
+
+class HandedOn(nn.Module):
+    """Hands one feature map on untouched, past an exit, to a block whose exit reads it (as CoaT's parallel blocks do)."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, old: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return old, self.conv(x).relu()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        old = self.first(x)
+        x = self.second(old)
+        for block in self.blocks:
+            old, x = block(old, x)
+        return self.fc(x.mean((2, 3)))
+
+
+@torch.no_grad()
+def test_what_is_handed_on_past_an_exit_loses_its_rows_as_well() -> None:
+    model = dynnet.wrap(HandedOn().eval(), ["second", "blocks.1"], input_size=(3, 16, 16))
+    assert len(model.boundaries[1].features) == 2
+    images = torch.randn(6, 3, 16, 16)
+    expected = leave_one_by_one(model, images)
+    together = model.predict(images)
+    assert together.exit.tolist() == expected.tolist()
+    for i in range(6):
+        torch.testing.assert_close(model.predict(images[i : i + 1]).logits[0], together.logits[i])
