@@ -258,7 +258,7 @@ def test_predict_wants_eval_mode() -> None:
 
 
 class HandedOn(nn.Module):
-    """Hands one feature map on untouched, past an exit, to a block whose exit reads it (as CoaT's parallel blocks do)."""
+    """Hands a feature map on untouched, past an exit, to a block whose exit reads it, as CoaT does."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
