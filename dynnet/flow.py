@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dynnet.exits import Boundary, Companion
 from dynnet.gather import pick
-
-if TYPE_CHECKING:
-    from dynnet.gates import Decisions
 
 _running: ContextVar[Flow | None] = ContextVar("dynnet_flow", default=None)
 
@@ -37,16 +34,22 @@ class Tag:
     """The identity of one wrapped model; copied together with it, so a copy listens to its own flows only."""
 
 
+class Switch(Protocol):
+    """Runs layers in place of their own forward; see `dynnet.gates.Decisions`."""
+
+    def apply(self, site: Any, layer: nn.Module, x: Tensor, of: Flow) -> Tensor: ...
+
+
 class Flow:
     """One call of one wrapped model.
 
     Attributes:
         rows: (b,) int64, the original rows that are still running; None while all are.
         size: b.
-        decisions: of the gates; None where nothing is gated.
+        decisions: of the gates, by which layers run; None where nothing is gated.
     """
 
-    def __init__(self, tag: Tag, size: int, decisions: Decisions | None = None) -> None:
+    def __init__(self, tag: Tag, size: int, decisions: Switch | None = None) -> None:
         self.tag = tag
         self.rows: Tensor | None = None
         self.size = size

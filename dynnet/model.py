@@ -293,6 +293,8 @@ class DynamicModel(nn.Module):
 class _EveryExit(Flow):
     """All heads answer, all samples go on."""
 
+    decisions: Decisions | None
+
     def __init__(self, model: DynamicModel, size: int, decisions: Decisions | None, equilibrium: bool) -> None:
         super().__init__(model.tag, size, decisions)
         self.model, self.equilibrium = model, equilibrium
@@ -314,6 +316,8 @@ class _EveryExit(Flow):
 
 class _Answering(Flow):
     """Each sample leaves at the first exit that is confident of it."""
+
+    decisions: Decisions | None
 
     def __init__(self, model: DynamicModel, size: int, decisions: Decisions | None) -> None:
         super().__init__(model.tag, size, decisions)
