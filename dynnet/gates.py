@@ -77,14 +77,15 @@ class Gates(nn.Module):
             mode. One unit of every group stays open. Where logits are NaN all units are open.
         """
         network = cast(GateNetwork, self.networks[number])
-        logits = network(features)
+        logits = network(features).float()
         if not self.training:
             return logits, network.opens(logits).to(logits.dtype)
         noisy = logits
         if self.noise > 0:
             noisy = logits + self.noise * torch.rand_like(logits).clamp(1e-6, 1 - 1e-6).logit()
         soft = (noisy / TEMPERATURE).sigmoid()
-        return logits, network.opens(noisy).to(soft.dtype) + soft - soft.detach()
+        # The brackets keep a one a one, whatever the precision.
+        return logits, network.opens(noisy).to(soft.dtype) + (soft - soft.detach())
 
 
 class Decisions:

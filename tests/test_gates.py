@@ -236,6 +236,22 @@ def test_folding_keeps_what_gates_decide() -> None:
         assert torch.equal(found.macs, expected.macs)
 
 
+def test_decisions_are_hard_in_any_precision() -> None:
+    model = gated().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        decisions = model(SMALL.images(4)).decisions
+    assert decisions is not None
+    for _, _, taken in decisions.taken.values():
+        assert taken.requires_grad
+        assert set(taken.unique().tolist()) <= {0.0, 1.0}
+    half, images = gated().to(torch.bfloat16), SMALL.images(3).to(torch.bfloat16)
+    half.execution = "masked"
+    masked = half.predict(images)
+    assert masked.logits.dtype == torch.bfloat16
+    assert masked.macs.dtype == torch.int64
+    assert difference(predict_alone(half, images).logits.float(), masked.logits.float()) < 0.05
+
+
 def test_noise_is_for_training_only() -> None:
     model, images = gated(), SMALL.images(4)
     assert torch.equal(model.forward_exits(images).logits[0], model.forward_exits(images).logits[0])
