@@ -292,8 +292,9 @@ class _Tracer(TorchDispatchMode):
         outputs = [output] if isinstance(output, Tensor) else list(output)
         labels = [_settled(part) for part in ([moved] if isinstance(moved, Tensor) else moved)]
         order = label.flatten()
-        if len(labels) > 1 and all(part.shape == labels[0].shape for part in labels):
-            # Equal pieces: a forward that asks for halves gets halves of what is left, if both lose the same.
+        if len(labels) == 2 and labels[0].shape == labels[1].shape:
+            # Halves: a forward that asks for them gets halves of what is left, if both lose the same. The width of more
+            # pieces is usually written down in its code (Res2Net).
             for part in labels[1:]:
                 self._tie(labels[0], part)
             order = torch.cat([part.flatten() for part in labels]) if _varies(label) == 1 else order

@@ -133,6 +133,7 @@ def test_norms_over_channels_are_known_to_mix() -> None:
         (lambda m, y: torch.cat([y[:, :2], y[:, 2:]], 1), "slice in the model itself"),
         (lambda m, y: y + m.scale, "add in the model itself with a tensor of their number"),
         (lambda m, y: y + y.sum(), "sum in the model itself"),
+        (lambda m, y: torch.cat(y.split(2, 1), 1), "split in the model itself"),
     ],
 )
 def test_what_cannot_be_followed_pins_and_says_why(between, reason: str) -> None:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynnet
 from dynnet.exits import input_size_of
-from tests.cases import leave_one_by_one
+from tests.cases import enliven, leave_one_by_one, open_at_random
 
 
 @pytest.mark.sweep
@@ -36,3 +36,35 @@ def test_the_bill_of_64_mixed_samples_is_what_a_counter_sees(name: str) -> None:
             alone = model.predict(images[i : i + 1])
         assert alone.exit.item() == together.exit[i]
         assert counter.get_total_flops() == 2 * together.macs[i]
+
+
+GATED = [
+    "resnet50", "resnext50_32x4d", "seresnet50", "regnety_008", "mobilenetv3_large_100", "mobilenetv4_conv_small",
+    "efficientnet_b0", "convnext_tiny", "convnextv2_tiny", "vit_small_patch16_224", "eva02_tiny_patch14_224",
+    "swin_tiny_patch4_window7_224", "vgg16_bn", "densenet121", "cspresnet50", "hrnet_w18_small", "repvgg_a0",
+    "resnetv2_50", "res2net50_26w_4s", "xception41", "inception_v3", "dpn68", "mnasnet_100", "ghostnet_100",
+    "rexnet_100", "nf_resnet50", "selecsls42b", "dla34", "vovnet39a", "mixer_s16_224", "gmixer_24_224",
+    "pit_ti_224", "poolformer_s12", "coat_lite_tiny", "crossvit_9_240", "maxvit_tiny_tf_224", "mobilevit_s",
+    "edgenext_small", "gcvit_tiny", "levit_128", "visformer_tiny", "deit_small_patch16_224", "beit_base_patch16_224",
+    "starnet_s1", "efficientformer_l1", "tiny_vit_5m_224",
+]  # fmt: skip
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", GATED)
+@torch.no_grad()
+def test_skipped_equals_masked_at_full_size(name: str) -> None:
+    backbone = timm.create_model(name, num_classes=100).eval()
+    enliven(backbone)
+    # In double, where rounding does not turn a decision over.
+    model = dynnet.wrap(backbone.double(), [], gates="channel")
+    images = torch.randn(6, *model.config.input_size, dtype=torch.float64)
+    for bias in (-2.0, 0.0, 2.0):
+        open_at_random(model, bias=bias)
+        model.execution = "masked"
+        masked = model.predict(images)
+        model.execution = "sparse"
+        for i in range(6):
+            alone = model.predict(images[i : i + 1])
+            assert (alone.logits[0] - masked.logits[i]).abs().max() <= 1e-4 * masked.logits[i].abs().max()
+            assert alone.macs[0] == masked.macs[i]
