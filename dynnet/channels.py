@@ -13,8 +13,7 @@ units that it reads: they cannot be narrowed, and the group says why.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dynnet.probe import evaluating, on_meta
+from dynnet.probe import evaluating, on_meta, watching
 
 aten = torch.ops.aten
 
@@ -89,8 +88,8 @@ def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[
         seen: modules whose output something else reads as well, such as exits; their channels are pinned.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    tracer = _Tracer(seen)
-    with on_meta(model), evaluating(model), torch.no_grad(), tracer.watching(model):
+    tracer, modules = _Tracer(seen), dict(model.named_modules())
+    with on_meta(model), evaluating(model), torch.no_grad(), watching(modules, tracer.enter, tracer.leave):
         images = torch.empty(1, *input_size, dtype=dtype, device="meta")
         with tracer:
             output = model(images)
@@ -131,26 +130,14 @@ class _Tracer(TorchDispatchMode):
 
     # What layers do.
 
-    @contextlib.contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        handles = []
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(self._enter(name), prepend=True))
-            handles.append(module.register_forward_hook(self._leave(name)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
+    def enter(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._names.append(name)
             self._inside += layer_kind(module) is not None
 
         return hook
 
-    def _leave(self, name: str) -> Any:
+    def leave(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if layer_kind(module) is not None:
                 self._inside -= 1
@@ -295,8 +282,7 @@ class _Tracer(TorchDispatchMode):
         if len(labels) == 2 and labels[0].shape == labels[1].shape:
             # Halves: a forward that asks for them gets halves of what is left, if both lose the same. The width of more
             # pieces is usually written down in its code (Res2Net).
-            for part in labels[1:]:
-                self._tie(labels[0], part)
+            self._tie(*labels)
             order = torch.cat([part.flatten() for part in labels]) if _varies(label) == 1 else order
             if not torch.equal(order, label.flatten()):
                 self.pin(label, f"{func._overloadpacket.__name__} in {self._where()}")
@@ -515,7 +501,6 @@ _SPATIAL = {
     aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.adaptive_avg_pool2d,
     aten.adaptive_max_pool2d, aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d,
     aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa, aten.reflection_pad2d, aten.replication_pad2d,
-    aten.constant_pad_nd,
 }  # fmt: skip
 _ALONG = {aten._softmax, aten._log_softmax, aten._safe_softmax, aten.cumsum}
 _POINTWISE = {aten._prelu_kernel, aten.native_dropout, aten._to_copy, aten.clone, aten.hardswish, aten.hardswish_}

@@ -4,8 +4,8 @@ At the entry of a region its network reads the mean of the features and gives ev
 that is not negative. Masked, a closed channel is zero for every layer that reads it; that defines the result. Sparse,
 it is not computed at all: layers that make it leave it out, layers that read it read less. Both give the same answer.
 
-Training follows "Channel Gating", DGNet (https://arxiv.org/abs/2105.04010) and their kin: logistic noise on the logits
-and a temperature, hard decisions forward, the gradient of the sigmoid backward (straight through).
+Training follows Li et al., "Dynamic Dual Gating Neural Networks" (DGNet, ICCV 2021): logistic noise on the logits and a
+temperature, hard decisions forward, the gradient of the sigmoid backward (straight through).
 
     B rows of the batch, C channels of a layer, U units of a region
 """

@@ -154,7 +154,7 @@ def expected_macs(
 def budget_loss(expected: Tensor, dense: float, rates: Tensor, config: BudgetConfig, progress: float) -> Tensor:
     """lambda * ((mean MACs / dense - target)^2 + mean over regions of (open rate outside its bounds)^2).
 
-    After DGNet (https://arxiv.org/abs/2105.04010): the bounds keep every region near the target at first, and let go.
+    After DGNet (Li et al., ICCV 2021): the bounds keep every region near the target at first, and let go.
 
     Args:
         expected: (B,) expected MACs.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -171,8 +171,8 @@ def trace(
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     recorder = _Recorder(batch)
-    names = {module: name for name, module in model.named_modules()}
-    with on_meta(model), evaluating(model), torch.no_grad(), recorder.watching(names):
+    names = {name: module for name, module in model.named_modules() if name}
+    with on_meta(model), evaluating(model), torch.no_grad(), watching(names, recorder.enter, recorder.leave):
         images = torch.empty(batch, *input_size, dtype=dtype, device="meta")
         with recorder:
             output = (forward or model)(images)
@@ -191,21 +191,7 @@ class _Recorder(TorchDispatchMode):
         self.tensors: list[Tensor] = []
         self.lives: dict[int, Life] = {}
 
-    @contextlib.contextmanager
-    def watching(self, names: dict[nn.Module, str]) -> Iterator[None]:
-        handles = []
-        for module, name in names.items():
-            if not name:
-                continue
-            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(self._leave()))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, name: str) -> Any:
+    def enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             inputs = {
                 i: self._see(x) for i, x in enumerate(y for y in tree_leaves((args, kwargs)) if isinstance(y, Tensor))
@@ -217,7 +203,7 @@ class _Recorder(TorchDispatchMode):
 
         return hook
 
-    def _leave(self) -> Any:
+    def leave(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             index = self.stack.pop()
             self.names.pop()
@@ -274,6 +260,28 @@ class _Recorder(TorchDispatchMode):
         self.result.output = tuple(self._leaf(x) for x in leaves)
         self.result.lives = {t: life for t, life in self.lives.items() if life.leaf.batch_dim is not None}
         return self.result
+
+
+@contextlib.contextmanager
+def watching(
+    modules: Mapping[str, nn.Module], enter: Callable[[str], Any], leave: Callable[[str], Any]
+) -> Iterator[None]:
+    """Hooks on modules, by name, for as long as this lasts.
+
+    Args:
+        modules: by name.
+        enter: makes the hook (module, args, kwargs) that runs before a module's own ones.
+        leave: makes the hook (module, args, output) that runs after them.
+    """
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(leave(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,6 @@
-"""Running a layer on a subset of its channels, and cutting it down to one for good.
+"""Running a layer on a subset of its channels, as gates choose them for every input.
 
-One implementation serves gates, which choose channels for every input, and static pruning, which chooses them once.
-
-    C channels, k of them chosen, u channels in a block
+C channels, k of them chosen, u channels in a block
 """
 
 from __future__ import annotations
