@@ -232,6 +232,15 @@ def attach(backbone: nn.Module, tag: Tag, plan: GatePlan) -> None:
 
 
 def detach(backbone: nn.Module) -> None:
+    """Give every layer its own forward back."""
     for module in backbone.modules():
-        if isinstance(module.__dict__.get("forward"), GatedForward):
+        if _is_gated(module):
             del module.__dict__["forward"]
+
+
+def is_attached(backbone: nn.Module) -> bool:
+    return any(_is_gated(module) for module in backbone.modules())
+
+
+def _is_gated(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), GatedForward)

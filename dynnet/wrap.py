@@ -13,6 +13,7 @@ from dynnet.errors import ExitError, HeadError
 from dynnet.exits import Boundary, Places, input_size_of, title
 from dynnet.gates import attach as attach_gates
 from dynnet.gates import detach as detach_gates
+from dynnet.gates import is_attached as gates_attached
 from dynnet.heads import ExitHead, HeadFactory
 from dynnet.model import DynamicModel, WrapConfig
 from dynnet.policy import make_measure
@@ -54,7 +55,7 @@ def wrap(
         GateError: nothing to gate, and why; the backbone is left untouched.
         HeadError: a head that does not answer with (B, K) logits; the backbone is left untouched.
     """
-    if isinstance(backbone, DynamicModel) or flow.is_attached(backbone):
+    if isinstance(backbone, DynamicModel) or flow.is_attached(backbone) or gates_attached(backbone):
         raise ExitError(f"{title(backbone)} is wrapped already; call unwrap() first")
     if not 0 < head_share < 1:
         raise HeadError(f"head_share={head_share}: give a share of the backbone's MACs in (0, 1), such as 0.005")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynnet
-from dynnet.errors import GateError
+from dynnet.errors import ExitError, GateError
 from dynnet.regions import GateConfig
 from tests.cases import CASES, Case, enliven, leave_one_by_one, open_at_random, tiny
 
@@ -311,6 +311,13 @@ def test_a_model_without_anything_to_gate_says_why() -> None:
         dynnet.wrap(Case("test_mambaout", (3, 160, 160)).backbone(), [], gates="channel")
     with pytest.raises(GateError, match="Sequential has no channels to gate"):
         dynnet.wrap(tiny(), [], gates=GateConfig(exclude=("1", "2")), input_size=(3, 32, 32))
+
+
+def test_a_gated_backbone_is_not_wrapped_twice() -> None:
+    model = gated()
+    with pytest.raises(ExitError, match="is wrapped already; call unwrap"):
+        dynnet.wrap(model.backbone, [], gates="channel", input_size=SMALL.size)
+    dynnet.wrap(model.unwrap(), [], gates="channel", input_size=SMALL.size)
 
 
 def test_excluded_modules_are_left_alone() -> None:
