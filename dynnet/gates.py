@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from dynnet import flow
-from dynnet.channels import channel_dim
 from dynnet.cost import Ledger
 from dynnet.flow import Flow, Tag
+from dynnet.layers import channel_dim
 from dynnet.regions import GatePlan, Region, Side, Site
 from dynnet.slicing import Subset, run
 

@@ -1,4 +1,4 @@
-"""Running a layer on a subset of its channels, as gates choose them for every input.
+"""A layer on a subset of its channels: run on it, as gates choose for every input, or cut to it for good.
 
 C channels, k of them chosen, u channels in a block
 """
@@ -17,8 +17,8 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dynnet.channels import channel_dim
 from dynnet.gather import pick
+from dynnet.layers import channel_dim
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def run(layer: nn.Module, x: Tensor, reads: Subset | None, makes: Subset | None)
     """What `layer` makes of an input that has only some of its channels.
 
     Args:
-        layer: of a kind that `dynnet.channels.layer_kind` knows; a batch norm in eval mode.
+        layer: of a kind that `dynnet.layers.layer_kind` knows; a batch norm in eval mode.
         x: the input, with the channels of `reads` only, in their order.
         reads: input channels that are there; None for all. Those that are missing count as zero.
         makes: output channels wanted; None for all. What passes channels on, a depthwise convolution or a norm, makes
@@ -87,6 +87,45 @@ def run(layer: nn.Module, x: Tensor, reads: Subset | None, makes: Subset | None)
     )
     x = F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, layer.eps)
     return layer.act(layer.drop(x)) if isinstance(layer, BatchNormAct2d) else x
+
+
+def cut(layer: nn.Module, reads: Subset | None, makes: Subset | None) -> None:
+    """Narrow a layer for good, in place: its parameters, its statistics, and the widths that it states.
+
+    What is left computes what `run` does on the same channels, except where a layer looks at all of its channels at
+    once: a norm over channels, or weights standardised over the inputs, then see those only that are left.
+
+    Args:
+        layer: of a kind that `dynnet.layers.layer_kind` knows.
+        reads, makes: as in `run`.
+    """
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        weight, bias, groups = narrowed(layer.weight, layer.bias, getattr(layer, "groups", 1), reads, makes)
+        _replace(layer, {"weight": weight, "bias": bias})
+        if isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = weight.shape
+            return
+        layer.out_channels, layer.in_channels, layer.groups = len(weight), weight.shape[1] * groups, groups
+        gain = getattr(layer, "gain", None)
+        if gain is not None and makes is not None:  # of a scaled, weight-standardised convolution
+            _replace(layer, {"gain": makes.take(gain, 0)})
+        return
+    if reads is None:
+        return
+    names = [n for n in ("weight", "bias", "running_mean", "running_var") if getattr(layer, n, None) is not None]
+    _replace(layer, {name: reads.take(getattr(layer, name), 0) for name in names})
+    if isinstance(layer, nn.LayerNorm):
+        layer.normalized_shape = (len(reads),)
+    elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        layer.num_features = len(reads)
+
+
+def _replace(layer: nn.Module, tensors: dict[str, Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        old = getattr(layer, name)
+        if tensor is not None and tensor is not old:
+            tensor = tensor.detach()
+            setattr(layer, name, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
 
 
 def narrowed(

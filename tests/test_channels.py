@@ -133,7 +133,7 @@ def test_norms_over_channels_are_known_to_mix() -> None:
         (lambda m, y: torch.cat([y[:, :2], y[:, 2:]], 1), "slice in the model itself"),
         (lambda m, y: y + m.scale, "add in the model itself with a tensor of their number"),
         (lambda m, y: y + y.sum(), "sum in the model itself"),
-        (lambda m, y: torch.cat(y.split(2, 1), 1), "split in the model itself"),
+        (lambda m, y: torch.cat(y.split([2, 6], 1)[::-1], 1), "split_with_sizes in the model itself"),
     ],
 )
 def test_what_cannot_be_followed_pins_and_says_why(between, reason: str) -> None:
@@ -141,6 +141,42 @@ def test_what_cannot_be_followed_pins_and_says_why(between, reason: str) -> None
     net.scale = nn.Parameter(torch.ones(8, 1, 1))
     group = groups_of(net)["a"]
     assert group.pinned == reason
+
+
+def only_eight(y: Tensor) -> Tensor:
+    if y.shape[1] != 8:
+        raise ValueError("give me eight")
+    return y
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (only_eight, "the forward of the model itself needs their number"),
+        (lambda y: torch.cat([y.split(2, 1)[i] for i in range(4)], 1), "the forward of the model itself needs"),
+        (lambda y: y.reshape(1, 8, -1, 16), "view in the model itself"),
+        (lambda y: y[:, :1] + y[:, 4:5] + y, "slice in the model itself"),
+        (lambda y: y.as_strided((1, 8, 16, 16), (2048, 256, 16, 1)), "as_strided in the model itself"),
+        (lambda y: y.narrow(1, 0, 8), "the forward of the model itself needs their number"),
+    ],
+)
+def test_a_forward_that_counts_channels_pins_them(between, reason: str) -> None:
+    net = Net(
+        lambda m, x: m.d(m.c(between(m.b(m.a(x))))).mean((2, 3)),
+        a=conv(3, 8), b=conv(8, 8), c=conv(8, 8), d=conv(8, 8),
+    )  # fmt: skip
+    found = groups_of(net)
+    assert found["b"].pinned is not None
+    assert found["b"].pinned.startswith(reason)
+    assert found["a"].pinned is None
+    assert found["c"].pinned is None
+
+
+def test_any_number_of_equal_pieces_is_narrowed_alike() -> None:
+    net = Net(lambda m, x: m.b(torch.cat(m.a(x).chunk(4, 1)[::-1], 1)).mean((2, 3)), a=conv(3, 8), b=conv(8, 2))
+    group = groups_of(net)["a"]
+    assert group.pinned is None
+    assert group.members[0].channels.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 def test_a_layer_that_runs_twice_is_pinned() -> None:

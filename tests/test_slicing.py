@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, LayerNorm, LayerNorm2d, ScaledStdConv2d, StdConv2dSame
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-from dynnet.channels import channel_dim, layer_kind
-from dynnet.slicing import run, subset
+from dynnet.layers import channel_dim, layer_kind
+from dynnet.slicing import cut, run, subset
 
 
 def some(width: int, *, groups: int = 1, seed: int = 0) -> Tensor:
@@ -87,6 +89,59 @@ def test_grouped_convolutions_lose_whole_groups() -> None:
     read, made = some(12, groups=4), some(24, groups=4)
     expected = layer(x)[:, made]
     torch.testing.assert_close(run(layer, x[:, read], subset(read, 12), subset(made, 24)), expected)
+
+
+def cut_copy(layer: nn.Module, reads: Tensor | None, read_of: int, makes: Tensor | None, made_of: int) -> nn.Module:
+    narrow = copy.deepcopy(layer)
+    cut(narrow, *(None if c is None else subset(c, w) for c, w in ((reads, read_of), (makes, made_of))))
+    return narrow
+
+
+@pytest.mark.parametrize("name", WEIGHING)
+def test_a_layer_cut_for_good_computes_what_it_does_when_narrowed_for_one_input(name: str) -> None:
+    layer = alive(WEIGHING[name])
+    x = torch.randn(2, 5, 12) if isinstance(layer, nn.Linear) else torch.randn(2, 12, 9, 9)
+    dim = channel_dim(layer, x)
+    for read, made in ((some(12), some(16, seed=1)), (None, some(16)), (some(12), None), (None, None)):
+        if read is not None and name in ("standardised", "scaled"):
+            continue  # standardised over the inputs that are left
+        narrow = x if read is None else x.index_select(dim, read)
+        reads, makes = (None if c is None else subset(c, w) for c, w in ((read, 12), (made, 16)))
+        after = cut_copy(layer, read, 12, made, 16)
+        torch.testing.assert_close(after(narrow), run(layer, narrow, reads, makes))
+        stated = (after.in_features, after.out_features) if dim > 1 else (after.in_channels, after.out_channels)
+        assert stated == (narrow.shape[dim], 16 if made is None else len(made))
+
+
+def test_cut_norms_and_depthwise_layers_have_the_width_that_is_left() -> None:
+    read = some(16)
+    for layer in map(alive, (PASSING | MIXING).values()):
+        x = torch.randn(2, 16, 16, 16)
+        dim = channel_dim(layer, x)
+        after = cut_copy(layer, read, 16, None, 16)
+        narrow = x.index_select(dim, read)
+        if layer_kind(layer) == "passes":
+            torch.testing.assert_close(after(narrow), layer(x).index_select(dim, read))
+        assert after(narrow).shape == narrow.shape
+        assert all(len(tensor) == 8 for tensor in [*after.parameters(), *after.buffers()] if tensor.ndim)
+
+
+def test_a_grouped_convolution_is_cut_by_whole_groups() -> None:
+    layer = alive(nn.Conv2d(12, 24, 3, groups=4))
+    read, made = some(12, groups=4), some(24, groups=4)
+    after = cut_copy(layer, read, 12, made, 24)
+    x = torch.randn(2, 12, 9, 9)
+    torch.testing.assert_close(after(x[:, read]), layer(x)[:, made])
+    assert (after.in_channels, after.out_channels, after.groups) == (6, 12, 2)
+
+
+def test_a_cut_layer_trains_what_was_trained() -> None:
+    layer = nn.Conv2d(12, 16, 3)
+    layer.bias.requires_grad_(False)
+    after = cut_copy(layer, some(12), 12, some(16), 16)
+    assert after.weight.requires_grad
+    assert after.weight.is_leaf
+    assert not after.bias.requires_grad
 
 
 def test_narrow_weights_keep_the_layout() -> None:
