@@ -30,6 +30,7 @@ class Answers:
         exits: E names.
         input_size: (C, H, W) of the images, on which prices depend.
         gated: (N, E + 1) int64, what gates add to the bill of a sample that leaves at each exit; None without gates.
+        masks: for each region (N, U) bool, the units that its gates leave open; empty without gates.
     """
 
     labels: np.ndarray
@@ -38,6 +39,7 @@ class Answers:
     exits: tuple[str, ...]
     input_size: tuple[int, ...]
     gated: np.ndarray | None = None
+    masks: tuple[np.ndarray, ...] = ()
 
     @property
     def correct(self) -> np.ndarray:
@@ -66,6 +68,7 @@ class Answers:
             predictions=self.predictions[rows],
             confidences=self.confidences[rows],
             gated=None if self.gated is None else self.gated[rows],
+            masks=tuple(mask[rows] for mask in self.masks),
         )
 
     def bills(self, ledger: Ledger, running: Sequence[bool]) -> np.ndarray:
@@ -90,6 +93,7 @@ class BatchAnswers:
     confidences: Tensor
     input_size: tuple[int, ...]
     gated: Tensor | None
+    masks: tuple[Tensor, ...]
 
 
 @torch.no_grad()
@@ -104,7 +108,8 @@ def ask(model: DynamicModel, images: Tensor, labels: Tensor, seen: int = 0) -> B
 
     Raises:
         DataError: a label is no class of the model.
-        NonFiniteError: the final classifier, on which everything falls back, gave NaN or infinity.
+        NonFiniteError: the final classifier, on which everything falls back, gave NaN or infinity, or a gate network
+            gave NaN.
     """
     labels = labels.cpu()
     which = f"samples {seen} to {seen + len(images) - 1}"
@@ -126,8 +131,17 @@ def ask(model: DynamicModel, images: Tensor, labels: Tensor, seen: int = 0) -> B
         said.append(confidence.double())
     predictions = torch.stack([x.argmax(1) for x in logits], 1)
     size = tuple(images.shape[1:])
-    gated = None if decisions is None else decisions.price(model.ledger(size), len(images)).cumsum(1).cpu()
-    return BatchAnswers(labels, predictions.cpu(), torch.stack(said, 1).cpu(), size, gated)
+    gated, masks = None, []
+    if decisions is not None:
+        gated = decisions.price(model.ledger(size), len(images)).cumsum(1).cpu()
+        for number, taken in sorted(decisions.taken.items()):
+            if bad := int(taken.logits.isnan().any(1).sum()):
+                layer = decisions.gates.plan.regions[number].layer
+                raise NonFiniteError(
+                    f"the gate network of region {number}, at {layer}, gave NaN for {bad} of {which}; check its weights"
+                )
+            masks.append(taken.decisions.bool().cpu())
+    return BatchAnswers(labels, predictions.cpu(), torch.stack(said, 1).cpu(), size, gated, tuple(masks))
 
 
 def join(parts: Sequence[BatchAnswers], exits: tuple[str, ...]) -> Answers:
@@ -148,6 +162,7 @@ def join(parts: Sequence[BatchAnswers], exits: tuple[str, ...]) -> Answers:
         exits,
         sizes.pop(),
         None if parts[0].gated is None else torch.cat([part.gated for part in parts if part.gated is not None]).numpy(),
+        tuple(torch.cat(masks).numpy() for masks in zip(*(part.masks for part in parts), strict=True)),
     )
 
 

@@ -159,16 +159,18 @@ def calibrate(
 
 
 def check_budget(model: DynamicModel, budget: float) -> None:
-    """Refuse a budget that not even leaving at the first exit can meet.
+    """Refuse a budget that not even the cheapest sample can meet.
 
     Raises:
         CalibrationError: it is below that, or no number; the message gives the floor.
     """
-    ledger = model.ledger()
-    if not budget * ledger.dense >= (floor := ledger.segments[0] + ledger.heads[0]):
+    dense, floor = model.ledger().dense, model.floor()
+    if not budget * dense >= floor:
+        what = [f"leaving at the first exit {model.exits[0]!r}"] if model.exits else []
+        what += ["what gates cannot switch, and the gates themselves"] if model.gates is not None else []
         raise CalibrationError(
-            f"a budget of {budget} of the dense MACs cannot be met: leaving at the first exit {model.exits[0]!r} costs "
-            f"{floor / ledger.dense:.3f} already; give at least that, or put an exit earlier"
+            f"a budget of {budget} of the dense MACs cannot be met: {', with '.join(what)} costs {floor / dense:.3f} "
+            f"already; give at least that{', or put an exit earlier' if model.exits else ''}"
         )
 
 
@@ -234,6 +236,8 @@ def _expected_drops(answers: Answers, ledger: Ledger, remembers: bool, levels: S
 def _explore(answers: Answers, ledger: Ledger, remembers: bool) -> list[OperatingPoint]:
     """All thresholds worth a look, good ones and dominated ones."""
     exits = len(answers.exits)
+    if exits == 0:
+        return [_point(answers, ledger, (), remembers)]
     never, always = (np.inf,) * exits, (-np.inf, *(np.inf,) * (exits - 1))
     found = {never: _point(answers, ledger, never, remembers), always: _point(answers, ledger, always, remembers)}
     thresholds = never

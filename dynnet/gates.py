@@ -13,15 +13,19 @@ temperature, hard decisions forward, the gradient of the sigmoid backward (strai
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dynnet import flow
 from dynnet.cost import Ledger
+from dynnet.errors import GateError
 from dynnet.flow import Flow, Tag
 from dynnet.layers import channel_dim
+from dynnet.probe import evaluating
 from dynnet.regions import GatePlan, Region, Side, Site
 from dynnet.slicing import Subset, run
 
@@ -61,6 +65,7 @@ class Gates(nn.Module):
         plan: regions and sites.
         networks: one for each region.
         noise: scale of the logistic noise on the logits in train mode; fades out in the course of training.
+        frozen: decisions that hold for every image, one (U,) bool tensor a region; None where networks decide.
     """
 
     def __init__(self, plan: GatePlan) -> None:
@@ -68,6 +73,43 @@ class Gates(nn.Module):
         self.plan = plan
         self.networks = nn.ModuleList(GateNetwork(region) for region in plan.regions)
         self.noise = 1.0
+        self.frozen: tuple[Tensor, ...] | None = None
+
+    def freeze(self, masks: Sequence[Tensor]) -> None:
+        """Decide alike for every image from now on, until `thaw`; the gate networks do not run and cost nothing.
+
+        Args:
+            masks: for each region (U,) bool, open or closed.
+
+        Raises:
+            GateError: not one mask a region, of another size or type, or a group without any open unit.
+        """
+        regions = self.plan.regions
+        if len(masks) != len(regions):
+            raise GateError(f"got {len(masks)} masks for {len(regions)} regions; give one for each")
+        for number, (mask, region) in enumerate(zip(masks, regions, strict=True)):
+            if mask.dtype != torch.bool or tuple(mask.shape) != (region.units,):
+                raise GateError(
+                    f"the mask of region {number} (at {region.layer}) is {mask.dtype} of shape {tuple(mask.shape)}; "
+                    f"give torch.bool of shape ({region.units},)"
+                )
+            if not all(bool(part.any()) for part in mask.split(region.groups)):
+                raise GateError(f"the mask of region {number} (at {region.layer}) closes a group; leave one unit open")
+        self.frozen = tuple(mask.clone() for mask in masks)
+
+    def thaw(self) -> None:
+        """Let the networks decide again."""
+        self.frozen = None
+
+    def least(self, ledger: Ledger) -> list[int]:
+        """What gates add to each of the E + 1 segments where one unit of every group is open."""
+        decisions = Decisions(self, sparse=False)
+        for number, region in enumerate(self.plan.regions):
+            one = torch.zeros(1, region.units)
+            one[0, np.cumsum([0, *region.groups[:-1]])] = 1
+            decisions.taken[number] = Taken(None, one, one)
+        with evaluating(self):
+            return [int(macs) for macs in decisions.price(ledger, 1)[0]]
 
     def decide(self, number: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """What region `number` makes of (B, C) mean features.
@@ -88,17 +130,31 @@ class Gates(nn.Module):
         return logits, network.opens(noisy).to(soft.dtype) + (soft - soft.detach())
 
 
+class Taken(NamedTuple):
+    """What one region has decided.
+
+    Attributes:
+        rows: (b,) int64, the samples of the call that were still in the batch; None for all.
+        logits: (b, U).
+        decisions: (b, U), 1 open, 0 closed.
+    """
+
+    rows: Tensor | None
+    logits: Tensor
+    decisions: Tensor
+
+
 class Decisions:
     """What the gates have decided in one call of one model, and how layers run under it.
 
     Attributes:
-        taken: by region, (original rows or None for all, logits, decisions).
+        taken: by region, in the order in which they decided.
     """
 
     def __init__(self, gates: Gates, sparse: bool) -> None:
         self.gates, self.sparse = gates, sparse
-        self.taken: dict[int, tuple[Tensor | None, Tensor, Tensor]] = {}
-        self._open: dict[int, list[float]] = {}  # of the one sample of a sparse call
+        self.taken: dict[int, Taken] = {}
+        self._open: dict[int, list[float]] = {}  # of the one mask of a sparse call
         self._subsets: dict[Side, Subset | None] = {}
 
     def apply(self, site: Site, layer: nn.Module, x: Tensor, of: Flow) -> Tensor:
@@ -147,22 +203,26 @@ class Decisions:
                 counts[side] = covered.round().long() if exact else covered
             return counts[side]
 
-        for number, (rows, _, decisions) in self.taken.items():
+        for number, taken in self.taken.items() if self.gates.frozen is None else ():
             region = plan.regions[number]
-            cost = torch.full((len(decisions),), region.macs, dtype=dtype, device=device)
-            bill[region.segment] = _added(bill[region.segment], rows, cost)
+            cost = torch.full((len(taken.decisions),), region.macs, dtype=dtype, device=device)
+            bill[region.segment] = _added(bill[region.segment], taken.rows, cost)
         for site in ledger.sites:
             number = site.regions[0]
             if number in self.taken:
                 segment = plan.regions[number].segment
-                bill[segment] = _added(bill[segment], self.taken[number][0], site.at(channels) - site.macs)
+                bill[segment] = _added(bill[segment], self.taken[number].rows, site.at(channels) - site.macs)
         return torch.stack(bill, 1)
 
     def open_rates(self) -> Tensor:
         """(R,) share of the units that are open, by region, over all rows that were decided on."""
-        return torch.stack([self.taken[n][2].mean() for n in sorted(self.taken)])
+        return torch.stack([self.taken[n].decisions.mean() for n in sorted(self.taken)])
 
     def _decide(self, number: int, layer: nn.Module, x: Tensor, of: Flow, reads: Subset | None) -> None:
+        if self.gates.frozen is not None:
+            decisions = self.gates.frozen[number].to(x.device, torch.float32).expand(of.size, -1)
+            self._take(number, Taken(of.rows, decisions, decisions))
+            return
         dims = [d for d in range(1, x.ndim) if d != channel_dim(layer, x)]
         # Half the time of `mean`.
         features = x.sum(dims) / math.prod(x.shape[d] for d in dims) if dims else x
@@ -171,10 +231,12 @@ class Decisions:
         if reads is not None:
             whole = features.new_zeros(len(features), reads.width)
             features = whole.index_copy(1, reads.channels(), features)
-        logits, decisions = self.gates.decide(number, features)
-        self.taken[number] = (of.rows, logits, decisions)
+        self._take(number, Taken(of.rows, *self.gates.decide(number, features)))
+
+    def _take(self, number: int, taken: Taken) -> None:
+        self.taken[number] = taken
         if self.sparse:
-            self._open[number] = decisions[0].tolist()
+            self._open[number] = taken.decisions[0].tolist()
 
     def _mask(self, side: Side, x: Tensor, dim: int) -> Tensor:
         """(B, 1, .., C, .., 1) decisions for the channels of one side of a layer."""
@@ -184,13 +246,13 @@ class Decisions:
 
     def _known(self, side: Side) -> Tensor:
         """(B, U) decisions of a side's regions, and at last, where -1 finds it, what is always open."""
-        decisions = [self.taken[n][2] for n in side.regions]
+        decisions = [self.taken[n].decisions for n in side.regions]
         if side.partly:
             decisions.append(decisions[0].new_ones(len(decisions[0]), 1))
         return decisions[0] if len(decisions) == 1 else torch.cat(decisions, 1)
 
     def _subset(self, side: Side | None) -> Subset | None:
-        """The open channels of one side of a layer, for the one sample of a sparse call; None if all are."""
+        """The open channels of one side of a layer in a sparse call; None if all are."""
         if side is None:
             return None
         if side not in self._subsets:
@@ -222,6 +284,26 @@ class GatedForward:
         if running is None or running.decisions is None:
             return run(self.layer, x, None, None)
         return running.decisions.apply(self.site, self.layer, x, running)
+
+
+def mean_masks(masks: Sequence[np.ndarray], plan: GatePlan) -> list[Tensor]:
+    """The decisions that gates take on average, for `Gates.freeze`.
+
+    Of every group as many units as are open on average, rounded, those that are open most often: about the same compute
+    for every image.
+
+    Args:
+        masks: for each region (N, U) bool, what was decided for N images.
+        plan: of the gates.
+    """
+    found = []
+    for mask, region in zip(masks, plan.regions, strict=True):
+        rates = torch.from_numpy(mask).double().mean(0)
+        steady = torch.zeros(region.units, dtype=torch.bool)
+        for part, rate in zip(steady.split(region.groups), rates.split(region.groups), strict=True):
+            part[rate.topk(max(1, round(float(rate.sum())))).indices] = True
+        found.append(steady)
+    return found
 
 
 def attach(backbone: nn.Module, tag: Tag, plan: GatePlan) -> None:

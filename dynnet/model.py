@@ -151,8 +151,9 @@ class DynamicModel(nn.Module):
 
     @property
     def execution(self) -> Execution:
-        """ "sparse": the channels that gates close are not computed, for one image at a time; in a batch, where masks
-        differ and no work can be shared, they are computed and set to zero. "masked": always so, the reference.
+        """ "sparse": the channels that gates close are not computed, for one image at a time and wherever gates are
+        frozen; in a batch, where masks differ and no work can be shared, they are computed and set to zero. "masked":
+        always so, the reference.
         """
         return self._execution
 
@@ -237,6 +238,12 @@ class DynamicModel(nn.Module):
                 self._ledgers[size] = price(shadow, shadow.run_every_exit, size, self.exits, sites)
         return self._ledgers[size]
 
+    def floor(self) -> int:
+        """The fewest MACs that a sample can cost: it leaves at the first exit, all gates but one a group closed."""
+        ledger = self.ledger()
+        least = [0] * len(ledger.segments) if self.gates is None else self.gates.least(ledger)
+        return ledger.segments[0] + least[0] + (ledger.heads[0] if self.exits else 0)
+
     def unwrap(self) -> nn.Module:
         """Take the hooks away and return the backbone as it came. This model cannot be used afterwards."""
         flow.detach(self.backbone)
@@ -266,7 +273,8 @@ class DynamicModel(nn.Module):
 
     def _answer(self, x: Tensor) -> _Answering:
         self._check(x)
-        answers = _Answering(self, len(x), self._decisions(sparse=self.execution == "sparse" and len(x) == 1))
+        alike = len(x) == 1 or (self.gates is not None and self.gates.frozen is not None)
+        answers = _Answering(self, len(x), self._decisions(sparse=self.execution == "sparse" and alike))
         with flow.run(answers, self._notes_size):
             answers.finish(self.backbone(x))
         return answers

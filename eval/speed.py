@@ -91,7 +91,7 @@ def open_share(model: DynamicModel, images: Tensor, keep: float) -> None:
     assert model.gates is not None
     network: Any
     for number, network in enumerate(model.gates.networks):
-        logits = model.forward_exits(images).decisions.taken[number][1]  # type: ignore[union-attr]
+        logits = model.forward_exits(images).decisions.taken[number].logits  # type: ignore[union-attr]
         network.logits.bias -= logits.quantile(1 - keep, dim=0)
 
 

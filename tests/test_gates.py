@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynnet
-from dynnet.errors import ExitError, GateError
+from dynnet.calibrate import check_budget
+from dynnet.errors import CalibrationError, CheckpointError, ExitError, GateError, NonFiniteError
+from dynnet.gates import mean_masks
 from dynnet.regions import GateConfig
 from tests.cases import CASES, Case, enliven, leave_one_by_one, open_at_random, tiny
 
@@ -176,13 +179,13 @@ def test_two_inputs_get_two_masks_and_one_unit_stays_open() -> None:
     model = gated()
     decisions = model.forward_exits(SMALL.images(6)).decisions
     assert decisions is not None
-    assert any(len(taken.unique(dim=0)) > 1 for _, _, taken in decisions.taken.values())
+    assert any(len(taken.decisions.unique(dim=0)) > 1 for taken in decisions.taken.values())
     open_at_random(model, bias=-1e6)
     images = SMALL.images(2)
     closed = model.forward_exits(images).decisions
     assert closed is not None
-    for number, (_, _, taken) in closed.taken.items():
-        for part in taken.split(model.gates.plan.regions[number].groups, 1):
+    for number, taken in closed.taken.items():
+        for part in taken.decisions.split(model.gates.plan.regions[number].groups, 1):
             assert (part.sum(1) == 1).all()
     model.execution = "masked"
     masked = model(images)
@@ -195,6 +198,70 @@ def test_nan_in_a_gate_network_opens_everything() -> None:
         nn.init.constant_(network.logits.bias, float("nan"))
     model.execution = "masked"
     assert torch.equal(model(images), model.backbone(images))
+    # Whoever counts on its answers is told.
+    with pytest.raises(NonFiniteError, match="gate network of region 0, at layer1.0.conv1, gave NaN for 2 of samples"):
+        dynnet.measure(model, [(images, torch.zeros(2, dtype=torch.long))])
+
+
+@pytest.mark.parametrize(
+    "case", [SMALL, *(case for case in GATED if case.name in {"test_convnext", "test_vit"})], ids=str
+)
+@torch.no_grad()
+def test_frozen_gates_decide_alike_for_all_and_skip_in_batches(case: Case) -> None:
+    model, images = gated(case, exits=[0.5]), case.images(4)
+    masks = mean_masks(dynnet.measure(model, [(images, torch.zeros(4).long())]).answers.masks, model.gates.plan)
+    deciding = model.predict(images)
+    model.gates.freeze(masks)
+    model.execution = "masked"
+    masked = model.predict(images)
+    model.execution = "sparse"
+    sparse = model.predict(images)
+    assert difference(sparse.logits, masked.logits) < 1e-4
+    assert torch.equal(sparse.macs, masked.macs)
+    assert len(sparse.macs.unique()) == 1
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    assert counter.get_total_flops() == sparse.flops.sum()
+    # As many units are open as before, so the bill is near; the networks are not on it any more.
+    assert abs(float(sparse.macs.double().mean() / deciding.macs.double().mean()) - 1) < 0.15
+    model.gates.thaw()
+    assert torch.equal(model.predict(images).logits, deciding.logits)
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    model = gated()
+    units = [region.units for region in model.gates.plan.regions]
+    good = [torch.ones(u, dtype=torch.bool) for u in units]
+    first = model.gates.plan.regions[0].layer
+    for masks, message in (
+        (good[1:], f"got {len(good) - 1} masks for {len(good)} regions"),
+        ([good[0][1:], *good[1:]], rf"region 0 \(at {first}\) is torch.bool of shape .*give torch.bool of shape"),
+        ([good[0].float(), *good[1:]], "is torch.float32 of shape"),
+        ([~good[0], *good[1:]], "closes a group; leave one unit open"),
+    ):
+        with pytest.raises(GateError, match=message):
+            model.gates.freeze(masks)
+    assert model.gates.frozen is None
+
+
+def test_the_floor_is_what_the_cheapest_sample_costs() -> None:
+    for exits in ([], ["layer2.0"]):
+        model = gated(exits=exits)
+        open_at_random(model, bias=-1e6)
+        model.thresholds = [-float("inf")] * len(exits)
+        assert model.predict(SMALL.images(1)).macs.item() == model.floor()
+        with pytest.raises(CalibrationError, match="cannot be met"):
+            check_budget(model, 0.99 * model.floor() / model.ledger().dense)
+        check_budget(model, 1.01 * model.floor() / model.ledger().dense)
+
+
+def test_gates_of_other_widths_are_refused(tmp_path: Path) -> None:
+    dynnet.save(gated(), tmp_path / "model.safetensors")
+    wide = Case("cifar_resnet20", (3, 32, 32)).backbone()
+    wide.layer1[0].conv1, wide.layer1[0].bn1 = nn.Conv2d(16, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+    wide.layer1[0].conv2 = nn.Conv2d(24, 16, 3, padding=1, bias=False)
+    with pytest.raises(CheckpointError, match="is of another model.*has shape"):
+        dynnet.load(tmp_path / "model.safetensors", backbone=wide)
 
 
 def test_gradients_reach_the_gates() -> None:
@@ -241,9 +308,9 @@ def test_decisions_are_hard_in_any_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         decisions = model(SMALL.images(4)).decisions
     assert decisions is not None
-    for _, _, taken in decisions.taken.values():
-        assert taken.requires_grad
-        assert set(taken.unique().tolist()) <= {0.0, 1.0}
+    for taken in decisions.taken.values():
+        assert taken.decisions.requires_grad
+        assert set(taken.decisions.unique().tolist()) <= {0.0, 1.0}
     half, images = gated().to(torch.bfloat16), SMALL.images(3).to(torch.bfloat16)
     half.execution = "masked"
     masked = half.predict(images)

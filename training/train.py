@@ -41,7 +41,7 @@ from dynnet.allocator import keep_freed_memory
 from dynnet.calibrate import check_budget
 from dynnet.checkpoint import load_weights, save, write_atomically, write_bundle
 from dynnet.data import Data, Loader, load_data
-from dynnet.errors import CheckpointError, DynnetError, NonFiniteError, RecipeError, did_you_mean
+from dynnet.errors import CalibrationError, CheckpointError, DynnetError, NonFiniteError, RecipeError, did_you_mean
 from dynnet.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise
 from dynnet.recipe import Recipe, StageConfig, read_recipe, recipe_parser, recipe_to_yaml
 from training.distributed import SyncedBatchNorm, World, world
@@ -334,6 +334,11 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
     goal = recipe.calibration.goal()
     if "budget" in goal and model.exits:
         check_budget(model, goal["budget"])
+    if model.gates is not None and _runs(model, "joint", recipe.joint):
+        try:
+            check_budget(model, recipe.budget.target)
+        except CalibrationError as error:
+            raise RecipeError(f"budget.target: {error}") from error
 
 
 @contextmanager
