@@ -64,12 +64,21 @@ def test_gates_learn_to_keep_a_budget(exits: str, target: float, tmp_path: Path)
     rates = steps[-1]["open"]
     assert min(rates) < 0.9
     assert max(rates) > 0.1
-    epochs = [r for r in log(out) if r["kind"] == "epoch"]
-    assert epochs[-1]["accuracy"][-1] > 0.85
+    last = [r for r in log(out) if r["kind"] == "epoch"][-1]
+    assert last["accuracy"][-1] > 0.85
     model = dynnet.load(out / "model.safetensors")
     data = load_data(read_recipe(path).data)
     measured = dynnet.measure(model, data.loader("test", 64))
     assert measured.macs_share < target + 0.15
+    # The log tells of the calibration split what can be counted there again.
+    masks = dynnet.measure(model, data.loader("calibration", 64)).answers.masks
+    for key, expected in (
+        ("open", [mask.mean() for mask in masks]),
+        ("dead", [(~mask.any(0)).mean() for mask in masks]),
+        ("always", [mask.all(0).mean() for mask in masks]),
+    ):
+        assert last[key] == pytest.approx(expected)
+    assert last["macs"] < 1
     images = next(iter(data.loader("test", 64))).images
     decisions = model.forward_exits(images).decisions
     assert any(len(taken.decisions.unique(dim=0)) > 1 for taken in decisions.taken.values())
@@ -230,6 +239,10 @@ def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--backbone.kwargs={{widht: 2}}"], "timm cannot create"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--checkpoint_steps=0"], "checkpoint_steps=0: give at least 1"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--exits.at=0"], "names no exits and there are no gates"),
+        (
+            ["--out", "{tmp}/x", "--recipe", "{recipe}", "--gates={{}}", "--budget.target=0.1"],
+            "budget.target: a budget of",
+        ),
     ],
 )
 def test_bad_commands_are_explained_and_overwrite_nothing(

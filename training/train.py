@@ -217,11 +217,13 @@ def run_stage(
             if (step + 1) % recipe.checkpoint_steps == 0 and step + 1 < steps:
                 State.write(out, Position(begin.stage, epoch, step + 1), model, ema, optimizer, log, here)
         judged = ema.module if ema is not None else model
-        accuracy = accuracies(judged, data, here, gated)
+        found = held_out(judged, data, here, gated)
         seconds = time.monotonic() - began
-        log.write({"kind": "epoch", "stage": stage, "epoch": epoch, "accuracy": accuracy, "seconds": round(seconds, 1)})
+        log.write({"kind": "epoch", "stage": stage, "epoch": epoch, **found, "seconds": round(seconds, 1)})
         if here.first:
-            shown = " / ".join(f"{a:.2%}" for a in (accuracy[-1:] if stage == "dense" else accuracy))
+            shown = " / ".join(f"{a:.2%}" for a in found["accuracy"][-1 if stage == "dense" else 0 :])
+            if gated:
+                shown += f" at {found['macs']:.1%} of the MACs if nobody exits"
             print(f"{stage} {epoch + 1}/{config.epochs}: held-out accuracy {shown}, {seconds:.0f} s", flush=True)
         State.write(out, Position(begin.stage, epoch + 1, 0), model, ema, optimizer, log, here)
     if ema is not None:
@@ -230,16 +232,38 @@ def run_stage(
 
 
 @torch.no_grad()
-def accuracies(model: DynamicModel, data: Data, here: World, gated: bool) -> list[float]:
-    """Held-out accuracy of each exit and the final head, on the calibration split; every image counts once."""
+def held_out(model: DynamicModel, data: Data, here: World, gated: bool) -> dict[str, Any]:
+    """What the calibration split says, when nobody exits; every image counts once.
+
+    Returns:
+        "accuracy": of each exit and the final head. With gates also "macs": mean, as a share of the backbone's, and
+        lists by region: "open": the mean share of open units, "dead" and "always": shares of the units that are open
+        for no image and for all.
+    """
     model.eval()
-    right = torch.zeros(len(model.exits) + 2, dtype=torch.float64, device=here.device)
+    regions = model.gates.plan.regions if model.gates is not None and gated else ()
+    units = [region.units for region in regions]
+    classifiers = len(model.exits) + 1
+    total = torch.zeros(classifiers + 2 + sum(units), dtype=torch.float64, device=here.device)
     for images, labels, _ in data.loader("calibration", 256, rank=here.rank, world=here.size):
-        logits = model.forward_exits(images.to(here.device), gated=gated).logits
+        logits, decisions = model.forward_exits(images.to(here.device), gated=gated)
         hits = [(x.argmax(1) == labels.to(here.device)).sum() for x in logits]
-        right += torch.stack([*hits, torch.tensor(len(labels), device=here.device)])
-    here.sum(right)
-    return [float(r / right[-1]) for r in right[:-1]]
+        macs, opened = torch.zeros(()), []
+        if decisions is not None:
+            macs = decisions.price(model.ledger(tuple(images.shape[1:])), len(images)).sum()
+            opened = [decisions.taken[n].decisions.sum(0) for n in range(len(regions))]
+        seen = torch.tensor([len(labels), int(macs)], dtype=torch.float64, device=here.device)
+        total += torch.cat([torch.stack(hits).double(), seen, *opened])
+    here.sum(total)
+    right, (count, saved), open_for = total.split([classifiers, 2, sum(units)])
+    found: dict[str, Any] = {"accuracy": (right / count).tolist()}
+    if regions:
+        rates = (open_for / count).split(units)
+        found["macs"] = float(1 + saved / count / model.ledger().dense)
+        found["open"] = [float(rate.mean()) for rate in rates]
+        found["dead"] = [float((rate == 0).double().mean()) for rate in rates]
+        found["always"] = [float((rate == 1).double().mean()) for rate in rates]
+    return found
 
 
 @dataclass(frozen=True)
