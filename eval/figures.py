@@ -43,6 +43,9 @@ STYLE = {
 }
 
 
+OPEN = "open:"  # begins the names of the columns that tell what a gated region leaves open
+
+
 def classifiers(table: Table) -> int:
     """E + 1, as the table's columns tell."""
     return sum(re.fullmatch(r"correct_\d+", name) is not None for name in table)
@@ -57,13 +60,14 @@ def trade_off(table: Table) -> Figure:
     figure, axes = plt.subplots(figsize=(7.2, 4.6))
     last = classifiers(table) - 1
     anytime = [(table[f"macs_{e}"].mean() / 1e6, 100 * table[f"correct_{e}"].mean()) for e in range(last + 1)]
-    axes.plot(*zip(*anytime, strict=True), "o--", color=MUTED, ms=5, lw=1, label="everybody leaves at one exit")
-    for e, (x, y) in enumerate(anytime):
-        axes.annotate(exit_name(table, e), (x, y), (6, -12), textcoords="offset points", color=MUTED, fontsize=9)
+    if last:
+        axes.plot(*zip(*anytime, strict=True), "o--", color=MUTED, ms=5, lw=1, label="everybody leaves at one exit")
+        for e, (x, y) in enumerate(anytime):
+            axes.annotate(exit_name(table, e), (x, y), (6, -12), textcoords="offset points", color=MUTED, fontsize=9)
     points = sorted(
         (table[f"point{k}_macs"].mean() / 1e6, 100 * table[f"point{k}_correct"].mean()) for k in operating_points(table)
     )
-    if points:
+    if len(points) > 1:
         axes.plot(*zip(*points, strict=True), "-", color=DYNAMIC, lw=2, label="thresholds fitted on held-out images")
     axes.plot(
         table["macs"].mean() / 1e6,
@@ -74,6 +78,9 @@ def trade_off(table: Table) -> Figure:
         label="this model",
         zorder=4,
     )
+    if "frozen_macs" in table:
+        frozen = table["frozen_macs"].mean() / 1e6, 100 * table["frozen_correct"].mean()
+        axes.plot(*frozen, "D", color=ACCENT, ms=8, label="its gates frozen at their mean decision", zorder=4)
     dense_macs = table["dense_macs"].mean() / 1e6
     dense = 100 * table["dense_correct"].mean()
     axes.plot(dense_macs, dense, "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
@@ -162,13 +169,43 @@ def operating_points(table: Table) -> list[int]:
     return sorted(int(m[1]) for name in table if (m := re.fullmatch(r"point(\d+)_macs", name)))
 
 
-# Figures that need nothing but the table, by file name.
-FROM_TABLE: dict[str, Callable[[Table], Figure]] = {
-    "trade_off": trade_off,
-    "exits_taken": exits_taken,
-    "latency_by_exit": latency_by_exit,
-    "compute_by_class": compute_by_class,
-}
+def gate_map(table: Table) -> Figure:
+    """Mean share of open units, by region and true class: what a class switches off."""
+    regions = _regions(table)
+    names = np.unique(table["class"])
+    if len(names) > 30:  # more than that cannot be read
+        names = names[np.linspace(0, len(names) - 1, 30).round().astype(int)]
+    opened = np.array([[100 * table[r][table["class"] == n].mean() for n in names] for r in regions])
+    figure, axes = plt.subplots(figsize=(min(14.6, 3.4 + 0.62 * len(names)), 1.6 + 0.36 * len(regions)))
+    image = axes.imshow(opened, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
+    if len(names) <= 12:
+        for (i, j), value in np.ndenumerate(opened):
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 60 else INK)
+    axes.set_xticks(range(len(names)), [str(n) for n in names], rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(regions)), [r.removeprefix(OPEN) for r in regions])
+    axes.grid(visible=False)
+    axes.set(title="Open gates by region and class (% of the units)")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def _regions(table: Table) -> list[str]:
+    """Columns with the open share of each gated region."""
+    return [name for name in table if name.startswith(OPEN)]
+
+
+def drawable(table: Table) -> dict[str, Callable[[Table], Figure]]:
+    """Figures that need nothing but the table, by file name."""
+    figures: dict[str, Callable[[Table], Figure]] = {
+        "trade_off": trade_off,
+        "latency_by_exit": latency_by_exit,
+        "compute_by_class": compute_by_class,
+    }
+    if classifiers(table) > 1:
+        figures["exits_taken"] = exits_taken
+    if _regions(table):
+        figures["gate_map"] = gate_map
+    return figures
 
 
 def gallery(title: str, pictures: Sequence[tuple[np.ndarray, str]], columns: int = 10) -> Figure:

@@ -4,6 +4,9 @@
     python -m eval.report runs/cifar --data path/to/cifar10 --latency_samples 700
     python -m eval.report runs/digits --redraw true        # figures and page again, from the table alone
 
+With gates it also shows what every region leaves open, and the control: the same gates frozen at their mean decision on
+the calibration split. What is lost by that is what deciding by the input is worth.
+
 Writes RUN/report/: table.csv, results.json, index.html, *.png. Thresholds are those saved with the model; the curve's
 operating points are fitted on the calibration split; everything shown is of the test split.
 """
@@ -14,7 +17,7 @@ import base64
 import io
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,15 @@ from dynnet.calibrate import trade_off
 from dynnet.checkpoint import write_atomically
 from dynnet.data import Data
 from dynnet.errors import DynnetError
+from dynnet.gates import mean_masks
 from dynnet.measure import read_table, write_table
 from dynnet.policy import active, to_json
+from dynnet.regions import GatePlan
 from eval import figures
 from eval.runs import Run, open_run, test_images
 
 POINTS = 14
+GALLERIES = ("easiest", "hardest", "overthought")
 
 
 def main(
@@ -73,9 +79,10 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     with plt.rc_context(figures.STYLE):
-        for name, draw in figures.FROM_TABLE.items():
+        for name, draw in figures.drawable(table).items():
             _save(draw(table), out / f"{name}.png")
-    write_atomically(out / "index.html", page(results, out).encode())
+    drawn = [*figures.drawable(table), *(GALLERIES if results["exits"] else GALLERIES[:2])]
+    write_atomically(out / "index.html", page(results, out, drawn).encode())
     print(f"report: {out / 'index.html'}")
 
 
@@ -96,13 +103,29 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
     bills = measured.answers.bills(measured.ledger, [True] * len(model.exits))
     for e in range(len(model.exits) + 1):
         table[f"macs_{e}"] = bills[:, e]
-    points = trade_off(collect(model, data.loader("calibration", batch_size)), measured.ledger, model.remembers)
+    held_out = collect(model, data.loader("calibration", batch_size))
+    points = trade_off(held_out, measured.ledger, model.remembers)
     every = np.arange(len(measured.exit))
     for k, i in enumerate(np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))):
         taken = measured.answers.route(points[i].thresholds)
         running = active(points[i].thresholds, model.remembers)
         table[f"point{k}_macs"] = measured.answers.bills(measured.ledger, running)[every, taken]
         table[f"point{k}_correct"] = measured.answers.correct[every, taken].astype(int)
+
+    gates: dict[str, Any] | None = None
+    if model.gates is not None:
+        for mask, region in zip(measured.answers.masks, model.gates.plan.regions, strict=True):
+            table[f"open:{region.layer}"] = mask.mean(1)
+        model.gates.freeze(mean_masks(held_out.masks, model.gates.plan))
+        frozen = measure(model, test)
+        model.gates.thaw()
+        table["frozen_macs"], table["frozen_correct"] = frozen.macs, frozen.correct.astype(int)
+        gates = {
+            "share": model.gates.plan.share,
+            "regions": gate_use(measured.answers.masks, model.gates.plan),
+            "frozen_accuracy": frozen.accuracy,
+            "frozen_macs_share": frozen.macs_share,
+        }
 
     rows, images = test_images(data, latency_samples)
     timed = latency(model, images)
@@ -131,13 +154,43 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
         "dense_flops": 2 * measured.ledger.dense,
         "exit_rates": list(measured.rates),
         "accuracy_of_each_exit": [float(c) for c in measured.answers.correct.mean(0)],
-        "ledger": asdict(measured.ledger),
+        "ledger": {key: getattr(measured.ledger, key) for key in ("segments", "heads", "unpriced")},
+        "gates": gates,
         "latency": timed.summary(),
         "latency_by_exit": {str(e): {"calls": n, "p50_ms": ms} for e, (n, ms) in timed.by_exit().items()},
     }
     write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     _galleries(table, data, out)
     return results
+
+
+def gate_use(masks: Sequence[np.ndarray], plan: GatePlan) -> list[dict[str, Any]]:
+    """How the gates of every region were used.
+
+    Args:
+        masks: for each region (N, U) bool.
+        plan: of the gates.
+
+    Returns:
+        For each region "layer", "units", "open": the mean share of open units, "dead" and "always": shares of the units
+        that are open for no image and for all, "differ": the mean share of the units on which two images differ, and
+        "masks": how many different masks there are.
+    """
+    found = []
+    for mask, region in zip(masks, plan.regions, strict=True):
+        rates = mask.mean(0)
+        found.append(
+            {
+                "layer": region.layer,
+                "units": region.units,
+                "open": float(rates.mean()),
+                "dead": float((rates == 0).mean()),
+                "always": float((rates == 1).mean()),
+                "differ": float((2 * rates * (1 - rates)).mean()),
+                "masks": len(np.unique(np.packbits(mask, axis=1), axis=0)),
+            }
+        )
+    return found
 
 
 @torch.no_grad()
@@ -153,11 +206,11 @@ def _dense_correct(dense: nn.Module, data: Data, batch_size: int) -> np.ndarray:
 
 
 def _galleries(table: dict[str, np.ndarray], data: Data, out: Path) -> None:
-    """The easiest and the hardest inputs, and those on which early was right and late was wrong."""
+    """The inputs that took the least and the most compute, and those on which early was right and late was wrong."""
     last = figures.classifiers(table) - 1
     confidence, exit, correct = table["confidence"], table["exit"], table["correct"] == 1
-    easiest = np.lexsort((-confidence, exit))[:20]
-    hardest = np.lexsort((confidence, -exit))[:20]
+    easiest = np.lexsort((-confidence, table["macs"]))[:20]
+    hardest = np.lexsort((confidence, -table["macs"]))[:20]
     overthought = np.flatnonzero(correct & (exit < last) & (table[f"correct_{last}"] == 0))
     overthought = overthought[np.argsort(-confidence[overthought])][:20]
 
@@ -168,23 +221,24 @@ def _galleries(table: dict[str, np.ndarray], data: Data, out: Path) -> None:
             mark = "" if correct[i] else f"\n(is {data.classes[table['label'][i]]})"
             if other:
                 mark = f"\n(end: {data.classes[table[f'prediction_{last}'][i]]})"
-            found.append((data.test.pixels(int(i)), f"{said}{mark}\n{figures.exit_name(table, int(exit[i]))}"))
+            spent = f"{table['macs'][i] / table['dense_macs'][i]:.0%}"
+            where = f"{figures.exit_name(table, int(exit[i]))}, {spent}" if last else spent
+            found.append((data.test.pixels(int(i)), f"{said}{mark}\n{where}"))
         return found
 
-    titles = {
-        "easiest": ("Easiest: left first, most confident", pictures(easiest)),
-        "hardest": ("Hardest: went to the end, least confident", pictures(hardest)),
-        "overthought": ("Right early, where the last exit is wrong", pictures(overthought, other=True)),
-    }
+    shown = [
+        ("Easiest: the least compute, most confident", pictures(easiest)),
+        ("Hardest: the most compute, least confident", pictures(hardest)),
+        ("Right early, where the last exit is wrong", pictures(overthought, other=True)),
+    ]
     with plt.rc_context(figures.STYLE):
-        for name, (title, shown) in titles.items():
-            _save(figures.gallery(title, shown), out / f"{name}.png")
+        for name, (title, images) in zip(GALLERIES if last else GALLERIES[:2], shown, strict=False):
+            _save(figures.gallery(title, images), out / f"{name}.png")
 
 
-def page(results: dict[str, Any], out: Path) -> str:
-    """One HTML page with its figures inside."""
+def page(results: dict[str, Any], out: Path, names: Sequence[str]) -> str:
+    """One HTML page with the figures of these names inside."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    names = (*figures.FROM_TABLE, "easiest", "hardest", "overthought")
     drawn = {
         name: "data:image/png;base64," + base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in names
     }

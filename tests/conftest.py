@@ -21,6 +21,18 @@ checkpoint_steps: 4
 """
 
 
+GATED = """\
+data: {name: digits, crop: 1}
+backbone: {name: cifar_resnet20, kwargs: {width: 0.5}}
+exits: {at: %s}
+gates: {unit: 2, blocks: 1}
+budget: {target: 0.6, ramp: 0.1}
+dense: {epochs: 1, batch_size: 64}
+heads: {epochs: 1, batch_size: 64}
+joint: {epochs: 2, batch_size: 64}
+"""
+
+
 @pytest.fixture(autouse=True)
 def same_every_time() -> None:
     torch.manual_seed(0)
@@ -32,6 +44,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(RECIPE)
     return path
+
+
+@pytest.fixture(scope="session", params=["[]", "[layer2.0]"], ids=["gates", "gates and exits"])
+def gated_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with gates; not to be written to, except by one report."""
+    out = tmp_path_factory.mktemp("gated")
+    (out / "recipe.txt").write_text(GATED % request.param)
+    assert train.main(["--recipe", str(out / "recipe.txt"), "--out", str(out / "run")]) == 0
+    return out / "run"
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import torch
 import dynnet
 from dynnet.errors import InputError
 from dynnet.measure import read_table
+from dynnet.regions import GatePlan, Region
 from eval import coverage, report
 from eval.figures import classifiers
 from tests.cases import FEW, leave_one_by_one, tiny
@@ -62,6 +63,35 @@ def test_figures_are_redrawn_from_the_table_alone(reported: Path, run: Path, tmp
     report.main(tmp_path, redraw=True)
     for name in ("trade_off", "exits_taken", "latency_by_exit", "compute_by_class"):
         assert (copy / f"{name}.png").read_bytes() == (reported / f"{name}.png").read_bytes()
+
+
+def test_a_report_shows_what_gates_do_and_what_deciding_is_worth(gated_run: Path) -> None:
+    report.main(gated_run, latency_samples=20)
+    table = read_table(gated_run / "report" / "table.csv")
+    results = json.loads((gated_run / "report" / "results.json").read_text())
+    model = dynnet.load(gated_run / "model.safetensors")
+    gates, regions = results["gates"], model.gates.plan.regions
+    assert [g["layer"] for g in gates["regions"]] == [region.layer for region in regions]
+    for g in gates["regions"]:
+        assert table[f"open:{g['layer']}"].mean() == pytest.approx(g["open"])
+        assert 0 <= g["differ"] <= 0.5
+        assert g["masks"] >= 1
+    assert gates["frozen_accuracy"] == pytest.approx(table["frozen_correct"].mean())
+    assert gates["frozen_macs_share"] == pytest.approx(table["frozen_macs"].mean() / results["dense_macs"])
+    assert results["macs_share"] < 1
+    assert results["accuracy"] == pytest.approx(table["correct"].mean())
+    page = (gated_run / "report" / "index.html").read_text()
+    assert "frozen at their mean decision" in page
+    assert ("Exit by exit" in page) == bool(model.exits)
+    assert page.count("data:image/png;base64,") == (8 if model.exits else 6)
+
+
+def test_gate_use_counts_units_and_masks() -> None:
+    region = Region("layer", (2, 2), inputs=8)
+    masks = np.array([[1, 0, 1, 0], [1, 0, 0, 0], [1, 0, 1, 1], [1, 0, 0, 1]], dtype=bool)
+    assert report.gate_use([masks], GatePlan((region,), (), 0.5)) == [
+        {"layer": "layer", "units": 4, "open": 0.5, "dead": 0.25, "always": 0.25, "differ": 0.25, "masks": 4}
+    ]
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
