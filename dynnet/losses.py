@@ -157,7 +157,7 @@ def budget_loss(expected: Tensor, dense: float, rates: Tensor, config: BudgetCon
     After DGNet (Li et al., ICCV 2021): the bounds keep every region near the target at first, and let go.
 
     Args:
-        expected: (B,) expected MACs.
+        expected: scalar, mean expected MACs of the batch.
         dense: MACs of the bare backbone.
         rates: (R,) open rates of the regions.
         config: target and weights.
@@ -167,4 +167,4 @@ def budget_loss(expected: Tensor, dense: float, rates: Tensor, config: BudgetCon
     slack = min(1.0, progress / config.relax) if config.relax > 0 else 1.0
     low, high = target * (1 - slack), target + (1 - target) * slack
     outside = (low - rates).clamp(min=0) + (rates - high).clamp(min=0)
-    return config.weight * ((expected.mean() / dense - target).square() + outside.square().mean())
+    return config.weight * ((expected / dense - target).square() + outside.square().mean())

@@ -12,18 +12,30 @@ import torch
 from torch import Tensor, nn
 
 import dynnet
-from training.distributed import SyncedBatchNorm, world
+from dynnet.losses import BudgetConfig, budget_loss, expected_macs
+from dynnet.regions import GateConfig
+from tests.cases import open_at_random
+from training.distributed import SyncedBatchNorm, World, world
 
 
 def network() -> nn.Module:
-    """Plain batch norm, and timm's with an activation inside; no dropout, in double precision."""
+    """Plain batch norm, and timm's with an activation inside; an exit, and gates; no dropout, in double precision."""
     torch.manual_seed(0)
     backbone = timm.create_model("test_efficientnet", num_classes=4, drop_rate=0.0)
-    return dynnet.wrap(backbone, ["blocks.1"], input_size=(3, 32, 32), head_share=0.1).double().train()
+    model = dynnet.wrap(backbone, ["blocks.1"], input_size=(3, 32, 32), head_share=0.1, gates=GateConfig(unit=4))
+    open_at_random(model)
+    model.gates.noise = 0.0
+    return model.double().train()
 
 
-def step(model: nn.Module, images: Tensor) -> float:
-    loss = torch.stack([x.logsumexp(1).mean() for x in model(images).logits]).sum()
+def step(model: nn.Module, images: Tensor, here: World) -> float:
+    logits, decisions = model(images)
+    wrapped = getattr(model, "module", model)
+    price = decisions.price(wrapped.ledger(), len(images)).double()
+    config = BudgetConfig(target=0.3, ramp=0.0)
+    expected = expected_macs(logits, price, wrapped.ledger(), config, wrapped.measure).mean()
+    budget = budget_loss(here.mean(expected), wrapped.ledger().dense, here.mean(decisions.open_rates()), config, 0.1)
+    loss = torch.stack([x.logsumexp(1).mean() for x in logits]).sum() + budget
     loss.backward()
     return loss.item()
 
@@ -38,7 +50,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         images = torch.load(Path(folder) / "images.pt")
         parallel = here.parallel(model)
         with SyncedBatchNorm():
-            loss = step(parallel, images[rank::2])
+            loss = step(parallel, images[rank::2], here)
         total = here.sum(torch.tensor(loss, dtype=torch.float64)) / 2
         gradients = {k: p.grad for k, p in model.named_parameters()}
         buffers = dict(model.named_buffers())
@@ -54,7 +66,7 @@ def test_two_halves_give_the_loss_and_the_gradients_of_the_whole(tmp_path: Path)
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
     model = network()
-    loss = step(model, images)
+    loss = step(model, images, World(0, 1, torch.device("cpu")))
     for rank in range(2):
         total, gradients, buffers = torch.load(tmp_path / f"{rank}.pt")
         assert total.item() == pytest.approx(loss, rel=1e-10)

@@ -111,7 +111,7 @@ def test_the_budget_loss_is_zero_on_target_and_bounds_relax() -> None:
     config = BudgetConfig(target=0.5, weight=2.0, ramp=0.0, relax=0.5)
 
     def loss(macs: float, rates: list[float], progress: float) -> float:
-        return budget_loss(torch.tensor([float(macs)]), 100.0, torch.tensor(rates), config, progress).item()
+        return budget_loss(torch.tensor(float(macs)), 100.0, torch.tensor(rates), config, progress).item()
 
     assert loss(50, [0.5, 0.5], 0.0) == 0
     assert loss(70, [0.5, 0.5], 0.0) == pytest.approx(2 * 0.2**2)
@@ -120,7 +120,7 @@ def test_the_budget_loss_is_zero_on_target_and_bounds_relax() -> None:
     assert loss(50, [0.9, 0.1], 0.5) == 0
     # The target falls from 1.
     falling = BudgetConfig(target=0.5, weight=1.0, ramp=0.5, relax=0.0)
-    assert budget_loss(torch.tensor([75.0]), 100.0, torch.ones(1), falling, 0.25).item() == 0
+    assert budget_loss(torch.tensor(75.0), 100.0, torch.ones(1), falling, 0.25).item() == 0
 
 
 def test_noise_fades_before_the_end() -> None:

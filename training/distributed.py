@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,10 @@ class World:
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of `x` over all processes; gradients flow to all of them."""
+        return cast(Tensor, dist_nn.all_reduce(x)) / self.size if self.size > 1 else x
 
     @contextlib.contextmanager
     def first_goes_first(self) -> Iterator[None]:

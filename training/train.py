@@ -195,10 +195,12 @@ def run_stage(
             metrics: dict[str, Any] = {}
             if gated:
                 ledger, progress = model.ledger(tuple(images.shape[1:])), (update + 1) / (steps * config.epochs)
-                price, rates = decisions.price(ledger, len(images)), decisions.open_rates()
-                expected = expected_macs(logits, price, ledger, recipe.budget, model.measure)
+                price = decisions.price(ledger, len(images))
+                # The square of a mean: of the whole batch, not of each process's part.
+                expected = here.mean(expected_macs(logits, price, ledger, recipe.budget, model.measure).mean())
+                rates = here.mean(decisions.open_rates())
                 loss = loss + budget_loss(expected, ledger.dense, rates, recipe.budget, progress)
-                metrics = {"expected_macs": expected.mean().item() / ledger.dense, "open": rates.tolist()}
+                metrics = {"expected_macs": expected.item() / ledger.dense, "open": rates.tolist()}
             _refuse_non_finite(loss, losses, stage, epoch, step)
 
             optimizer.zero_grad(set_to_none=True)
