@@ -286,15 +286,17 @@ def _best_thresholds(
             cuts = np.concatenate([[0], 1 + np.flatnonzero(np.diff(sorted_confidence)), [len(rows)]])
             cut = int(cuts[np.argmax(total[cuts])])
             upkeep = 0.0 if remembers else float((~earlier).sum()) * ledger.heads[i] * unit
-            if cut == 0 or total[cut] <= upkeep:
-                thresholds[i] = np.inf
-            elif cut == len(rows):
-                thresholds[i] = float(sorted_confidence[-1])
-            else:
-                thresholds[i] = float((sorted_confidence[cut - 1] + sorted_confidence[cut]) / 2)
+            thresholds[i] = np.inf if cut == 0 or total[cut] <= upkeep else _below(sorted_confidence, cut)
         if thresholds == before:
             break
     return tuple(thresholds)
+
+
+def _below(confidences: np.ndarray, count: int) -> float:
+    """A threshold that the first `count` of falling confidences reach, clear of rounding where they differ."""
+    last = float(confidences[count - 1])
+    lower = float(confidences[count]) if count < len(confidences) else last - 1e-3 * max(1.0, abs(last))
+    return (last + lower) / 2
 
 
 def _point(answers: Answers, ledger: Ledger, thresholds: tuple[float, ...], remembers: bool) -> OperatingPoint:
@@ -322,7 +324,7 @@ def _downhill(
             waiting = answers.confidences[taken > i, i]
             waiting = np.sort(waiting[~np.isnan(waiting)])[::-1]
             if len(waiting):
-                lower = float(waiting[min(stride, len(waiting)) - 1])
+                lower = _below(waiting, min(stride, len(waiting)))
                 thresholds = (*here.thresholds[:i], lower, *here.thresholds[i + 1 :])
                 steps.append(_point(answers, ledger, thresholds, remembers))
         yield from steps

@@ -30,6 +30,7 @@ from dynnet.regions import GatePlan, Region, Side, Site
 from dynnet.slicing import Subset, run
 
 TEMPERATURE = 2 / 3  # of the sigmoid, as in DGNet
+_SPARSE = 0.8  # of a region's units: if more are open for some row of a batch, it pays to compute all
 _OPEN = 2.0  # bias of the logits: gates begin open
 
 
@@ -154,7 +155,8 @@ class Decisions:
     def __init__(self, gates: Gates, sparse: bool) -> None:
         self.gates, self.sparse = gates, sparse
         self.taken: dict[int, Taken] = {}
-        self._open: dict[int, list[float]] = {}  # of the one mask of a sparse call
+        self._computed: dict[int, list[float]] = {}  # by region, 1 for units that are computed, where some are not
+        self._agreed: set[int] = set()  # regions of which nothing is computed that is closed for any row
         self._subsets: dict[Side, Subset | None] = {}
 
     def apply(self, site: Site, layer: nn.Module, x: Tensor, of: Flow) -> Tensor:
@@ -166,19 +168,15 @@ class Decisions:
             x: its input, (B, ...) or several entries of the first dimension per sample.
             of: the running flow, which knows who is still in the batch.
         """
-        if self.sparse:
-            reads = self._subset(site.reads)
-            if site.decides is not None:
-                self._decide(site.decides, layer, x, of, reads)
-            return run(layer, x, reads, self._subset(site.makes))
-        if site.reads is not None and site.zeroes:
-            mask = self._mask(site.reads, x, channel_dim(layer, x))
+        reads = self._subset(site.reads)
+        if site.reads is not None and site.zeroes and not self._agreed.issuperset(site.reads.regions):
+            mask = self._mask(site.reads, reads, x, channel_dim(layer, x))
             # Nobody else wants to see what is closed, so without gradients memory is written once.
             dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) if x.ndim == 4 else False
             x = x.mul_(mask) if dense and not torch.is_grad_enabled() else x * mask
         if site.decides is not None:
-            self._decide(site.decides, layer, x, of, None)
-        return run(layer, x, None, None)
+            self._decide(site.decides, layer, x, of, reads)
+        return run(layer, x, reads, self._subset(site.makes))
 
     def price(self, ledger: Ledger, size: int) -> Tensor:
         """What gates add to a bill: their networks, less what closed channels save.
@@ -230,17 +228,26 @@ class Decisions:
             features = features.unflatten(0, (of.size, -1)).mean(1)
         if reads is not None:
             whole = features.new_zeros(len(features), reads.width)
-            features = whole.index_copy(1, reads.channels(), features)
+            features = whole.index_copy(1, reads.channels().to(features.device), features)
         self._take(number, Taken(of.rows, *self.gates.decide(number, features)))
 
     def _take(self, number: int, taken: Taken) -> None:
         self.taken[number] = taken
-        if self.sparse:
-            self._open[number] = taken.decisions[0].tolist()
+        if not self.sparse:
+            return
+        decisions = taken.decisions
+        if len(decisions) == 1 or self.gates.frozen is not None:
+            self._computed[number] = decisions[0].tolist()
+            self._agreed.add(number)
+            return
+        computed = decisions.amax(0).tolist()  # whatever is open for one of the rows
+        if sum(computed) <= _SPARSE * len(computed):
+            self._computed[number] = computed
 
-    def _mask(self, side: Side, x: Tensor, dim: int) -> Tensor:
-        """(B, 1, .., C, .., 1) decisions for the channels of one side of a layer."""
-        mask = self._known(side)[:, side.units].repeat_interleave(side.size, 1)
+    def _mask(self, side: Side, there: Subset | None, x: Tensor, dim: int) -> Tensor:
+        """(B, 1, .., C, .., 1) decisions for the channels of one side of a layer, as far as they are there."""
+        units = side.units if there is None else side.units[there.blocks]
+        mask = self._known(side)[:, units].repeat_interleave(side.size, 1)
         mask = mask.repeat_interleave(x.shape[0] // len(mask), 0)
         return mask.view([x.shape[d] if d in (0, dim) else 1 for d in range(x.ndim)]).to(x.dtype)
 
@@ -252,12 +259,13 @@ class Decisions:
         return decisions[0] if len(decisions) == 1 else torch.cat(decisions, 1)
 
     def _subset(self, side: Side | None) -> Subset | None:
-        """The open channels of one side of a layer in a sparse call; None if all are."""
-        if side is None:
+        """The channels of one side of a layer that are computed; None if all are."""
+        if side is None or not any(n in self._computed for n in side.regions):
             return None
         if side not in self._subsets:
             # Lists, not tensors: a hundred numbers take less time than two operators.
-            known = [on for n in side.regions for on in self._open[n]]
+            regions = self.gates.plan.regions
+            known = [on for n in side.regions for on in self._computed.get(n, [1.0] * regions[n].units)]
             known.append(1.0)
             blocks = [block for block, unit in enumerate(side.unit_list) if known[unit]]
             whole = len(blocks) == len(side.unit_list)

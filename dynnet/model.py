@@ -151,9 +151,9 @@ class DynamicModel(nn.Module):
 
     @property
     def execution(self) -> Execution:
-        """ "sparse": the channels that gates close are not computed, for one image at a time and wherever gates are
-        frozen; in a batch, where masks differ and no work can be shared, they are computed and set to zero. "masked":
-        always so, the reference.
+        """ "sparse": channels that gates close are not computed. In a batch, where every image has a mask of its own,
+        what is open for one is computed for all, and set to zero where it is closed. "masked": everything is computed
+        and set to zero, the reference.
         """
         return self._execution
 
@@ -273,8 +273,7 @@ class DynamicModel(nn.Module):
 
     def _answer(self, x: Tensor) -> _Answering:
         self._check(x)
-        alike = len(x) == 1 or (self.gates is not None and self.gates.frozen is not None)
-        answers = _Answering(self, len(x), self._decisions(sparse=self.execution == "sparse" and alike))
+        answers = _Answering(self, len(x), self._decisions(sparse=self.execution == "sparse"))
         with flow.run(answers, self._notes_size):
             answers.finish(self.backbone(x))
         return answers

@@ -61,9 +61,11 @@ def test_skipped_equals_masked_and_is_billed_exactly(case: Case) -> None:
         model.execution = "masked"
         masked = model.predict(images)
         sparse = predict_alone(model, images)
-        assert difference(sparse.logits, masked.logits) < 1e-4
-        assert sparse.exit.tolist() == masked.exit.tolist()
-        assert sparse.macs.tolist() == masked.macs.tolist()
+        together = model.predict(images)
+        for skipped in (sparse, together):
+            assert difference(skipped.logits, masked.logits) < 1e-4
+            assert skipped.exit.tolist() == masked.exit.tolist()
+            assert skipped.macs.tolist() == masked.macs.tolist()
         assert difference(masked.logits, plain) > 1e-3
     # The bill of every sample is what a counter sees of it alone.
     for i in range(6):
@@ -226,6 +228,19 @@ def test_frozen_gates_decide_alike_for_all_and_skip_in_batches(case: Case) -> No
     assert abs(float(sparse.macs.double().mean() / deciding.macs.double().mean()) - 1) < 0.15
     model.gates.thaw()
     assert torch.equal(model.predict(images).logits, deciding.logits)
+
+
+def test_a_batch_skips_what_is_closed_for_all_of_its_images() -> None:
+    model, images = gated(unit=1), SMALL.images(3)
+    open_at_random(model, bias=-2.0)
+    counted, billed = [], []
+    for execution in ("masked", "sparse"):
+        model.execution = execution
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+        counted.append(counter.get_total_flops())
+        billed.append(int(model.predict(images).flops.sum()))
+    assert billed[0] == billed[1] < counted[1] < 0.9 * counted[0]
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
