@@ -2,7 +2,7 @@
 
 Channels that a dry run finds tied (`labels.py`) form a *unit* that can only be taken away as a whole, and all units
 that touch the same layers form a *group*. A group that cannot be narrowed says why. The others have been rehearsed: the
-model ran with half of their units gone, and every channel arrived where it belongs.
+model ran with most of their units gone, and every channel arrived where it belongs.
 
     C channels of a layer, U units of a group, n channels of a layer that belong to one unit
 """
@@ -33,6 +33,7 @@ class Member:
         channels: (U, n) int64, the layer's channels that belong to each unit.
         width: C, of all channels on this side of the layer.
         pixels: positions at which the layer works, H * W or the tokens; 1 behind a pooling.
+        grouped: one side of a grouped convolution, which makes group by group from what it reads.
     """
 
     layer: str
@@ -40,6 +41,7 @@ class Member:
     channels: np.ndarray
     width: int
     pixels: int
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[
             for group, (_, units) in zip(groups, together, strict=True)
             if group.pinned is None and group.units > 1
         ]
-        broken = _rehearse(follow, free, parent)
+        broken = _rehearse(follow, tracer, free, parent)
         if not broken:
             return groups
         reasons |= broken
@@ -153,7 +155,9 @@ def _group(
             positions = channels[None]
         else:
             positions = channels[np.argsort(owner, kind="stable")].reshape(len(units), -1)
-        members.append(Member(layer, role, positions, slot.width, slot.pixels))
+        members.append(Member(layer, role, positions, slot.width, slot.pixels, layer in tracer.grouped))
+    if len({tracer.slots[side].segment for side in sides}) > 1:
+        pinned = pinned or "an exit stands between the layers that make them and those that read them"
     first = tracer.slots.get((members[0].layer, "reads"), tracer.slots[sides[0]])
     return Group(tuple(members), len(units), pinned, _is_coupled(tracer, sides), first.width, first.segment)
 
@@ -205,16 +209,22 @@ class _Narrowed:
     group: Group
     units: frozenset[int]
 
-    def kept(self) -> dict[tuple[str, Role], np.ndarray]:
-        """Every second unit, without the first: a forward that counts from the left is found out as well."""
-        return {(m.layer, m.role): m.channels[1::2].ravel() for m in self.group.members}
+    def kept(self, stride: int) -> dict[tuple[str, Role], np.ndarray]:
+        """Every so-many-th unit, without the first: a forward that counts from the left is found out as well."""
+        return {(m.layer, m.role): m.channels[1::stride].ravel() for m in self.group.members}
 
 
 _Follow = Callable[[Mapping[tuple[str, Role], Kept]], tuple[Tracer, Exception | None]]
 
 
-def _rehearse(follow: _Follow, free: Sequence[_Narrowed], parent: np.ndarray) -> dict[int, str]:
-    """Run the model with half of the units gone.
+def _rehearse(follow: _Follow, whole: Tracer, free: Sequence[_Narrowed], parent: np.ndarray) -> dict[int, str]:
+    """Run the model with most of the units gone.
+
+    Args:
+        follow: runs it.
+        whole: the run with all units.
+        free: groups to be narrowed.
+        parent: of every label, the unit.
 
     Returns:
         Units that cannot be taken away after all, and why: the forward between the layers needs their number, or what
@@ -222,6 +232,9 @@ def _rehearse(follow: _Follow, free: Sequence[_Narrowed], parent: np.ndarray) ->
     """
     tracer, error = follow(_narrow(free))
     broken: dict[int, str] = {}
+    for atoms, where in whole.counted(tracer):
+        for unit in np.unique(parent[atoms.numpy()]):
+            broken.setdefault(int(unit), f"{where} computes with their number")
     for a, b, where in tracer.ties:
         one, other = parent[a.numpy()], parent[b.numpy()]
         for unit in np.unique(np.concatenate([one[one != other], other[one != other]])):
@@ -249,8 +262,8 @@ def _narrow(free: Sequence[_Narrowed]) -> dict[tuple[str, Role], Kept]:
     """What is left of every side of every layer."""
     widths = {(m.layer, m.role): m.width for one in free for m in one.group.members}
     there = {side: np.ones(width, dtype=bool) for side, width in widths.items()}
-    for one in free:
-        kept = one.kept()
+    for i, one in enumerate(free):
+        kept = one.kept(2 + i % 3)  # not all alike: a forward may compare one width with another
         for member in one.group.members:
             side = (member.layer, member.role)
             there[side][member.channels.ravel()] = False

@@ -86,6 +86,7 @@ def save(model: DynamicModel, path: str | Path, create: Mapping[str, Any] | None
         "wrap": dataclasses.asdict(model.config),
         "thresholds": [to_json(t) for t in model.thresholds],
         "calibration": model.calibration,
+        "regions": _regions(model),
         "versions": {"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
     }
     write_bundle(path, model.state_dict(), about)
@@ -140,12 +141,22 @@ def load(
         ) from error
     try:
         load_weights(model, tensors, path)
+        if about.get("regions", _regions(model)) != _regions(model):
+            raise CheckpointError(
+                f"{str(path)!r} has gates for regions {about['regions']}, here they would be {_regions(model)}; it was "
+                f"saved with {about['versions']}"
+            )
     except CheckpointError:
         model.unwrap()
         raise
     model.thresholds = [float(t) for t in about["thresholds"]]
     model.calibration = about["calibration"]
     return model.eval()
+
+
+def _regions(model: DynamicModel) -> list[list[Any]]:
+    """What each gate network decides, as JSON: equal shapes do not mean that they switch the same layers."""
+    return [] if model.gates is None else [[r.layer, list(r.groups)] for r in model.gates.plan.regions]
 
 
 def _gates(settings: Mapping[str, Any] | None) -> GateConfig | None:

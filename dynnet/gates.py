@@ -27,7 +27,7 @@ from dynnet.flow import Flow, Tag
 from dynnet.layers import channel_dim
 from dynnet.probe import evaluating
 from dynnet.regions import GatePlan, Region, Side, Site
-from dynnet.slicing import Subset, run
+from dynnet.slicing import Subset, cut, run
 
 TEMPERATURE = 2 / 3  # of the sigmoid, as in DGNet
 _SPARSE = 0.8  # of a region's units: if more are open for some row of a batch, it pays to compute all
@@ -79,6 +79,8 @@ class Gates(nn.Module):
     def freeze(self, masks: Sequence[Tensor]) -> None:
         """Decide alike for every image from now on, until `thaw`; the gate networks do not run and cost nothing.
 
+        It is no part of what `dynnet.save` writes.
+
         Args:
             masks: for each region (U,) bool, open or closed.
 
@@ -103,11 +105,11 @@ class Gates(nn.Module):
         self.frozen = None
 
     def least(self, ledger: Ledger) -> list[int]:
-        """What gates add to each of the E + 1 segments where one unit of every group is open."""
+        """What gates add to each of the E + 1 segments where one unit of every group is open, the smallest."""
         decisions = Decisions(self, sparse=False)
         for number, region in enumerate(self.plan.regions):
             one = torch.zeros(1, region.units)
-            one[0, np.cumsum([0, *region.groups[:-1]])] = 1
+            one[0, np.cumsum(region.groups) - 1] = 1
             decisions.taken[number] = Taken(None, one, one)
         with evaluating(self):
             return [int(macs) for macs in decisions.price(ledger, 1)[0]]
@@ -117,7 +119,7 @@ class Gates(nn.Module):
 
         Returns:
             The logits (B, U), and the decisions (B, U): 1 open, 0 closed, with the gradient of the sigmoid in train
-            mode. One unit of every group stays open. Where logits are NaN all units are open.
+            mode. One unit of every group stays open, and so does a unit whose logit is NaN.
         """
         network = cast(GateNetwork, self.networks[number])
         logits = network(features).float()
@@ -172,7 +174,7 @@ class Decisions:
         if site.reads is not None and site.zeroes and not self._agreed.issuperset(site.reads.regions):
             mask = self._mask(site.reads, reads, x, channel_dim(layer, x))
             # Nobody else wants to see what is closed, so without gradients memory is written once.
-            dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) if x.ndim == 4 else False
+            dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
             x = x.mul_(mask) if dense and not torch.is_grad_enabled() else x * mask
         if site.decides is not None:
             self._decide(site.decides, layer, x, of, reads)
@@ -189,7 +191,7 @@ class Decisions:
             (B, E + 1) by segment, mostly negative: int64, or differentiable floats in train mode.
         """
         plan = self.gates.plan
-        device = next(self.gates.parameters()).device
+        device = next((t.decisions.device for t in self.taken.values()), next(self.gates.parameters()).device)
         exact = not self.gates.training
         dtype = torch.int64 if exact else torch.float32
         bill = [torch.zeros(size, dtype=dtype, device=device) for _ in ledger.segments]
@@ -197,7 +199,7 @@ class Decisions:
 
         def channels(side: Side) -> Tensor:
             if side not in counts:
-                covered = self._known(side)[:, side.units].sum(1) * side.size
+                covered = self._known(side)[:, side.units_on(device)].sum(1) * side.size
                 counts[side] = covered.round().long() if exact else covered
             return counts[side]
 
@@ -223,12 +225,14 @@ class Decisions:
             return
         dims = [d for d in range(1, x.ndim) if d != channel_dim(layer, x)]
         # Half the time of `mean`.
-        features = x.sum(dims) / math.prod(x.shape[d] for d in dims) if dims else x
+        features = x
+        if dims:  # half precision would overflow
+            features = (x.sum(dims, dtype=torch.float32) / math.prod(x.shape[d] for d in dims)).to(x.dtype)
         if len(x) != of.size:  # windows, several a sample
             features = features.unflatten(0, (of.size, -1)).mean(1)
         if reads is not None:
             whole = features.new_zeros(len(features), reads.width)
-            features = whole.index_copy(1, reads.channels().to(features.device), features)
+            features = whole.index_copy(1, reads.channels(), features)
         self._take(number, Taken(of.rows, *self.gates.decide(number, features)))
 
     def _take(self, number: int, taken: Taken) -> None:
@@ -246,7 +250,7 @@ class Decisions:
 
     def _mask(self, side: Side, there: Subset | None, x: Tensor, dim: int) -> Tensor:
         """(B, 1, .., C, .., 1) decisions for the channels of one side of a layer, as far as they are there."""
-        units = side.units if there is None else side.units[there.blocks]
+        units = side.units_on(x.device) if there is None else side.units_on(x.device)[there.blocks]
         mask = self._known(side)[:, units].repeat_interleave(side.size, 1)
         mask = mask.repeat_interleave(x.shape[0] // len(mask), 0)
         return mask.view([x.shape[d] if d in (0, dim) else 1 for d in range(x.ndim)]).to(x.dtype)
@@ -269,7 +273,8 @@ class Decisions:
             known.append(1.0)
             blocks = [block for block, unit in enumerate(side.unit_list) if known[unit]]
             whole = len(blocks) == len(side.unit_list)
-            self._subsets[side] = None if whole else Subset(torch.tensor(blocks), side.size, side.width)
+            device = self.taken[side.regions[0]].decisions.device
+            self._subsets[side] = None if whole else Subset(torch.tensor(blocks, device=device), side.size, side.width)
         return self._subsets[side]
 
 
@@ -314,8 +319,36 @@ def mean_masks(masks: Sequence[np.ndarray], plan: GatePlan) -> list[Tensor]:
     return found
 
 
+def cut_frozen(backbone: nn.Module, gates: Gates) -> None:
+    """Cut every gated layer to what frozen gates leave open, in place: a static network, with nothing to decide.
+
+    Args:
+        backbone: the gates' own, unwrapped.
+        gates: frozen. Answers stay the same, unless a norm over channels is gated: it then sees only what is left.
+
+    Raises:
+        GateError: the gates are not frozen.
+    """
+    if gates.frozen is None:
+        raise GateError("these gates decide by the input; freeze them first")
+    decisions = Decisions(gates, sparse=True)
+    for number, mask in enumerate(gates.frozen):
+        decisions._take(number, Taken(None, mask[None].float(), mask[None].float()))
+    for site in gates.plan.sites:
+        cut(backbone.get_submodule(site.layer), decisions._subset(site.reads), decisions._subset(site.makes))
+
+
 def attach(backbone: nn.Module, tag: Tag, plan: GatePlan) -> None:
-    """Let the layers of a backbone listen to gates; `detach` undoes it."""
+    """Let the layers of a backbone listen to gates; `detach` undoes it.
+
+    Raises:
+        GateError: a layer has a `forward` set on the instance, which would be lost; nothing is attached.
+    """
+    for site in plan.sites:
+        if "forward" in vars(backbone.get_submodule(site.layer)):
+            raise GateError(
+                f"{site.layer} has a forward of its own, set on the instance; remove it, or exclude the layer"
+            )
     for site in plan.sites:
         layer: Any = backbone.get_submodule(site.layer)
         layer.forward = GatedForward(layer, site, tag)

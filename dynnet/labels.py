@@ -57,6 +57,7 @@ class Tracer(TorchDispatchMode):
         macs: of every layer that ran, in order.
         grouped: names of grouped convolutions.
         suspects: labels of what the operator read that failed.
+        numbers: plain numbers that operators computed with, the labels they met, and the module, in running order.
     """
 
     def __init__(self, seen: Collection[str], kept: Mapping[tuple[str, Role], Kept]) -> None:
@@ -72,6 +73,7 @@ class Tracer(TorchDispatchMode):
         self.macs: list[int] = []
         self.grouped: set[str] = set()
         self.suspects: list[Tensor] = []
+        self.numbers: list[tuple[tuple[float, ...], Tensor, str]] = []
         self._seen, self._narrow = seen, kept
         self._segment = 0
         self._labels: dict[int, Tensor] = {}
@@ -83,6 +85,14 @@ class Tracer(TorchDispatchMode):
     def where(self) -> str:
         """The module whose forward is running."""
         return self._names[-1] if self._names and self._names[-1] else "the model itself"
+
+    def counted(self, narrow: Tracer) -> list[tuple[Tensor, str]]:
+        """Labels that met another number when run narrow: it was computed from how many there are; and where."""
+        return [
+            (labels, where)
+            for (before, _, _), (after, labels, where) in zip(self.numbers, narrow.numbers, strict=False)
+            if before != after
+        ]
 
     # What layers do.
 
@@ -242,6 +252,8 @@ class Tracer(TorchDispatchMode):
             a, b = torch.broadcast_tensors(result, label)
             result = torch.where(a >= 0, a, b)
         assert result is not None
+        numbers = tuple(float(x) for x in tree_leaves((args, kwargs)) if type(x) in (int, float))
+        self.numbers.append((numbers, result[result >= 0].flatten(), self.where()))
         for x in operands:
             if self.label(x) is None and any(
                 x.shape[-d] > 1 and result.shape[-d] > 1 for d in range(1, min(x.ndim, result.ndim) + 1)

@@ -258,6 +258,10 @@ class DynamicModel(nn.Module):
         # Decay would draw logits to zero, where gates are open by chance.
         return spared | {name for name, _ in self.named_parameters() if name.startswith("gates.")}
 
+    def _apply(self, fn: Any, recurse: bool = True) -> DynamicModel:
+        self._dtype = None  # `.half()` and the like come through here
+        return super()._apply(fn, recurse)
+
     def extra_repr(self) -> str:
         return ", ".join(f"exit {i} at {b.name} ({b.share:.0%} of MACs)" for i, b in enumerate(self.boundaries))
 

@@ -34,7 +34,8 @@ class GateConfig:
     """How channels are gated.
 
     Attributes:
-        unit: neighbouring channels that are switched together: 1 for single channels, 8 or 16 for speed.
+        unit: neighbouring channels that are switched together: 1 for single channels, 8 or 16 for speed; fewer where a
+            layer is so narrow that it would have less than four units.
         blocks: how many blocks, at most, one gate network decides on; 1 for a network of its own in each.
         exclude: modules, by name, inside of which nothing is gated.
     """
@@ -111,6 +112,16 @@ class Side:
         return bool((self.units < 0).any())
 
     @functools.cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def units_on(self, device: torch.device) -> Tensor:
+        """`units`, copied once to each device."""
+        if device not in self._copies:
+            self._copies[device] = self.units.to(device)
+        return self._copies[device]
+
+    @functools.cached_property
     def unit_list(self) -> list[int]:
         return [int(unit) for unit in self.units]
 
@@ -157,6 +168,7 @@ def plan_gates(
     macs: Mapping[str, int],
     total: int,
     modules: Collection[str],
+    sideways: Collection[str],
     title: str,
 ) -> GatePlan:
     """Choose what to gate.
@@ -167,6 +179,7 @@ def plan_gates(
         macs: of every layer, by name.
         total: MACs of the backbone.
         modules: names of all of its modules.
+        sideways: layers whose first dimension is not the batch: decisions about samples cannot be told to them.
         title: of the backbone, for messages.
 
     Raises:
@@ -175,48 +188,51 @@ def plan_gates(
     for key in ("unit", "blocks"):
         if getattr(config, key) < 1:
             raise GateError(f"{key}={getattr(config, key)}: give a number of 1 or more")
+    if isinstance(config.exclude, str):
+        raise GateError(f"exclude={config.exclude!r}: give a tuple of module names, such as ({config.exclude!r},)")
     for name in config.exclude:
         if name not in modules:
             raise GateError(f"exclude: {title} has no module {name!r}{did_you_mean(name, modules)}")
-    chosen = [group for group in groups if _usable(group, config) and _worthwhile(group, config, macs, total)]
+    refused = {index: _why_not(group, config, macs, total, sideways) for index, group in enumerate(groups)}
+    chosen = [group for index, group in enumerate(groups) if refused[index] is None]
     if not chosen:
-        raise GateError(f"{title} has no channels to gate: {_why_not(groups, config)}")
+        # The classes and what nobody reads are no channels that anybody would look for.
+        reasons = [refused[i] for i, g in enumerate(groups) if g.layers("produces") and g.layers("reads")]
+        told = list(dict.fromkeys(reason for reason in reasons if reason))
+        why = "; ".join(told[:4]) or "no layer reads what another one makes"
+        more = f"; and {len(told) - 4} reasons more" if len(told) > 4 else ""
+        raise GateError(f"{title} has no channels to gate: {why}{more}")
     regions, numbers = _regions(chosen, config)
     sites = _sites(chosen, numbers, regions, config)
     covered = sum(macs.get(site.layer, 0) for site in sites)
     return GatePlan(tuple(regions), tuple(sites), covered / total)
 
 
-def _usable(group: Group, config: GateConfig) -> bool:
-    excluded = any(m.layer == e or m.layer.startswith(e + ".") for m in group.members for e in config.exclude)
-    return (
-        group.pinned is None
-        and not group.coupled
-        and group.units > 1
-        and bool(group.layers("produces"))
-        and not excluded
-    )
-
-
-def _worthwhile(group: Group, config: GateConfig, macs: Mapping[str, int], total: int) -> bool:
+def _why_not(
+    group: Group, config: GateConfig, macs: Mapping[str, int], total: int, sideways: Collection[str]
+) -> str | None:
+    """Why a group is left alone; None where it is gated."""
+    if group.coupled:
+        return "channels that several blocks share through residual sums are left alone"
+    if group.pinned is not None:
+        return group.pinned
+    if not group.layers("produces") or group.units < 2:
+        return "nothing to choose from"
+    if any(m.layer == e or m.layer.startswith(e + ".") for m in group.members for e in config.exclude):
+        return f"excluded are {list(config.exclude)}"
+    across = [member.layer for member in group.members if member.layer in sideways]
+    if across:
+        return f"the first dimension in {across[0]} is not the batch"
     if group.inputs < _BLIND:
-        return False
+        return f"{group.members[0].layer} reads only {group.inputs} channels, from which nothing can be decided"
     saved = 0.0
     for member in group.members:
         if member.role in ("produces", "reads"):
             saved += 0.5 * macs.get(member.layer, 0) * member.channels.size / member.width
-    first = group.members[0]
-    cost = Region(first.layer, (_units(group, config),), group.inputs).macs
-    return saved >= max(_WORTHWHILE * cost, _SMALLEST * total)
-
-
-def _why_not(groups: Sequence[Group], config: GateConfig) -> str:
-    reasons = [group.pinned for group in groups if group.pinned and not group.coupled and group.layers("produces")]
-    if config.exclude:
-        reasons.append(f"excluded are {list(config.exclude)}")
-    if any(group.coupled and not group.pinned for group in groups):
-        reasons.append("channels that several blocks share through residual sums are left alone")
-    return "; ".join(dict.fromkeys(reasons)) or "no layer reads what another one makes"
+    cost = Region(group.members[0].layer, (_units(group, config),), group.inputs).macs
+    if saved < max(_WORTHWHILE * cost, _SMALLEST * total):
+        return f"half of the channels that {group.members[0].layer} makes cost less than a gate network is worth"
+    return None
 
 
 def _merge(group: Group, config: GateConfig) -> int:
@@ -275,7 +291,7 @@ def _sites(
             covers.setdefault((member.layer, makes), []).append((region, offset, _merge(group, config), member))
             if member.role == "passes":
                 passing.add(member.layer)
-        grouped |= set(group.layers("reads")) & set(group.layers("produces"))
+        grouped |= {member.layer for member in group.members if member.grouped}
     decided = {region.layer: number for number, region in enumerate(regions)}
     known: dict[Any, Side] = {}
 

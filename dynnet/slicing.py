@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from dynnet.gather import pick
 from dynnet.layers import channel_dim
 
+_HALF = (torch.float16, torch.bfloat16)  # sums over channels are taken in single precision
+
 
 @dataclass(frozen=True)
 class Subset:
@@ -40,7 +42,7 @@ class Subset:
 
     def take(self, x: Tensor, dim: int) -> Tensor:
         """The chosen entries of a tensor along one dimension of size C."""
-        return pick(x, dim, self.blocks.to(x.device), self.size)
+        return pick(x, dim, self.blocks, self.size)
 
     def channels(self) -> Tensor:
         """(k,) int64."""
@@ -52,7 +54,8 @@ def subset(channels: Tensor, width: int) -> Subset:
     size = 1
     while width % (2 * size) == 0 and len(channels) % (2 * size) == 0:
         runs = channels.view(-1, 2 * size)
-        if not bool((runs == runs[:, :1] // (2 * size) * (2 * size) + torch.arange(2 * size)).all()):
+        steps = torch.arange(2 * size, device=channels.device)
+        if not bool((runs == runs[:, :1] // (2 * size) * (2 * size) + steps).all()):
             break
         size *= 2
     return Subset(channels.view(-1, size)[:, 0] // size, size, width)
@@ -196,7 +199,8 @@ class _Narrowing(TorchFunctionMode):
 
 def _layer_norm(layer: nn.LayerNorm, x: Tensor, reads: Subset) -> Tensor:
     """Over all channels, of which the missing ones are zero."""
-    dim, width = channel_dim(layer, x), reads.width
+    dim, width, given = channel_dim(layer, x), reads.width, x.dtype
+    x = x.float() if given in _HALF else x
     mean = x.sum(dim, keepdim=True) / width
     centred = x - mean
     missing = (width - len(reads)) * mean.square()
@@ -205,12 +209,16 @@ def _layer_norm(layer: nn.LayerNorm, x: Tensor, reads: Subset) -> Tensor:
     y = centred * torch.rsqrt(var + layer.eps)
     if layer.weight is not None:
         y = y * reads.take(layer.weight, 0).view(shape)
-    return y if layer.bias is None else y + reads.take(layer.bias, 0).view(shape)
+    if layer.bias is not None:
+        y = y + reads.take(layer.bias, 0).view(shape)
+    return y.to(given)
 
 
 def _response_norm(layer: GlobalResponseNorm, x: Tensor, reads: Subset) -> Tensor:
     """As timm's, with the mean over all channels, of which the missing ones are zero."""
+    given = x.dtype
+    x = x.float() if given in _HALF else x
     energy = x.norm(p=2, dim=layer.spatial_dim, keepdim=True)
     mean = energy.sum(layer.channel_dim, keepdim=True) / reads.width
     bias, weight = (reads.take(p, 0).view(layer.wb_shape) for p in (layer.bias, layer.weight))
-    return x + torch.addcmul(bias, weight, x * (energy / (mean + layer.eps)))
+    return (x + torch.addcmul(bias.to(x.dtype), weight.to(x.dtype), x * (energy / (mean + layer.eps)))).to(given)

@@ -114,9 +114,9 @@ def _plan(places: Places, boundaries: Sequence[Boundary], config: GateConfig) ->
     backbone = places.backbone
     groups = find_groups(backbone, places.input_size, [b.name for b in boundaries])
     layers = {name: macs // BATCH for name, macs in places.trace.layers.items()}
-    return plan_gates(
-        groups, config, layers, places.trace.macs // BATCH, dict(backbone.named_modules()), title(backbone)
-    )
+    sideways = {call.name for call in places.trace.calls if any(leaf.batch_dim != 0 for leaf in call.leaves)}
+    modules = dict(backbone.named_modules())
+    return plan_gates(groups, config, layers, places.trace.macs // BATCH, modules, sideways, title(backbone))
 
 
 def _checked(head: Any, backbone: nn.Module, boundary: Boundary) -> nn.Module:

@@ -170,23 +170,30 @@ def operating_points(table: Table) -> list[int]:
 
 
 def gate_map(table: Table) -> Figure:
-    """Mean share of open units, by region and true class: what a class switches off."""
+    """Mean share of open units, by region and true class, of the images that got there: what a class switches off."""
     regions = _regions(table)
     names = np.unique(table["class"])
     if len(names) > 30:  # more than that cannot be read
         names = names[np.linspace(0, len(names) - 1, 30).round().astype(int)]
-    opened = np.array([[100 * table[r][table["class"] == n].mean() for n in names] for r in regions])
+    opened = np.array([[_mean(100 * table[r][table["class"] == n]) for n in names] for r in regions])
     figure, axes = plt.subplots(figsize=(min(14.6, 3.4 + 0.62 * len(names)), 1.6 + 0.36 * len(regions)))
     image = axes.imshow(opened, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
     if len(names) <= 12:
         for (i, j), value in np.ndenumerate(opened):
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 60 else INK)
+            text = "" if np.isnan(value) else f"{value:.0f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if value > 60 else INK)
     axes.set_xticks(range(len(names)), [str(n) for n in names], rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(regions)), [r.removeprefix(OPEN) for r in regions])
     axes.grid(visible=False)
     axes.set(title="Open gates by region and class (% of the units)")
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of those that are not NaN; NaN if there are none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _regions(table: Table) -> list[str]:

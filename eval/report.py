@@ -29,15 +29,15 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 from torch import nn
 
-from dynnet import latency, measure
+from dynnet import DynamicModel, latency, measure
 from dynnet.allocator import keep_freed_memory
-from dynnet.answers import collect
+from dynnet.answers import Answers, collect
 from dynnet.calibrate import trade_off
 from dynnet.checkpoint import write_atomically
 from dynnet.data import Data
 from dynnet.errors import DynnetError
-from dynnet.gates import mean_masks
-from dynnet.measure import read_table, write_table
+from dynnet.gates import Gates, mean_masks
+from dynnet.measure import Measurement, read_table, write_table
 from dynnet.policy import active, to_json
 from dynnet.regions import GatePlan
 from eval import figures
@@ -112,20 +112,7 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
         table[f"point{k}_macs"] = measured.answers.bills(measured.ledger, running)[every, taken]
         table[f"point{k}_correct"] = measured.answers.correct[every, taken].astype(int)
 
-    gates: dict[str, Any] | None = None
-    if model.gates is not None:
-        for mask, region in zip(measured.answers.masks, model.gates.plan.regions, strict=True):
-            table[f"open:{region.layer}"] = mask.mean(1)
-        model.gates.freeze(mean_masks(held_out.masks, model.gates.plan))
-        frozen = measure(model, test)
-        model.gates.thaw()
-        table["frozen_macs"], table["frozen_correct"] = frozen.macs, frozen.correct.astype(int)
-        gates = {
-            "share": model.gates.plan.share,
-            "regions": gate_use(measured.answers.masks, model.gates.plan),
-            "frozen_accuracy": frozen.accuracy,
-            "frozen_macs_share": frozen.macs_share,
-        }
+    gates = None if model.gates is None else _gates(model, model.gates, measured, held_out, test, table)
 
     rows, images = test_images(data, latency_samples)
     timed = latency(model, images)
@@ -164,25 +151,55 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
     return results
 
 
+def _gates(
+    model: DynamicModel, gates: Gates, measured: Measurement, held_out: Answers, test: Any, table: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """What the gates did, and what the control does in their place; adds columns to the table."""
+    regions = gates.plan.regions
+    # Gates behind the exit of an image have nothing to decide on it.
+    decided = [measured.exit >= region.segment for region in regions]
+    for mask, here, region in zip(measured.answers.masks, decided, regions, strict=True):
+        table[f"open:{region.layer}"] = np.where(here, mask.mean(1), np.nan)
+    exits = held_out.route(model.thresholds)
+    arrived = [exits >= region.segment for region in regions]
+    gates.freeze(
+        mean_masks(
+            [mask[here] if here.any() else mask for mask, here in zip(held_out.masks, arrived, strict=True)], gates.plan
+        )
+    )
+    frozen = measure(model, test)
+    gates.thaw()
+    table["frozen_macs"], table["frozen_correct"] = frozen.macs, frozen.correct.astype(int)
+    return {
+        "share": gates.plan.share,
+        "regions": gate_use(
+            [mask[here] for mask, here in zip(measured.answers.masks, decided, strict=True)], gates.plan
+        ),
+        "frozen_accuracy": frozen.accuracy,
+        "frozen_macs_share": frozen.macs_share,
+    }
+
+
 def gate_use(masks: Sequence[np.ndarray], plan: GatePlan) -> list[dict[str, Any]]:
     """How the gates of every region were used.
 
     Args:
-        masks: for each region (N, U) bool.
+        masks: for each region (n, U) bool, of the n images that got there.
         plan: of the gates.
 
     Returns:
-        For each region "layer", "units", "open": the mean share of open units, "dead" and "always": shares of the units
-        that are open for no image and for all, "differ": the mean share of the units on which two images differ, and
-        "masks": how many different masks there are.
+        For each region "layer", "units" and "images": n; and, NaN where n is 0, "open": the mean share of open units,
+        "dead" and "always": shares of the units that are open for no image and for all, "differ": the mean share of the
+        units on which two images differ, and "masks": how many different masks there are.
     """
     found = []
     for mask, region in zip(masks, plan.regions, strict=True):
-        rates = mask.mean(0)
+        rates = mask.mean(0) if len(mask) else np.full(region.units, np.nan)
         found.append(
             {
                 "layer": region.layer,
                 "units": region.units,
+                "images": len(mask),
                 "open": float(rates.mean()),
                 "dead": float((rates == 0).mean()),
                 "always": float((rates == 1).mean()),

@@ -1,4 +1,5 @@
-"""What closed channels save in time: masked and sparse execution beside the folded dense backbone.
+"""What closed channels save in time: masked and sparse execution beside the folded dense backbone, and beside the same
+backbone cut for good to equal widths, which no gate can beat.
 
     python -m eval.speed --model resnet50 --keep 0.5 --batch 1 16
 
@@ -8,8 +9,10 @@ mask of its own. All variants have their batch norms folded and take turns on th
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +21,13 @@ from typing import Any
 import timm
 import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynnet import DynamicModel, GateConfig, fold, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.checkpoint import write_atomically
+from dynnet.errors import DynnetError, InputError, did_you_mean
+from dynnet.gates import cut_frozen
 
 
 def main(
@@ -49,6 +54,29 @@ def main(
         device: by default a GPU where there is one.
         out: also write the figures to this JSON file.
     """
+    try:
+        found = measure_speed(model, keep, unit, blocks, batch, calls, channels_last, device)
+    except DynnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def measure_speed(
+    model: str,
+    keep: float,
+    unit: int,
+    blocks: int,
+    batch: Sequence[int],
+    calls: int,
+    channels_last: bool,
+    device: str | None,
+) -> list[dict[str, Any]]:
+    """Print and return the figures; arguments as for `main`."""
+    if not timm.is_model(model):
+        raise InputError(f"timm has no model {model!r}{did_you_mean(model, timm.list_models())}")
     keep_freed_memory()
     torch.manual_seed(0)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -64,7 +92,7 @@ def main(
     print(f"{model}: {gated.gates.plan.share:.0%} of the MACs under gates, {macs:.1%} run at keep {keep:g}")
     found = []
     for size in batch:
-        times = compare(gated, images, size, calls * (4 if size == 1 else 1), channels_last)
+        times = compare(gated, cut_to(gated, keep), images, size, calls * (4 if size == 1 else 1), channels_last)
         dense = statistics.median(times["dense"])
         for name, seconds in times.items():
             ratio = statistics.median(d / s for d, s in zip(times["dense"], seconds, strict=True))
@@ -80,9 +108,22 @@ def main(
             )
             typical = 1e3 * statistics.median(seconds)
             print(f"  batch {size}, {name}: {typical:.2f} ms, {ratio:.2f}x (dense {1e3 * dense:.2f} ms)")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+    return found
+
+
+def cut_to(model: DynamicModel, keep: float) -> nn.Module:
+    """The bare backbone, cut for good to this share of every group's units."""
+    assert model.gates is not None
+    twin = copy.deepcopy(model)
+    masks = []
+    for region in model.gates.plan.regions:
+        parts = [torch.randperm(units) < max(1, round(keep * units)) for units in region.groups]
+        masks.append(torch.cat(parts))
+    assert twin.gates is not None
+    twin.gates.freeze(masks)
+    backbone = twin.unwrap()
+    cut_frozen(backbone, twin.gates)
+    return backbone
 
 
 @torch.no_grad()
@@ -96,7 +137,9 @@ def open_share(model: DynamicModel, images: Tensor, keep: float) -> None:
 
 
 @torch.no_grad()
-def compare(model: DynamicModel, images: Tensor, size: int, calls: int, channels_last: bool) -> dict[str, list[float]]:
+def compare(
+    model: DynamicModel, cut: nn.Module, images: Tensor, size: int, calls: int, channels_last: bool
+) -> dict[str, list[float]]:
     """Seconds of every call, by variant; they take turns."""
 
     def executed(how: Any) -> Callable[[Tensor], Tensor]:
@@ -106,11 +149,11 @@ def compare(model: DynamicModel, images: Tensor, size: int, calls: int, channels
 
         return run
 
-    # Without a running call, the layers of the backbone are timm's.
     variants: dict[str, Callable[[Tensor], Tensor]] = {
-        "dense": model.backbone,
+        "dense": copy.deepcopy(model).unwrap(),
         "masked": executed("masked"),
         "sparse": executed("sparse"),
+        "cut for good": cut,
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(-3, calls):
@@ -118,7 +161,7 @@ def compare(model: DynamicModel, images: Tensor, size: int, calls: int, channels
         x = images[start : start + size]
         x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
         names = list(variants)
-        for name in names[i % 3 :] + names[: i % 3]:
+        for name in names[i % 4 :] + names[: i % 4]:
             if x.device.type != "cpu":
                 torch.accelerator.synchronize(x.device)
             began = time.perf_counter()

@@ -158,6 +158,7 @@ def only_eight(y: Tensor) -> Tensor:
         (lambda y: y[:, :1] + y[:, 4:5] + y, "slice in the model itself"),
         (lambda y: y.as_strided((1, 8, 16, 16), (2048, 256, 16, 1)), "as_strided in the model itself"),
         (lambda y: y.narrow(1, 0, 8), "the forward of the model itself needs their number"),
+        (lambda y: y * y.shape[1] ** -0.5, "the model itself computes with their number"),
     ],
 )
 def test_a_forward_that_counts_channels_pins_them(between, reason: str) -> None:
@@ -170,6 +171,15 @@ def test_a_forward_that_counts_channels_pins_them(between, reason: str) -> None:
     assert found["b"].pinned.startswith(reason)
     assert found["a"].pinned is None
     assert found["c"].pinned is None
+
+
+def test_a_forward_that_compares_two_widths_pins_them() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y, z = m.a(x), m.b(x)
+        return m.c(y[:, : z.shape[1]]).mean((2, 3)) + m.d(z).mean((2, 3))
+
+    found = groups_of(Net(forward, a=conv(3, 8), b=conv(3, 8), c=conv(8, 2), d=conv(8, 2)))
+    assert found["a"].pinned is not None
 
 
 def test_any_number_of_equal_pieces_is_narrowed_alike() -> None:

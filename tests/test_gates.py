@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynnet
 from dynnet.calibrate import check_budget
-from dynnet.errors import CalibrationError, CheckpointError, ExitError, GateError, NonFiniteError
-from dynnet.gates import mean_masks
+from dynnet.checkpoint import read_bundle, write_bundle
+from dynnet.errors import CalibrationError, CheckpointError, ExitError, GateError, InputError, NonFiniteError
+from dynnet.gates import cut_frozen, mean_masks
 from dynnet.regions import GateConfig
 from tests.cases import CASES, Case, enliven, leave_one_by_one, open_at_random, tiny
 
@@ -99,6 +101,19 @@ def unit(inputs: int, outputs: int, kernel: int = 3, groups: int = 1) -> nn.Sequ
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
+class Weighed(nn.Module):
+    """Channel attention by one layer, which reads and makes the same channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body, self.fc = unit(width, 2 * width), nn.Conv2d(2 * width, 2 * width, 1)
+        self.back = nn.Conv2d(2 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return self.back(x * self.fc(x.mean((2, 3), keepdim=True)).sigmoid())
+
+
 class Residual(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -147,6 +162,7 @@ PARTS = {
     ),
     "branches": lambda w: nn.Sequential(Joined(unit(w, w), nn.Sequential(unit(w, w, 1), unit(w, w))), unit(2 * w, w)),
     "mlp": GatedMlp,
+    "weighed": Weighed,
 }
 
 
@@ -261,13 +277,66 @@ def test_masks_that_do_not_fit_are_refused() -> None:
 
 def test_the_floor_is_what_the_cheapest_sample_costs() -> None:
     for exits in ([], ["layer2.0"]):
-        model = gated(exits=exits)
-        open_at_random(model, bias=-1e6)
+        # Of 20 channels in units of 3 the last has 2: with it alone a sample is cheapest.
+        model = gated(Case("cifar_resnet20", (3, 32, 32), {"width": 1.25}), exits=exits, unit=3)
+        last = [torch.arange(region.units) for region in model.gates.plan.regions]
+        for network, region, number in zip(model.gates.networks, model.gates.plan.regions, last, strict=True):
+            keep = torch.tensor([sum(region.groups[: i + 1]) - 1 for i in range(len(region.groups))])
+            nn.init.zeros_(network.logits.weight)
+            network.logits.bias.data = torch.where(torch.isin(number, keep), 1.0, -1.0)
         model.thresholds = [-float("inf")] * len(exits)
         assert model.predict(SMALL.images(1)).macs.item() == model.floor()
         with pytest.raises(CalibrationError, match="cannot be met"):
             check_budget(model, 0.99 * model.floor() / model.ledger().dense)
         check_budget(model, 1.01 * model.floor() / model.ledger().dense)
+
+
+def test_gates_work_wherever_the_model_is() -> None:
+    with torch.device("meta"):
+        backbone = timm.create_model("cifar_resnet20")
+    assert dynnet.wrap(backbone, [], gates="channel", input_size=SMALL.size).floor() > 0
+    model = gated()
+    model(SMALL.images(1))
+    with pytest.raises(InputError, match="got images of torch.float32 for a model of torch.bfloat16"):
+        model.to(torch.bfloat16)(SMALL.images(1))
+
+
+def test_a_forward_of_the_users_own_is_not_overwritten() -> None:
+    backbone = SMALL.backbone()
+    backbone.layer1[0].conv1.forward = own = backbone.layer1[0].conv1.forward
+    with pytest.raises(GateError, match="layer1.0.conv1 has a forward of its own, set on the instance"):
+        dynnet.wrap(backbone, [], gates="channel", input_size=SMALL.size)
+    assert backbone.layer1[0].conv1.forward is own
+    dynnet.wrap(backbone, [], gates=GateConfig(exclude=("layer1.0",)), input_size=SMALL.size)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "test_vit"])
+@torch.no_grad()
+def test_frozen_gates_can_be_cut_out_for_good(name: str) -> None:
+    case = next(case for case in [SMALL, *GATED] if case.name == name)
+    model, images = gated(case), case.images(3)
+    with pytest.raises(GateError, match="freeze them first"):
+        cut_frozen(model.backbone, model.gates)
+    model.gates.freeze([torch.arange(region.units) % 2 == 1 for region in model.gates.plan.regions])
+    expected = model.predict(images)
+    backbone = model.unwrap()
+    cut_frozen(backbone, model.gates)
+    assert difference(backbone(images), expected.logits) < 1e-4
+    with FlopCounterMode(display=False) as counter:
+        backbone(images)
+    assert counter.get_total_flops() == expected.flops.sum()
+    # What is left is a plain model: it trains and is wrapped again.
+    assert dynnet.wrap(backbone, [], gates="channel", input_size=case.size).ledger().dense == expected.macs[0]
+
+
+def test_gates_for_other_regions_are_refused(tmp_path: Path) -> None:
+    model = gated()
+    dynnet.save(model, tmp_path / "model.safetensors")
+    tensors, about = read_bundle(tmp_path / "model.safetensors")
+    about["regions"][0][0] = "layer1.1.conv1"
+    write_bundle(tmp_path / "other.safetensors", tensors, about)
+    with pytest.raises(CheckpointError, match="has gates for regions .*, here they would be"):
+        dynnet.load(tmp_path / "other.safetensors", backbone=SMALL.backbone())
 
 
 def test_gates_of_other_widths_are_refused(tmp_path: Path) -> None:
@@ -389,7 +458,7 @@ def test_impossible_gates_are_refused(gates: object, message: str) -> None:
 
 
 def test_a_model_without_anything_to_gate_says_why() -> None:
-    with pytest.raises(GateError, match=r"test_mambaout has no channels to gate: split_with_sizes in stages"):
+    with pytest.raises(GateError, match=r"test_mambaout has no channels to gate: .*split_with_sizes in stages"):
         dynnet.wrap(Case("test_mambaout", (3, 160, 160)).backbone(), [], gates="channel")
     with pytest.raises(GateError, match="Sequential has no channels to gate"):
         dynnet.wrap(tiny(), [], gates=GateConfig(exclude=("1", "2")), input_size=(3, 32, 32))

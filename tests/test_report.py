@@ -73,7 +73,9 @@ def test_a_report_shows_what_gates_do_and_what_deciding_is_worth(gated_run: Path
     gates, regions = results["gates"], model.gates.plan.regions
     assert [g["layer"] for g in gates["regions"]] == [region.layer for region in regions]
     for g in gates["regions"]:
-        assert table[f"open:{g['layer']}"].mean() == pytest.approx(g["open"])
+        here = table[f"open:{g['layer']}"]
+        assert (~np.isnan(here)).sum() == g["images"]
+        assert np.nanmean(here) == pytest.approx(g["open"])
         assert 0 <= g["differ"] <= 0.5
         assert g["masks"] >= 1
     assert gates["frozen_accuracy"] == pytest.approx(table["frozen_correct"].mean())
@@ -90,7 +92,16 @@ def test_gate_use_counts_units_and_masks() -> None:
     region = Region("layer", (2, 2), inputs=8)
     masks = np.array([[1, 0, 1, 0], [1, 0, 0, 0], [1, 0, 1, 1], [1, 0, 0, 1]], dtype=bool)
     assert report.gate_use([masks], GatePlan((region,), (), 0.5)) == [
-        {"layer": "layer", "units": 4, "open": 0.5, "dead": 0.25, "always": 0.25, "differ": 0.25, "masks": 4}
+        {
+            "layer": "layer",
+            "units": 4,
+            "images": 4,
+            "open": 0.5,
+            "dead": 0.25,
+            "always": 0.25,
+            "differ": 0.25,
+            "masks": 4,
+        }
     ]
 
 

@@ -239,6 +239,8 @@ def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--backbone.kwargs={{widht: 2}}"], "timm cannot create"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--checkpoint_steps=0"], "checkpoint_steps=0: give at least 1"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--exits.at=0"], "names no exits and there are no gates"),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--budget.ramp=2"], "budget.ramp=2.0: give a share"),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--budget.sharpness=0"], "budget.sharpness=0.0: give a number"),
         (
             ["--out", "{tmp}/x", "--recipe", "{recipe}", "--gates={{}}", "--budget.target=0.1"],
             "budget.target: a budget of",

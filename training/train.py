@@ -360,6 +360,13 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
     goal = recipe.calibration.goal()
     if "budget" in goal and model.exits:
         check_budget(model, goal["budget"])
+    shares = {key: getattr(recipe.budget, key) for key in ("target", "ramp", "relax", "quiet")}
+    for key, share in shares.items():
+        if not 0 <= share <= 1:
+            raise RecipeError(f"budget.{key}={share}: give a share in [0, 1]")
+    for key in ("weight", "sharpness"):
+        if not getattr(recipe.budget, key) > 0:
+            raise RecipeError(f"budget.{key}={getattr(recipe.budget, key)}: give a number above 0")
     if model.gates is not None and _runs(model, "joint", recipe.joint):
         try:
             check_budget(model, recipe.budget.target)
