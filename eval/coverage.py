@@ -96,7 +96,6 @@ def examine(name: str, real_params: float) -> dict[str, Any]:
         backbone = _create(name, meta=True)
         model = wrap(backbone, exits=[1 / 3, 2 / 3])
         ledger = model.ledger()
-        row |= _gated(model.unwrap())
         millions = sum(p.numel() for p in backbone.parameters()) / 1e6
         row |= {
             "wrapped": True,
@@ -106,6 +105,7 @@ def examine(name: str, real_params: float) -> dict[str, Any]:
             "mparams": f"{millions:.1f}",
             "unpriced": " ".join(ledger.unpriced),
         }
+        row |= _gated(model.unwrap())
         if millions <= real_params:
             row |= {"real": True, **_with_numbers(name)}
     except DynnetError as error:

@@ -14,7 +14,7 @@ import dynnet
 from dynnet.errors import InputError
 from dynnet.measure import read_table
 from dynnet.regions import GatePlan, Region
-from eval import coverage, report
+from eval import coverage, report, speed
 from eval.figures import classifiers
 from tests.cases import FEW, leave_one_by_one, tiny
 
@@ -142,6 +142,19 @@ def test_measure_prints_macs_and_flops() -> None:
     assert "MMAC" in text
     assert "MFLOP" in text
     assert "0: 100.0% left here" in text
+
+
+def test_speed_compares_with_the_bare_and_the_cut_backbone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    speed.main("cifar_resnet20", unit=4, batch=[1, 2], calls=1, out=tmp_path / "speed.json")
+    found = json.loads((tmp_path / "speed.json").read_text())
+    variants = ["dense", "masked", "sparse", "cut for good"]
+    assert [(f["batch"], f["variant"]) for f in found] == [(size, variant) for size in (1, 2) for variant in variants]
+    assert found[0]["speedup"] == 1
+    assert found[0]["macs_share"] == pytest.approx(0.5, abs=0.1)
+    assert "cifar_resnet20: 98% of the MACs under gates" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        speed.main("resnet5O")
+    assert "timm has no model 'resnet5O'; did you mean 'resnet50'" in capsys.readouterr().err
 
 
 def test_coverage_examines_and_summarises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

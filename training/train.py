@@ -42,6 +42,7 @@ from dynnet.calibrate import check_budget
 from dynnet.checkpoint import load_weights, save, write_atomically, write_bundle
 from dynnet.data import Data, Loader, load_data
 from dynnet.errors import CalibrationError, CheckpointError, DynnetError, NonFiniteError, RecipeError, did_you_mean
+from dynnet.gates import Decisions
 from dynnet.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise
 from dynnet.recipe import Recipe, StageConfig, read_recipe, recipe_parser, recipe_to_yaml
 from training.distributed import SyncedBatchNorm, World, world
@@ -148,7 +149,6 @@ def run_stage(
         state.restore(model, ema, optimizer)
     parallel = here.parallel(model.backbone if stage == "dense" else model)
     mixup = _mixup(recipe, len(data.classes))
-    shares = [boundary.share for boundary in model.boundaries]
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
 
     for epoch in range(begin.epoch, config.epochs):
@@ -178,29 +178,14 @@ def run_stage(
 
             with _forward_context(recipe, here):
                 if stage == "dense":
-                    logits: tuple[Tensor, ...] = (parallel(images),)
+                    logits, decisions = (parallel(images),), None
                 else:
                     if model.gates is not None:
                         model.gates.noise = gate_noise(recipe.budget, update / (steps * config.epochs))
                     balanced = recipe.loss.equilibrium and stage == "joint"
                     logits, decisions = parallel(images, equilibrium=balanced, gated=gated)
-            losses = exit_losses(logits, target, recipe.loss)
-            weights = exit_weights(recipe.loss, shares, (update + 1) / (steps * config.epochs))
-            if stage == "heads":
-                loss = losses[:-1].sum()
-            elif stage == "dense":
-                loss = losses[-1]
-            else:
-                loss = losses[-1] + (losses[:-1] * losses.new_tensor(weights)).sum()
-            metrics: dict[str, Any] = {}
-            if gated:
-                ledger, progress = model.ledger(tuple(images.shape[1:])), (update + 1) / (steps * config.epochs)
-                price = decisions.price(ledger, len(images))
-                # The square of a mean: of the whole batch, not of each process's part.
-                expected = here.mean(expected_macs(logits, price, ledger, recipe.budget, model.measure).mean())
-                rates = here.mean(decisions.open_rates())
-                loss = loss + budget_loss(expected, ledger.dense, rates, recipe.budget, progress)
-                metrics = {"expected_macs": expected.item() / ledger.dense, "open": rates.tolist()}
+            progress = (update + 1) / (steps * config.epochs)
+            loss, losses, metrics = _loss(stage, logits, decisions, target, model, recipe, progress, here)
             _refuse_non_finite(loss, losses, stage, epoch, step)
 
             optimizer.zero_grad(set_to_none=True)
@@ -231,6 +216,35 @@ def run_stage(
     if ema is not None:
         model.load_state_dict(ema.module.state_dict())
     model.requires_grad_(True)
+
+
+def _loss(
+    stage: str,
+    logits: tuple[Tensor, ...],
+    decisions: Decisions | None,
+    target: Tensor,
+    model: DynamicModel,
+    recipe: Recipe,
+    progress: float,
+    here: World,
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What a stage minimises, the loss of each classifier, and what else is worth logging; progress in (0, 1]."""
+    losses = exit_losses(logits, target, recipe.loss)
+    if stage == "heads":
+        return losses[:-1].sum(), losses, {}
+    if stage == "dense":
+        return losses[-1], losses, {}
+    weights = exit_weights(recipe.loss, [boundary.share for boundary in model.boundaries], progress)
+    loss = losses[-1] + (losses[:-1] * losses.new_tensor(weights)).sum()
+    if decisions is None:
+        return loss, losses, {}
+    ledger = model.ledger()
+    price = decisions.price(ledger, len(target))
+    # The square of a mean: of the whole batch, not of each process's part.
+    expected = here.mean(expected_macs(logits, price, ledger, recipe.budget, model.measure).mean())
+    rates = here.mean(decisions.open_rates())
+    loss = loss + budget_loss(expected, ledger.dense, rates, recipe.budget, progress)
+    return loss, losses, {"expected_macs": expected.item() / ledger.dense, "open": rates.tolist()}
 
 
 @torch.no_grad()
