@@ -64,6 +64,8 @@ def test_skipped_equals_masked_at_full_size(name: str) -> None:
         model.execution = "masked"
         masked = model.predict(images)
         model.execution = "sparse"
+        together = model.predict(images)
+        assert (together.logits - masked.logits).abs().max() <= 1e-4 * masked.logits.abs().max()
         for i in range(6):
             alone = model.predict(images[i : i + 1])
             assert (alone.logits[0] - masked.logits[i]).abs().max() <= 1e-4 * masked.logits[i].abs().max()
