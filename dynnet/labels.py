@@ -61,9 +61,11 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self, seen: Collection[str], kept: Mapping[tuple[str, Role], Kept]) -> None:
-        """Args:
-        seen: modules whose output something else reads as well; its channels are pinned.
-        kept: sides of layers that are narrowed.
+        """A run to be followed.
+
+        Args:
+            seen: modules whose output something else reads as well; its channels are pinned.
+            kept: sides of layers that are narrowed.
         """
         super().__init__()
         self.slots: dict[tuple[str, Role], Slot] = {}
