@@ -28,8 +28,8 @@ class Member:
     Attributes:
         layer: name of the module.
         role: "produces" channels (a convolution's or linear layer's outputs), "passes" them on one by one (batch norm,
-            depthwise convolution), "mixes" them (layer norm, global response norm: passes them on, but every one
-            depends on all), or "reads" them (a convolution's or linear layer's inputs).
+            depthwise convolution), "mixes" them (layer norm, group norm, global response norm: passes them on, but
+            every one depends on others), or "reads" them (a convolution's or linear layer's inputs).
         channels: (U, n) int64, the layer's channels that belong to each unit.
         width: C, of all channels on this side of the layer.
         pixels: positions at which the layer works, H * W or the tokens; 1 behind a pooling.

@@ -5,18 +5,20 @@ C channels, k of them chosen, u channels in a block
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers import Conv2dSame
 from timm.layers import Linear as TimmLinear
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dynnet.errors import GateError
 from dynnet.gather import pick
 from dynnet.layers import channel_dim
 
@@ -80,16 +82,20 @@ def run(layer: nn.Module, x: Tensor, reads: Subset | None, makes: Subset | None)
         return _weigh(layer, x, reads, makes)
     assert reads is not None
     if isinstance(layer, nn.LayerNorm):
-        return _layer_norm(layer, x, reads)
-    if isinstance(layer, GlobalResponseNorm):
+        x = _layer_norm(layer, x, reads)
+    elif isinstance(layer, nn.GroupNorm):
+        x = _group_norm(layer, x, reads)
+    elif isinstance(layer, GlobalResponseNorm):
         return _response_norm(layer, x, reads)
-    assert isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))
-    mean, var, weight, bias = (
-        None if p is None else reads.take(p, 0)
-        for p in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
-    )
-    x = F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, layer.eps)
-    return layer.act(layer.drop(x)) if isinstance(layer, BatchNormAct2d) else x
+    else:
+        assert isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))
+        mean, var, weight, bias = (
+            None if p is None else reads.take(p, 0)
+            for p in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+        )
+        x = F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, layer.eps)
+    timms: Any = layer  # its norms may hold the activation that follows
+    return cast(Tensor, timms.act(timms.drop(x))) if hasattr(layer, "act") else x
 
 
 def cut(layer: nn.Module, reads: Subset | None, makes: Subset | None) -> None:
@@ -101,6 +107,9 @@ def cut(layer: nn.Module, reads: Subset | None, makes: Subset | None) -> None:
     Args:
         layer: of a kind that `dynnet.layers.layer_kind` knows.
         reads, makes: as in `run`.
+
+    Raises:
+        GateError: the groups of a group norm would be of different sizes.
     """
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         weight, bias, groups = narrowed(layer.weight, layer.bias, getattr(layer, "groups", 1), reads, makes)
@@ -115,10 +124,20 @@ def cut(layer: nn.Module, reads: Subset | None, makes: Subset | None) -> None:
         return
     if reads is None:
         return
+    groups_left = 0
+    if isinstance(layer, nn.GroupNorm):
+        left = (reads.channels() // (layer.num_channels // layer.num_groups)).bincount()
+        groups_left = int((left > 0).sum())
+        if (left[left > 0] != left.max()).any():
+            raise GateError(
+                f"a group norm cannot be cut to groups of {left.tolist()} channels; keep equally many of each"
+            )
     names = [n for n in ("weight", "bias", "running_mean", "running_var") if getattr(layer, n, None) is not None]
     _replace(layer, {name: reads.take(getattr(layer, name), 0) for name in names})
     if isinstance(layer, nn.LayerNorm):
         layer.normalized_shape = (len(reads),)
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_channels, layer.num_groups = len(reads), groups_left
     elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
         layer.num_features = len(reads)
 
@@ -205,13 +224,36 @@ def _layer_norm(layer: nn.LayerNorm, x: Tensor, reads: Subset) -> Tensor:
     centred = x - mean
     missing = (width - len(reads)) * mean.square()
     var = (centred.square().sum(dim, keepdim=True) + missing) / width
+    return _scaled(layer, centred * torch.rsqrt(var + layer.eps), reads, dim).to(given)
+
+
+def _group_norm(layer: nn.GroupNorm, x: Tensor, reads: Subset) -> Tensor:
+    """Over all channels of each group, of which the missing ones are zero."""
+    given = x.dtype
+    x = x.float() if given in _HALF else x
+    per_group = layer.num_channels // layer.num_groups
+    group = reads.channels() // per_group
+    pixels = math.prod(x.shape[2:])
+    shape = (len(x), len(reads), *[1] * (x.ndim - 2))
+
+    def mean_of(channels: Tensor) -> Tensor:
+        """(B, k) sums over the pixels of each channel to (B, groups) means over the groups."""
+        sums = channels.new_zeros(len(x), layer.num_groups).index_add(1, group, channels)
+        return sums / (per_group * pixels)
+
+    mean = mean_of(x.flatten(2).sum(2))
+    centred = x - mean[:, group].view(shape)
+    missing = (per_group - group.bincount(minlength=layer.num_groups)) / per_group * mean.square()
+    var = mean_of(centred.square().flatten(2).sum(2)) + missing
+    return _scaled(layer, centred * torch.rsqrt(var + layer.eps)[:, group].view(shape), reads, 1).to(given)
+
+
+def _scaled(layer: nn.LayerNorm | nn.GroupNorm, x: Tensor, reads: Subset, dim: int) -> Tensor:
+    """With the weight and bias of a norm."""
     shape = [-1 if d == dim else 1 for d in range(x.ndim)]
-    y = centred * torch.rsqrt(var + layer.eps)
     if layer.weight is not None:
-        y = y * reads.take(layer.weight, 0).view(shape)
-    if layer.bias is not None:
-        y = y + reads.take(layer.bias, 0).view(shape)
-    return y.to(given)
+        x = x * reads.take(layer.weight, 0).view(shape)
+    return x if layer.bias is None else x + reads.take(layer.bias, 0).view(shape)
 
 
 def _response_norm(layer: GlobalResponseNorm, x: Tensor, reads: Subset) -> Tensor:

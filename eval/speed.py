@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dynnet import DynamicModel, GateConfig, fold, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.checkpoint import write_atomically
-from dynnet.errors import DynnetError, InputError, did_you_mean
+from dynnet.errors import DynnetError, GateError, InputError, did_you_mean
 from dynnet.gates import cut_frozen
 
 
@@ -111,8 +111,8 @@ def measure_speed(
     return found
 
 
-def cut_to(model: DynamicModel, keep: float) -> nn.Module:
-    """The bare backbone, cut for good to this share of every group's units."""
+def cut_to(model: DynamicModel, keep: float) -> nn.Module | None:
+    """The bare backbone, cut for good to this share of every group's units; None where its norms cannot be cut."""
     assert model.gates is not None
     twin = copy.deepcopy(model)
     masks = []
@@ -122,7 +122,11 @@ def cut_to(model: DynamicModel, keep: float) -> nn.Module:
     assert twin.gates is not None
     twin.gates.freeze(masks)
     backbone = twin.unwrap()
-    cut_frozen(backbone, twin.gates)
+    try:
+        cut_frozen(backbone, twin.gates)
+    except GateError as error:
+        print(f"  not cut for good: {error}")
+        return None
     return backbone
 
 
@@ -138,7 +142,7 @@ def open_share(model: DynamicModel, images: Tensor, keep: float) -> None:
 
 @torch.no_grad()
 def compare(
-    model: DynamicModel, cut: nn.Module, images: Tensor, size: int, calls: int, channels_last: bool
+    model: DynamicModel, cut: nn.Module | None, images: Tensor, size: int, calls: int, channels_last: bool
 ) -> dict[str, list[float]]:
     """Seconds of every call, by variant; they take turns."""
 
@@ -153,15 +157,17 @@ def compare(
         "dense": copy.deepcopy(model).unwrap(),
         "masked": executed("masked"),
         "sparse": executed("sparse"),
-        "cut for good": cut,
     }
+    if cut is not None:
+        variants["cut for good"] = cut
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(-3, calls):
         start = (i + 3) * size % (len(images) - size + 1)
         x = images[start : start + size]
         x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
         names = list(variants)
-        for name in names[i % 4 :] + names[: i % 4]:
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
             if x.device.type != "cpu":
                 torch.accelerator.synchronize(x.device)
             began = time.perf_counter()

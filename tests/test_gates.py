@@ -162,6 +162,9 @@ PARTS = {
     ),
     "branches": lambda w: nn.Sequential(Joined(unit(w, w), nn.Sequential(unit(w, w, 1), unit(w, w))), unit(2 * w, w)),
     "mlp": GatedMlp,
+    "normed": lambda w: Residual(
+        nn.Sequential(nn.Conv2d(w, 2 * w, 1), nn.GroupNorm(4, 2 * w), nn.ReLU(), nn.Conv2d(2 * w, w, 1))
+    ),
     "weighed": Weighed,
 }
 

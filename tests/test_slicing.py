@@ -6,10 +6,21 @@ import copy
 
 import pytest
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame, LayerNorm, LayerNorm2d, ScaledStdConv2d, StdConv2dSame
+from timm.layers import (
+    BatchNormAct2d,
+    Conv2dSame,
+    GroupNorm1,
+    GroupNormAct,
+    LayerNorm,
+    LayerNorm2d,
+    LayerNormAct2d,
+    ScaledStdConv2d,
+    StdConv2dSame,
+)
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
+from dynnet.errors import GateError
 from dynnet.layers import channel_dim, layer_kind
 from dynnet.slicing import cut, run, subset
 
@@ -66,6 +77,11 @@ MIXING = {
     "timm's layer norm": LayerNorm(16),
     "layer norm of maps": LayerNorm2d(16),
     "bare layer norm": nn.LayerNorm(16, elementwise_affine=False),
+    "layer norm and activation": LayerNormAct2d(16),
+    "group norm": nn.GroupNorm(4, 16),
+    "bare group norm": nn.GroupNorm(2, 16, affine=False),
+    "one group": GroupNorm1(16),
+    "group norm and activation": GroupNormAct(16, num_groups=4),
     "response norm": GlobalResponseNorm(16),
     "response norm of maps": GlobalResponseNorm(16, channels_last=False),
 }
@@ -114,8 +130,8 @@ def test_a_layer_cut_for_good_computes_what_it_does_when_narrowed_for_one_input(
 
 
 def test_cut_norms_and_depthwise_layers_have_the_width_that_is_left() -> None:
-    read = some(16)
     for layer in map(alive, (PASSING | MIXING).values()):
+        read = torch.tensor([0, 2, 5, 7, 8, 11, 12, 13])  # two of every four
         x = torch.randn(2, 16, 16, 16)
         dim = channel_dim(layer, x)
         after = cut_copy(layer, read, 16, None, 16)
@@ -124,6 +140,17 @@ def test_cut_norms_and_depthwise_layers_have_the_width_that_is_left() -> None:
             torch.testing.assert_close(after(narrow), layer(x).index_select(dim, read))
         assert after(narrow).shape == narrow.shape
         assert all(len(tensor) == 8 for tensor in [*after.parameters(), *after.buffers()] if tensor.ndim)
+
+
+def test_a_group_norm_is_cut_to_equal_groups_only() -> None:
+    layer, x = alive(nn.GroupNorm(4, 16)), torch.randn(2, 16, 5, 5)
+    whole = torch.tensor([0, 1, 2, 3, 12, 13, 14, 15])
+    after = cut_copy(layer, whole, 16, None, 16)
+    assert (after.num_groups, after.num_channels) == (2, 8)
+    torch.testing.assert_close(after(x[:, whole]), layer(x)[:, whole])
+    with pytest.raises(GateError, match=r"groups of \[2, 1\] channels; keep equally many of each"):
+        cut(layer, subset(torch.tensor([0, 1, 4]), 16), None)
+    assert layer.num_channels == len(layer.weight) == 16
 
 
 def test_a_grouped_convolution_is_cut_by_whole_groups() -> None:

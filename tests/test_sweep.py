@@ -46,7 +46,7 @@ GATED = [
     "rexnet_100", "nf_resnet50", "selecsls42b", "dla34", "vovnet39a", "mixer_s16_224", "gmixer_24_224",
     "pit_ti_224", "poolformer_s12", "coat_lite_tiny", "crossvit_9_240", "maxvit_tiny_tf_224", "mobilevit_s",
     "edgenext_small", "gcvit_tiny", "levit_128", "visformer_tiny", "deit_small_patch16_224", "beit_base_patch16_224",
-    "starnet_s1", "efficientformer_l1", "tiny_vit_5m_224",
+    "efficientnet_b0_gn", "resnetv2_50d_gn", "starnet_s1", "efficientformer_l1", "tiny_vit_5m_224",
 ]  # fmt: skip
 
 
