@@ -101,8 +101,8 @@ def calibrate(
     Args:
         model: gets the thresholds, and a record of what they were fitted on.
         loader: batches of (images, labels, ...) that were not trained on.
-        budget: mean MACs per sample, as a share of the bare backbone's. The best accuracy within it is taken, and of
-            equally good thresholds those that spend more.
+        budget: mean MACs per sample, as a share of the bare backbone's. The best accuracy within it is taken; where the
+            samples cannot tell the difference, within two standard errors, the thresholds that spend more.
         accuracy_drop: how far accuracy may fall below never exiting on new samples, 0.005 for half a point. The fewest
             MACs are taken at which the drop, as cross-validation sees it, plus its standard error stays within: few
             samples cannot promise much.
@@ -130,8 +130,7 @@ def calibrate(
                 f"a budget of {budget} of the dense MACs cannot be met on these samples: the least is {least:.3f}; are "
                 f"exits giving NaN?"
             )
-        # Of equals the dearest: where these samples cannot tell the difference, new ones may.
-        best = max(within, key=lambda p: (p.accuracy, p.macs))
+        best = _spending(answers, within)
         drop = next(iter(_expected_drops(answers, ledger, model.remembers, [best.macs])), None)
         goal, value = "budget", budget
     else:
@@ -185,6 +184,33 @@ def trade_off(answers: Answers, ledger: Ledger, remembers: bool = False) -> list
     return _frontier(_explore(answers, ledger, remembers))
 
 
+def _spending(answers: Answers, points: Sequence[OperatingPoint]) -> OperatingPoint:
+    """Of the points as good as the best, to two standard errors of the difference, the dearest.
+
+    The best of many is lucky on these samples; new ones are better served by more compute, which the budget allows.
+    """
+    every = np.arange(len(answers.labels))
+
+    def right(point: OperatingPoint) -> np.ndarray:
+        return answers.correct[every, answers.route(point.thresholds)].astype(np.int64)
+
+    best = right(max(points, key=lambda p: (p.accuracy, p.macs)))
+    equals = []
+    for point in points:
+        lost = best - right(point)
+        if lost.mean() <= 2 * _error(lost):
+            equals.append(point)
+    return max(equals, key=lambda p: (p.macs, p.accuracy))
+
+
+def _error(lost: np.ndarray) -> np.ndarray:
+    """Standard error of the mean along the last axis, of numbers that are -1, 0 or 1.
+
+    One change more than was seen: to have seen none in few samples promises little.
+    """
+    return np.sqrt((lost**2).sum(-1) + 1) / lost.shape[-1]
+
+
 class _Drop(NamedTuple):
     """How far accuracy falls below never exiting on new samples, and the standard error of that estimate."""
 
@@ -228,9 +254,7 @@ def _expected_drops(answers: Answers, ledger: Ledger, remembers: bool, levels: S
             # Points come in order of their MACs.
             point = next((p for p in reversed(fitted) if p.macs <= level), fitted[0])
             lost[k, fold] = unseen.lost(point.thresholds)
-    # One change more than was seen: to have seen none in few samples promises little.
-    errors = np.sqrt((lost**2).sum(1) + 1) / samples
-    return [_Drop(float(mean), float(error)) for mean, error in zip(lost.mean(1), errors, strict=True)]
+    return [_Drop(float(mean), float(error)) for mean, error in zip(lost.mean(1), _error(lost), strict=True)]
 
 
 def _explore(answers: Answers, ledger: Ledger, remembers: bool) -> list[OperatingPoint]:
@@ -249,9 +273,10 @@ def _explore(answers: Answers, ledger: Ledger, remembers: bool) -> list[Operatin
                 thresholds = candidate
     # A price finds corners of the convex hull only; between two of them, walk from the dearer one downhill.
     hull = _frontier(found.values())
-    # Also from where all heads run and nobody leaves, for what lies above the corner of the best accuracy.
-    above = np.nan_to_num(answers.confidences[:, :-1]).max(0) + 1e-9
-    hull.append(_point(answers, ledger, tuple(above.tolist()), remembers))
+    # Also from where all heads run and nobody leaves, for what lies above the corner of the best accuracy: with its
+    # head paid for, the first sample that leaves at an exit is a gain.
+    above = tuple((np.nan_to_num(answers.confidences[:, :-1]).max(0) + 1e-9).tolist())
+    hull.append(OperatingPoint(above, *answers.score(above, ledger, remembers)))
     for left, right in itertools.pairwise(hull):
         if right.macs - left.macs > 0.01 * ledger.dense:
             for point in _downhill(answers, ledger, right, left.macs, remembers):
@@ -300,6 +325,9 @@ def _below(confidences: np.ndarray, count: int) -> float:
 
 
 def _point(answers: Answers, ledger: Ledger, thresholds: tuple[float, ...], remembers: bool) -> OperatingPoint:
+    # An exit that nobody takes is switched off, head and all.
+    used = np.isin(np.arange(len(thresholds)), answers.route(thresholds))
+    thresholds = tuple(t if on else np.inf for t, on in zip(thresholds, used, strict=True))
     return OperatingPoint(thresholds, *answers.score(thresholds, ledger, remembers))
 
 

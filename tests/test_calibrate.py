@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import dynnet
 from dynnet.answers import Answers, collect
-from dynnet.calibrate import _within_drop, trade_off
+from dynnet.calibrate import OperatingPoint, _spending, _within_drop, trade_off
 from dynnet.cost import Ledger
 from dynnet.errors import CalibrationError, DataError, NonFiniteError
 from tests.cases import tiny
@@ -47,6 +48,22 @@ def test_the_trade_off_is_as_good_as_trying_everything() -> None:
         best = max(a for a, macs in exhaustive if macs <= budget * LEDGER.dense)
         ours = max(p.accuracy for p in points if p.macs <= budget * LEDGER.dense)
         assert ours >= best - 0.01
+
+
+def test_of_equally_good_points_the_one_that_spends_more_is_taken() -> None:
+    # 200 samples; early is right for all but 2, late for all but 1: a difference of 1 is no difference.
+    early, late = np.ones(200, dtype=np.int64), np.ones(200, dtype=np.int64)
+    early[:2], late[2:3] = 0, 0
+    predictions = np.stack([early, late, late], 1)
+    confidences = np.stack([np.full(200, 0.9), np.full(200, 0.5), np.full(200, 0.5)], 1)
+    said = Answers(np.ones(200, dtype=np.int64), predictions, confidences, ("a", "b"), SIZE)
+    never, first = (math.inf, math.inf), (0.9, math.inf)
+    points = [OperatingPoint(t, *said.score(t, LEDGER)) for t in (first, never)]
+    assert _spending(said, points).thresholds == never
+    late[2:40] = 0
+    worse = replace(said, predictions=np.stack([early, late, late], 1))
+    points = [OperatingPoint(t, *worse.score(t, LEDGER)) for t in (first, never)]
+    assert _spending(worse, points).thresholds == first
 
 
 def test_points_rise_and_mean_what_they_say() -> None:
