@@ -27,7 +27,7 @@ from dynnet.flow import Flow, Tag
 from dynnet.layers import channel_dim
 from dynnet.probe import evaluating
 from dynnet.regions import GatePlan, Region, Side, Site
-from dynnet.slicing import Subset, cut, run
+from dynnet.slicing import HALF, Subset, cut, run
 
 TEMPERATURE = 2 / 3  # of the sigmoid, as in DGNet
 _SPARSE = 0.8  # of a region's units: if more are open for some row of a batch, it pays to compute all
@@ -226,8 +226,9 @@ class Decisions:
         dims = [d for d in range(1, x.ndim) if d != channel_dim(layer, x)]
         # Half the time of `mean`.
         features = x
-        if dims:  # half precision would overflow
-            features = (x.sum(dims, dtype=torch.float32) / math.prod(x.shape[d] for d in dims)).to(x.dtype)
+        if dims:
+            wide = torch.float32 if x.dtype in HALF else x.dtype
+            features = (x.sum(dims, dtype=wide) / math.prod(x.shape[d] for d in dims)).to(x.dtype)
         if len(x) != of.size:  # windows, several a sample
             features = features.unflatten(0, (of.size, -1)).mean(1)
         if reads is not None:

@@ -22,7 +22,7 @@ from dynnet.errors import GateError
 from dynnet.gather import pick
 from dynnet.layers import channel_dim
 
-_HALF = (torch.float16, torch.bfloat16)  # sums over channels are taken in single precision
+HALF = (torch.float16, torch.bfloat16)  # sums over channels or pixels are taken in single precision, or overflow
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class _Narrowing(TorchFunctionMode):
 def _layer_norm(layer: nn.LayerNorm, x: Tensor, reads: Subset) -> Tensor:
     """Over all channels, of which the missing ones are zero."""
     dim, width, given = channel_dim(layer, x), reads.width, x.dtype
-    x = x.float() if given in _HALF else x
+    x = x.float() if given in HALF else x
     mean = x.sum(dim, keepdim=True) / width
     centred = x - mean
     missing = (width - len(reads)) * mean.square()
@@ -230,7 +230,7 @@ def _layer_norm(layer: nn.LayerNorm, x: Tensor, reads: Subset) -> Tensor:
 def _group_norm(layer: nn.GroupNorm, x: Tensor, reads: Subset) -> Tensor:
     """Over all channels of each group, of which the missing ones are zero."""
     given = x.dtype
-    x = x.float() if given in _HALF else x
+    x = x.float() if given in HALF else x
     per_group = layer.num_channels // layer.num_groups
     group = reads.channels() // per_group
     pixels = math.prod(x.shape[2:])
@@ -259,7 +259,7 @@ def _scaled(layer: nn.LayerNorm | nn.GroupNorm, x: Tensor, reads: Subset, dim: i
 def _response_norm(layer: GlobalResponseNorm, x: Tensor, reads: Subset) -> Tensor:
     """As timm's, with the mean over all channels, of which the missing ones are zero."""
     given = x.dtype
-    x = x.float() if given in _HALF else x
+    x = x.float() if given in HALF else x
     energy = x.norm(p=2, dim=layer.spatial_dim, keepdim=True)
     mean = energy.sum(layer.channel_dim, keepdim=True) / reads.width
     bias, weight = (reads.take(p, 0).view(layer.wb_shape) for p in (layer.bias, layer.weight))
