@@ -406,6 +406,14 @@ def test_decisions_are_hard_in_any_precision() -> None:
     assert difference(predict_alone(half, images).logits.float(), masked.logits.float()) < 0.05
 
 
+def test_gates_read_means_that_half_precision_could_not_sum() -> None:
+    model, images = gated().half(), torch.full((2, 3, 32, 32), 6.0, dtype=torch.float16)
+    nn.init.constant_(model.backbone.conv1.weight, 4.0)  # sums of 1,024 pixels pass 65,504
+    decisions = model.forward_exits(images).decisions
+    assert decisions is not None
+    assert decisions.taken[0].logits.isfinite().all()
+
+
 def test_noise_is_for_training_only() -> None:
     model, images = gated(), SMALL.images(4)
     assert torch.equal(model.forward_exits(images).logits[0], model.forward_exits(images).logits[0])

@@ -99,6 +99,17 @@ def test_norms_and_depthwise_layers_pass_on_what_they_read(name: str) -> None:
     torch.testing.assert_close(run(layer, narrow, subset(read, 16), None), layer(zeroed).index_select(dim, read))
 
 
+@pytest.mark.parametrize("name", ["layer norm", "group norm", "response norm"])
+def test_norms_in_half_precision_do_not_overflow(name: str) -> None:
+    layer, read = alive(copy.deepcopy(MIXING[name])), some(16)
+    x = 100 * torch.randn(2, 16, 16, 16)
+    narrow = x.index_select(channel_dim(layer, x), read)
+    expected = run(layer, narrow, subset(read, 16), None)
+    found = run(layer.half(), narrow.half(), subset(read, 16), None)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02 * float(expected.detach().abs().max()))
+
+
 def test_grouped_convolutions_lose_whole_groups() -> None:
     layer = alive(nn.Conv2d(12, 24, 3, groups=4))
     x = torch.randn(2, 12, 9, 9)
