@@ -55,10 +55,13 @@ class Answers:
             taken[self.confidences[:, i] >= thresholds[i]] = i
         return taken
 
+    def right(self, thresholds: Sequence[float]) -> np.ndarray:
+        """(N,) bool: is the exit right at which each sample leaves?"""
+        return self.correct[np.arange(len(self.labels)), self.route(thresholds)]
+
     def lost(self, thresholds: Sequence[float]) -> np.ndarray:
         """(N,) int64: 1 where the last exit is right and the one taken is wrong, -1 the other way round, else 0."""
-        correct = self.correct.astype(np.int64)
-        return correct[:, -1] - correct[np.arange(len(correct)), self.route(thresholds)]
+        return self.correct[:, -1].astype(np.int64) - self.right(thresholds)
 
     def subset(self, rows: np.ndarray) -> Answers:
         """The answers to some of the samples: rows (M,) int64."""

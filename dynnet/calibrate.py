@@ -189,15 +189,10 @@ def _spending(answers: Answers, points: Sequence[OperatingPoint]) -> OperatingPo
 
     The best of many is lucky on these samples; new ones are better served by more compute, which the budget allows.
     """
-    every = np.arange(len(answers.labels))
-
-    def right(point: OperatingPoint) -> np.ndarray:
-        return answers.correct[every, answers.route(point.thresholds)].astype(np.int64)
-
-    best = right(max(points, key=lambda p: (p.accuracy, p.macs)))
+    best = answers.right(max(points, key=lambda p: p.accuracy).thresholds).astype(np.int64)
     equals = []
     for point in points:
-        lost = best - right(point)
+        lost = best - answers.right(point.thresholds)
         if lost.mean() <= 2 * _error(lost):
             equals.append(point)
     return max(equals, key=lambda p: (p.macs, p.accuracy))
@@ -275,13 +270,14 @@ def _explore(answers: Answers, ledger: Ledger, remembers: bool) -> list[Operatin
     hull = _frontier(found.values())
     # Also from where all heads run and nobody leaves, for what lies above the corner of the best accuracy: with its
     # head paid for, the first sample that leaves at an exit is a gain.
-    above = tuple((np.nan_to_num(answers.confidences[:, :-1]).max(0) + 1e-9).tolist())
-    hull.append(OperatingPoint(above, *answers.score(above, ledger, remembers)))
+    above = np.nan_to_num(answers.confidences[:, :-1]).max(0) + 1e-9
+    hull.append(_point(answers, ledger, tuple(above.tolist()), remembers))
     for left, right in itertools.pairwise(hull):
         if right.macs - left.macs > 0.01 * ledger.dense:
             for point in _downhill(answers, ledger, right, left.macs, remembers):
                 found[point.thresholds] = point
-    return list(found.values())
+    tidied = {_tidied(answers, point.thresholds) for point in found.values()}
+    return [found.get(thresholds) or _point(answers, ledger, thresholds, remembers) for thresholds in sorted(tidied)]
 
 
 def _best_thresholds(
@@ -317,6 +313,12 @@ def _best_thresholds(
     return tuple(thresholds)
 
 
+def _tidied(answers: Answers, thresholds: tuple[float, ...]) -> tuple[float, ...]:
+    """The same thresholds; an exit that nobody takes is switched off, head and all."""
+    used = np.isin(np.arange(len(thresholds)), answers.route(thresholds))
+    return tuple(t if on else np.inf for t, on in zip(thresholds, used, strict=True))
+
+
 def _below(confidences: np.ndarray, count: int) -> float:
     """A threshold that the first `count` of falling confidences reach, clear of rounding where they differ."""
     last = float(confidences[count - 1])
@@ -325,9 +327,6 @@ def _below(confidences: np.ndarray, count: int) -> float:
 
 
 def _point(answers: Answers, ledger: Ledger, thresholds: tuple[float, ...], remembers: bool) -> OperatingPoint:
-    # An exit that nobody takes is switched off, head and all.
-    used = np.isin(np.arange(len(thresholds)), answers.route(thresholds))
-    thresholds = tuple(t if on else np.inf for t, on in zip(thresholds, used, strict=True))
     return OperatingPoint(thresholds, *answers.score(thresholds, ledger, remembers))
 
 

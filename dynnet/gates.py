@@ -332,9 +332,10 @@ def cut_frozen(backbone: nn.Module, gates: Gates) -> None:
     """
     if gates.frozen is None:
         raise GateError("these gates decide by the input; freeze them first")
-    decisions = Decisions(gates, sparse=True)
+    decisions, device = Decisions(gates, sparse=True), next(gates.parameters()).device
     for number, mask in enumerate(gates.frozen):
-        decisions._take(number, Taken(None, mask[None].float(), mask[None].float()))
+        row = mask[None].to(device, torch.float32)
+        decisions._take(number, Taken(None, row, row))
     for site in gates.plan.sites:
         cut(backbone.get_submodule(site.layer), decisions._subset(site.reads), decisions._subset(site.makes))
 

@@ -193,12 +193,12 @@ def plan_gates(
     for name in config.exclude:
         if name not in modules:
             raise GateError(f"exclude: {title} has no module {name!r}{did_you_mean(name, modules)}")
-    refused = {index: _why_not(group, config, macs, total, sideways) for index, group in enumerate(groups)}
-    chosen = [group for index, group in enumerate(groups) if refused[index] is None]
+    refused = [_why_not(group, config, macs, total, sideways) for group in groups]
+    chosen = [group for group, reason in zip(groups, refused, strict=True) if reason is None]
     if not chosen:
         # The classes and what nobody reads are no channels that anybody would look for.
-        reasons = [refused[i] for i, g in enumerate(groups) if g.layers("produces") and g.layers("reads")]
-        told = list(dict.fromkeys(reason for reason in reasons if reason))
+        between = [group.layers("produces") and group.layers("reads") for group in groups]
+        told = list(dict.fromkeys(reason for reason, wanted in zip(refused, between, strict=True) if reason and wanted))
         why = "; ".join(told[:4]) or "no layer reads what another one makes"
         more = f"; and {len(told) - 4} reasons more" if len(told) > 4 else ""
         raise GateError(f"{title} has no channels to gate: {why}{more}")
