@@ -9,22 +9,19 @@ half of a batch or all of it leaves at an exit, against the MACs saved. Both mod
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from dynnet import DynamicModel, Latency, fold, latency, wrap
 from dynnet.allocator import keep_freed_memory
-from dynnet.checkpoint import write_atomically
-from dynnet.errors import DynnetError
+from eval.programs import errors_told, timm_model, write_json
 from eval.runs import Run, open_run, test_images
 
 
@@ -60,18 +57,14 @@ def main(
         print("error: give either --run, a finished run, or --model, a name of timm's", file=sys.stderr)
         raise SystemExit(2)
     keep_freed_memory()
-    try:
+    with errors_told():
         found = (
             _of_run(open_run(run, data, device), samples, batch, folded)
             if run
             else _of_model(str(model), exits, batch, calls, channels_last, folded, device)
         )
-    except DynnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(found, out)
 
 
 def _of_run(run: Run, samples: int, batch: Sequence[int], folded: bool) -> list[dict[str, Any]]:
@@ -99,7 +92,7 @@ def _of_model(
     device: str | None,
 ) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    dynamic = wrap(timm.create_model(name).eval(), exits)
+    dynamic = wrap(timm_model(name), exits)
     if folded:
         dynamic = fold(dynamic)
     if channels_last:

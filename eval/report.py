@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from dynnet.measure import Measurement, read_table, write_table
 from dynnet.policy import active, to_json
 from dynnet.regions import GatePlan
 from eval import figures
+from eval.programs import errors_told, write_json
 from eval.runs import Run, open_run, test_images
 
 POINTS = 14
@@ -66,7 +66,7 @@ def main(
         redraw: draw again from an existing table, without the model; the galleries stay as they are.
     """
     out = run / "report"
-    try:
+    with errors_told():
         if redraw:
             if not (out / "table.csv").is_file():
                 raise DynnetError(f"no table to draw from in {str(out)!r}; write the report first")
@@ -75,9 +75,6 @@ def main(
             keep_freed_memory()
             results = _evaluate(open_run(run, data, device), out, latency_samples, batch_size)
         table = read_table(out / "table.csv")
-    except DynnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     with plt.rc_context(figures.STYLE):
         for name, draw in figures.drawable(table).items():
             _save(draw(table), out / f"{name}.png")
@@ -146,7 +143,7 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
         "latency": timed.summary(),
         "latency_by_exit": {str(e): {"calls": n, "p50_ms": ms} for e, (n, ms) in timed.by_exit().items()},
     }
-    write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_json(results, out / "results.json")
     _galleries(table, data, out)
     return results
 

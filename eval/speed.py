@@ -10,24 +10,21 @@ mask of its own. All variants have their batch norms folded and take turns on th
 from __future__ import annotations
 
 import copy
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from dynnet import DynamicModel, GateConfig, fold, wrap
 from dynnet.allocator import keep_freed_memory
-from dynnet.checkpoint import write_atomically
-from dynnet.errors import DynnetError, GateError, InputError, did_you_mean
+from dynnet.errors import GateError
 from dynnet.gates import cut_frozen
+from eval.programs import errors_told, timm_model, write_json
 
 
 def main(
@@ -54,14 +51,10 @@ def main(
         device: by default a GPU where there is one.
         out: also write the figures to this JSON file.
     """
-    try:
+    with errors_told():
         found = measure_speed(model, keep, unit, blocks, batch, calls, channels_last, device)
-    except DynnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(found, out)
 
 
 def measure_speed(
@@ -75,12 +68,10 @@ def measure_speed(
     device: str | None,
 ) -> list[dict[str, Any]]:
     """Print and return the figures; arguments as for `main`."""
-    if not timm.is_model(model):
-        raise InputError(f"timm has no model {model!r}{did_you_mean(model, timm.list_models())}")
     keep_freed_memory()
     torch.manual_seed(0)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    gated = wrap(timm.create_model(model, num_classes=1000).eval(), [], gates=GateConfig(unit, blocks))
+    gated = wrap(timm_model(model), [], gates=GateConfig(unit, blocks))
     images = torch.randn(max(16, *batch), *gated.config.input_size)
     open_share(gated, images, keep)
     gated = fold(gated).to(where)

@@ -1,0 +1,43 @@
+"""What the evaluation programs have in common: how they end, and the figures that they write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from dynnet.checkpoint import write_atomically
+from dynnet.errors import DynnetError, InputError, did_you_mean
+
+
+@contextlib.contextmanager
+def errors_told() -> Iterator[None]:
+    """An error that dynnet raises on purpose ends the program with its message, without a traceback."""
+    try:
+        yield
+    except DynnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def timm_model(name: str) -> nn.Module:
+    """A model of timm's with random weights, as a classifier of 1000 classes, in eval mode.
+
+    Raises:
+        InputError: timm has no model of this name.
+    """
+    if not timm.is_model(name):
+        raise InputError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    return timm.create_model(name, num_classes=1000).eval()
+
+
+def write_json(found: Any, path: Path) -> None:
+    """Figures as a JSON file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
