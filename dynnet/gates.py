@@ -160,6 +160,7 @@ class Decisions:
         self._computed: dict[int, list[float]] = {}  # by region, 1 for units that are computed, where some are not
         self._agreed: set[int] = set()  # regions of which nothing is computed that is closed for any row
         self._subsets: dict[Side, Subset | None] = {}
+        self._masks: dict[tuple[Side, int, torch.dtype], Tensor] = {}
 
     def apply(self, site: Site, layer: nn.Module, x: Tensor, of: Flow) -> Tensor:
         """Run one layer.
@@ -251,13 +252,17 @@ class Decisions:
 
     def _mask(self, side: Side, there: Subset | None, x: Tensor, dim: int) -> Tensor:
         """(B, 1, .., C, .., 1) decisions for the channels of one side of a layer, as far as they are there."""
-        units = side.units_on(x.device) if there is None else side.units_on(x.device)[there.blocks]
-        mask = self._known(side)[:, units].repeat_interleave(side.size, 1)
-        mask = mask.repeat_interleave(x.shape[0] // len(mask), 0)
-        return mask.view([x.shape[d] if d in (0, dim) else 1 for d in range(x.ndim)]).to(x.dtype)
+        key = side, len(x), x.dtype
+        if key not in self._masks:
+            units = side.units_of_channels(x.device)
+            mask = self._known(side).index_select(1, units if there is None else there.take(units, 0))
+            if len(x) != len(mask):  # windows, several a sample
+                mask = mask.repeat_interleave(len(x) // len(mask), 0)
+            self._masks[key] = mask.to(x.dtype)
+        return self._masks[key].view([x.shape[d] if d in (0, dim) else 1 for d in range(x.ndim)])
 
     def _known(self, side: Side) -> Tensor:
-        """(B, U) decisions of a side's regions, and at last, where -1 finds it, what is always open."""
+        """(B, U) decisions of a side's regions, and behind them what is always open, where the side has that."""
         decisions = [self.taken[n].decisions for n in side.regions]
         if side.partly:
             decisions.append(decisions[0].new_ones(len(decisions[0]), 1))

@@ -95,30 +95,34 @@ class Side:
 
     Attributes:
         regions: their numbers.
-        units: (C / u,) int64, for every block of channels its unit, counted through all of `regions`; -1 for blocks
-            that are always on.
+        units: (C / u,) int64, for every block of channels its unit, counted through all of `regions`; their number
+            altogether for blocks that are always on.
         size: u.
         width: C.
+        partly: are there blocks that are always on?
     """
 
     regions: tuple[int, ...]
     units: Tensor
     size: int
     width: int
+    partly: bool
 
     @functools.cached_property
-    def partly(self) -> bool:
-        """Are there blocks that are always on?"""
-        return bool((self.units < 0).any())
-
-    @functools.cached_property
-    def _copies(self) -> dict[torch.device, Tensor]:
+    def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
         return {}
 
     def units_on(self, device: torch.device) -> Tensor:
         """`units`, copied once to each device."""
+        return self._on(device)[0]
+
+    def units_of_channels(self, device: torch.device) -> Tensor:
+        """(C,) int64, `units` for every single channel."""
+        return self._on(device)[1]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._copies:
-            self._copies[device] = self.units.to(device)
+            self._copies[device] = (self.units.to(device), self.units.repeat_interleave(self.size).to(device))
         return self._copies[device]
 
     @functools.cached_property
@@ -321,11 +325,12 @@ def _side(covers: Sequence[tuple[int, int, int, Member]], regions: Sequence[Regi
     numbers = tuple(dict.fromkeys(region for region, _, _, _ in covers))
     start = dict(zip(numbers, np.cumsum([0, *(regions[n].units for n in numbers[:-1])]).tolist(), strict=True))
     width = covers[0][3].width
-    of_channel = np.full(width, -1)
+    always = sum(regions[n].units for n in numbers)
+    of_channel = np.full(width, always)
     for region, offset, merge, member in covers:
         for unit, channels in enumerate(member.channels):
             of_channel[channels] = start[region] + offset + unit // merge
     size = 1
     while width % (2 * size) == 0 and (of_channel.reshape(-1, 2 * size) == of_channel[:: 2 * size, None]).all():
         size *= 2
-    return Side(numbers, torch.from_numpy(of_channel[::size].copy()), size, width)
+    return Side(numbers, torch.from_numpy(of_channel[::size].copy()), size, width, bool((of_channel == always).any()))
