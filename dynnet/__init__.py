@@ -2,12 +2,13 @@
 
 from dynnet import backbones, zoo
 from dynnet.calibrate import Calibration, calibrate
-from dynnet.checkpoint import load, save
+from dynnet.checkpoint import load, load_backbone, save
 from dynnet.exits import Boundary
 from dynnet.fold import fold
 from dynnet.latency import Latency, latency
 from dynnet.measure import Measurement, measure
 from dynnet.model import DynamicModel, ExitOutputs, Prediction
+from dynnet.pruning import prune
 from dynnet.regions import GateConfig
 from dynnet.wrap import unwrap, wrap
 
@@ -27,7 +28,9 @@ __all__ = [
     "fold",
     "latency",
     "load",
+    "load_backbone",
     "measure",
+    "prune",
     "save",
     "unwrap",
     "wrap",

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from dynnet.errors import CheckpointError, DynnetError
+from dynnet.errors import CheckpointError, DynnetError, PruneError
 from dynnet.exits import title
 from dynnet.heads import HeadFactory
 from dynnet.model import DynamicModel
 from dynnet.policy import to_json
+from dynnet.pruning.shape import UNCHANGED, Shape, bring_into_shape, shape_of
 from dynnet.regions import GateConfig
 from dynnet.wrap import wrap
 
@@ -69,26 +70,34 @@ def read_bundle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(header["dynnet"])
 
 
-def save(model: DynamicModel, path: str | Path, create: Mapping[str, Any] | None = None) -> None:
-    """Save a wrapped model: weights, configuration, thresholds and what they were fitted on.
+def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = None) -> None:
+    """Save a model: weights, and all that is needed to build it again.
 
     Args:
-        model: its heads must be dynnet's own if the file is to be loaded without further arguments.
+        model: a wrapped model, with its configuration, its thresholds and what they were fitted on (its heads must be
+            dynnet's own if the file is to be loaded without further arguments); or a plain one. Either may be pruned.
         path: of the file to write, usually named *.safetensors.
         create: arguments of `timm.create_model` that make the backbone; by default its name and number of classes.
     """
-    config = getattr(model.backbone, "pretrained_cfg", None) or {}
-    create = dict(create or {"model_name": config.get("architecture"), "num_classes": model.num_classes})
-    about = {
-        "kind": "model",
-        "backbone": title(model.backbone),
+    backbone = model.backbone if isinstance(model, DynamicModel) else model
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    classes = getattr(model, "num_classes", None)
+    create = dict(create or {"model_name": config.get("architecture"), "num_classes": classes})
+    about: dict[str, Any] = {
+        "kind": "backbone",
+        "backbone": title(backbone),
         "create": create,
-        "wrap": dataclasses.asdict(model.config),
-        "thresholds": [to_json(t) for t in model.thresholds],
-        "calibration": model.calibration,
-        "regions": _regions(model),
+        "shape": _shape(backbone, create),
         "versions": {"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
     }
+    if isinstance(model, DynamicModel):
+        about |= {
+            "kind": "model",
+            "wrap": dataclasses.asdict(model.config),
+            "thresholds": [to_json(t) for t in model.thresholds],
+            "calibration": model.calibration,
+            "regions": _regions(model),
+        }
     write_bundle(path, model.state_dict(), about)
 
 
@@ -98,28 +107,19 @@ def load(
     heads: HeadFactory | None = None,
     confidence: Callable[[Tensor], Tensor] | None = None,
 ) -> DynamicModel:
-    """Load what `save` saved, in eval mode.
+    """Load a wrapped model that `save` saved, in eval mode.
 
     Args:
         path: the file.
-        backbone: to be used instead of creating one; must be like the one that was saved.
+        backbone: to be used instead of creating one; must be like the one that was saved, or like it was before it was
+            pruned.
         heads, confidence: what `wrap` was given, if the model has some of the user's own.
 
     Raises:
         CheckpointError: the file is damaged, or of another model.
     """
-    tensors, about = read_bundle(path)
-    if about.get("kind") != "model":
-        raise CheckpointError(f"{str(path)!r} holds a {about.get('kind')}, not a model")
-    if backbone is None:
-        try:
-            if not timm.is_model(about["create"]["model_name"] or ""):
-                raise ValueError("timm has no such model")
-            backbone = timm.create_model(**about["create"])
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"timm cannot create the backbone of {str(path)!r}, {about['create']}: {error}; pass it as backbone="
-            ) from error
+    tensors, about = _read(path, "model")
+    backbone = _built(path, about, backbone)
     settings = dict(about["wrap"])
     if settings["heads"] == "custom" and heads is None:
         raise CheckpointError(f"{str(path)!r} has heads of its own making; pass the factory as heads=")
@@ -152,6 +152,66 @@ def load(
     model.thresholds = [float(t) for t in about["thresholds"]]
     model.calibration = about["calibration"]
     return model.eval()
+
+
+def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Module:
+    """Load a plain model that `save` saved, pruned or not, in eval mode.
+
+    Args:
+        path: the file.
+        backbone: to be used instead of creating one, as in `load`.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another model.
+    """
+    tensors, about = _read(path, "backbone")
+    built = _built(path, about, backbone)
+    load_weights(built, tensors, path)
+    return built.eval()
+
+
+def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, about = read_bundle(path)
+    found = about.get("kind")
+    if found != kind:
+        remedy = {"model": "; dynnet.load reads it", "backbone": "; dynnet.load_backbone reads it"}.get(found or "", "")
+        raise CheckpointError(f"{str(path)!r} holds a {found}, not a {kind}{remedy}")
+    return tensors, about
+
+
+def _built(path: str | Path, about: Mapping[str, Any], given: nn.Module | None) -> nn.Module:
+    """The backbone of a file, or the one that is given, in shape, with weights of no meaning."""
+    backbone = given
+    if backbone is None:
+        try:
+            if not timm.is_model(about["create"]["model_name"] or ""):
+                raise ValueError("timm has no such model")
+            backbone = timm.create_model(**about["create"])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"timm cannot create the backbone of {str(path)!r}, {about['create']}: {error}; pass it as backbone="
+            ) from error
+    shape = about.get("shape")
+    if not shape or shape == UNCHANGED:
+        return backbone
+    try:
+        bring_into_shape(backbone, shape)
+    except PruneError as error:
+        raise CheckpointError(
+            f"{str(path)!r} holds a pruned {about['backbone']}, and this backbone cannot be brought into its shape: "
+            f"{error}; it was saved with {about['versions']}, this is timm {timm.__version__}"
+        ) from error
+    return backbone
+
+
+def _shape(backbone: nn.Module, create: Mapping[str, Any]) -> Shape | None:
+    """What pruning has made of it; None where timm cannot tell what it was before."""
+    try:
+        with torch.device("meta"):
+            fresh = timm.create_model(**create)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+    return shape_of(backbone, fresh)
 
 
 def _regions(model: DynamicModel) -> list[list[Any]]:

@@ -30,6 +30,10 @@ class GateError(DynnetError, ValueError):
     """Gates that cannot stand where they were asked for."""
 
 
+class PruneError(DynnetError, ValueError):
+    """Nothing to prune, or a target that cannot be met."""
+
+
 class InputError(DynnetError, ValueError):
     """A batch that the model cannot take."""
 

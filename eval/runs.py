@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynnet import DynamicModel, load
-from dynnet.checkpoint import load_weights, read_bundle
+from dynnet import DynamicModel, load, load_backbone
 from dynnet.data import Data, load_data
 from dynnet.errors import CheckpointError
 from dynnet.recipe import Recipe, read_recipe
@@ -57,14 +56,11 @@ def open_run(path: Path, data: str | None = None, device: str | None = None) -> 
     recipe = read_recipe(path / "recipe.yaml")
     if data is not None:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=data))
-    tensors, about = read_bundle(path / "backbone.safetensors")
-    about.pop("kind")
-    dense = timm.create_model(**about)
-    load_weights(dense, tensors, path / "backbone.safetensors")
+    dense = load_backbone(path / "backbone.safetensors")
     config = timm.get_pretrained_cfg(recipe.backbone.name)
     loaded = load_data(recipe.data, config.to_dict() if config is not None else None)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Run(path, recipe, loaded, load(path / "model.safetensors").to(where), dense.eval().to(where))
+    return Run(path, recipe, loaded, load(path / "model.safetensors").to(where), dense.to(where))
 
 
 def test_images(data: Data, count: int) -> tuple[Tensor, Tensor]:

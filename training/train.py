@@ -39,7 +39,7 @@ from tqdm import tqdm
 from dynnet import DynamicModel, calibrate, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.calibrate import check_budget
-from dynnet.checkpoint import load_weights, save, write_atomically, write_bundle
+from dynnet.checkpoint import load_weights, save, write_atomically
 from dynnet.data import Data, Loader, load_data
 from dynnet.errors import CalibrationError, CheckpointError, DynnetError, NonFiniteError, RecipeError, did_you_mean
 from dynnet.gates import Decisions
@@ -113,7 +113,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
                 begin = start if stage == start.stage else Position(stage)
                 run_stage(model, data, recipe, begin, state if stage == start.stage else None, log, out, here)
             if stage == 0 and here.first:
-                write_bundle(out / "backbone.safetensors", model.backbone.state_dict(), {"kind": "backbone", **create})
+                save(model.backbone, out / "backbone.safetensors", create)
             State.write(out, Position(stage + 1), model, None, None, log, here)
         model.eval()
         if here.first:

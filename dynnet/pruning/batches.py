@@ -1,0 +1,56 @@
+"""What criteria that look at data are shown.
+
+B samples of a batch, K classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynnet.errors import DataError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Loader = Iterable[Sequence[Tensor]]
+
+
+@dataclass
+class Batches:
+    """The first batches of a loader.
+
+    Attributes:
+        loader: batches of (images (B, C, H, W), labels (B,), ...); None for none.
+        count: how many of them, at most.
+        loss: of logits (B, K) and labels (B,), a mean over the batch.
+        seed: of what is random.
+    """
+
+    loader: Loader | None = None
+    count: int = 10
+    loss: Loss = F.cross_entropy
+    seed: int = 0
+
+    def on(self, model: nn.Module, labelled: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(images, labels) on the model's device.
+
+        Raises:
+            DataError: no loader, an empty one, or one without labels where they are needed.
+        """
+        if self.loader is None:
+            raise DataError(f"this criterion looks at {'labelled ' * labelled}images; give a loader of them")
+        device = next(model.parameters()).device
+        number = -1
+        for number, batch in enumerate(self.loader):
+            if number >= self.count:
+                return
+            images, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], (*batch[1:], None)[0])
+            if labelled and not isinstance(labels, Tensor):
+                raise DataError(
+                    f"batch {number} of the loader has no labels, which gradients need; give (images, labels)"
+                )
+            yield images.to(device), None if labels is None else labels.to(device)
+        if number < 0:
+            raise DataError("the loader gave no batches; give it at least one image")

@@ -1,0 +1,171 @@
+"""Whole residual blocks that a network can do without.
+
+A block is *removable* where it gives what it is given, of the same shape, plus something: without it the network still
+runs. How much each is needed is measured by leaving it out.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from tqdm import tqdm
+
+from dynnet.errors import PruneError, did_you_mean
+from dynnet.exits import input_size_of, title
+from dynnet.layers import layer_kind
+from dynnet.probe import BATCH, Trace, trace
+from dynnet.pruning.shape import remove
+
+Metric = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What becomes of a model without one of its blocks.
+
+    Attributes:
+        block: its name.
+        macs: of the block, as a share of the model's.
+        metric: of the model without it.
+        drop: of the metric.
+    """
+
+    block: str
+    macs: float
+    metric: float
+    drop: float
+
+
+def removable_blocks(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> list[str]:
+    """Names of the residual blocks that can be left out, the innermost ones, in running order.
+
+    Args:
+        model: takes (B, *input_size) images.
+        input_size: (C, H, W); by default what the model was made for.
+    """
+    size = input_size or input_size_of(model)
+    seen = trace(model, size, BATCH)
+    modules = dict(model.named_modules())
+    once = seen.once()
+    names = [name for name in once if _is_residual(name, seen, modules)]
+    # A stage that is one long sum is left to its blocks.
+    names = [name for name in names if not any(other.startswith(name + ".") for other in names)]
+    return [name for name in names if _runs_without(model, [name], size)]
+
+
+def sensitivity(
+    model: nn.Module,
+    metric: Metric,
+    blocks: Sequence[str] | None = None,
+    input_size: tuple[int, int, int] | None = None,
+) -> list[Sensitivity]:
+    """Leave out one block after the other.
+
+    Args:
+        model: left as it was.
+        metric: of a model, larger is better; an accuracy on held-out images, say.
+        blocks: names; by default all that are removable.
+        input_size: as in `removable_blocks`.
+
+    Returns:
+        One entry for each block, the least needed first.
+
+    Raises:
+        PruneError: nothing can be left out, or a block that cannot.
+    """
+    size = input_size or input_size_of(model)
+    return _left_out(model, metric, _checked(model, blocks, size), size)
+
+
+def remove_blocks(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
+    """A copy in which some blocks pass on what they are given."""
+    modules = dict(model.named_modules())
+    for block in blocks:
+        if block not in modules:
+            raise PruneError(f"{title(model)} has no module {block!r}{did_you_mean(block, modules)}")
+    shorter = copy.deepcopy(model)
+    for block in blocks:
+        remove(shorter, block)
+    return shorter
+
+
+def prune_layers(
+    model: nn.Module, metric: Metric, macs: float, input_size: tuple[int, int, int] | None = None
+) -> nn.Module:
+    """A shorter copy of a model: the block whose loss hurts least goes, one after the other, measured anew each time.
+
+    Args:
+        model: left as it was.
+        metric: as in `sensitivity`.
+        macs: target, as a share of the model's.
+        input_size: as in `removable_blocks`.
+
+    Raises:
+        PruneError: a target outside (0, 1], or one that cannot be reached.
+    """
+    if not 0 < macs <= 1:
+        raise PruneError(f"macs={macs}: give a share of the model's in (0, 1]")
+    size = input_size or input_size_of(model)
+    whole = trace(model, size, BATCH).macs
+    shorter = copy.deepcopy(model)
+    while (share := trace(shorter, size, BATCH).macs / whole) > macs:
+        if not removable_blocks(shorter, size):
+            raise PruneError(
+                f"macs={macs:g} is out of reach for {title(model)}: without any of its blocks it is {share:.3f}"
+            )
+        remove(shorter, sensitivity(shorter, metric, None, size)[0].block)
+    return shorter
+
+
+def _left_out(model: nn.Module, metric: Metric, blocks: Sequence[str], size: tuple[int, int, int]) -> list[Sensitivity]:
+    layers = trace(model, size, BATCH).layers
+    whole = metric(model)
+    found = []
+    for block in tqdm(blocks, "blocks left out", leave=False, disable=None):
+        left = metric(remove_blocks(model, [block]))
+        macs = sum(macs for name, macs in layers.items() if name == block or name.startswith(block + "."))
+        found.append(Sensitivity(block, macs / sum(layers.values()), left, whole - left))
+    return sorted(found, key=lambda s: s.drop)
+
+
+def _checked(model: nn.Module, blocks: Sequence[str] | None, size: tuple[int, int, int]) -> list[str]:
+    known = removable_blocks(model, size)
+    if blocks is None and not known:
+        raise PruneError(f"{title(model)} has no residual blocks that can be left out")
+    for block in blocks or ():
+        if block not in known:
+            raise PruneError(
+                f"{block!r} is no residual block of {title(model)} that can be left out{did_you_mean(block, known)}; "
+                f"choose from {', '.join(known) or 'none'}"
+            )
+    return known if blocks is None else list(blocks)
+
+
+def _is_residual(name: str, seen: Trace, modules: dict[str, nn.Module]) -> bool:
+    """A tensor in, one of the same shape out; the input is read twice, once to work on it and once to add."""
+    call = seen.once()[name]
+    if not name or 0 not in call.inputs or len(call.leaves) != 1:
+        return False
+    given = call.inputs[0]
+    if given not in seen.lives or seen.lives[given].leaf.shape != call.leaves[0].shape:
+        return False
+    inside = [clock for clock, _ in seen.lives[given].readers if call.begin < clock <= call.end]
+    # Channel attention reads twice as well; it works on what is pooled.
+    works = any(
+        layer_kind(modules[other.name]) == "weighs" and math.prod(other.leaves[0].shape[2:]) > 1
+        for other in seen.calls
+        if other.name.startswith(name + ".") and other.leaves
+    )
+    return len(inside) > 1 and works
+
+
+def _runs_without(model: nn.Module, blocks: Sequence[str], size: tuple[int, int, int]) -> bool:
+    try:
+        trace(remove_blocks(model, blocks), size, BATCH)
+    except Exception:  # of any kind: it is the model's own forward
+        return False
+    return True

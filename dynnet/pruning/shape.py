@@ -1,0 +1,164 @@
+"""What pruning has made of a model's shape: widths of layers, blocks that are gone. Enough to make it again.
+
+A pruned model differs from the one that timm builds in nothing else, so its file needs no code: build, bring into
+shape, load weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dynnet.errors import PruneError
+from dynnet.layers import layer_kind
+from dynnet.probe import BATCH, trace
+from dynnet.slicing import Subset, cut, subset
+
+Shape = dict[str, Any]
+UNCHANGED: Shape = {"removed": [], "widths": {}, "stated": {}, "features": []}
+_STATED = ("in_features", "num_features", "head_hidden_size")  # what timm's modules say of their widths
+
+
+def shape_of(model: nn.Module, fresh: nn.Module) -> Shape:
+    """How a model differs from a fresh one, as JSON.
+
+    Args:
+        model: pruned, or not.
+        fresh: as timm builds it; may be on the meta device.
+
+    Returns:
+        "removed": names of modules that pass on what they are given; "widths": (made, read) channels of layers that are
+        narrower; "stated": what other modules say of widths, by module; "features": widths in `feature_info`.
+    """
+    modules = dict(model.named_modules())
+    removed = [name for name, module in fresh.named_modules() if isinstance(modules.get(name), Skipped)]
+    widths = {
+        name: list(_widths(modules[name]))
+        for name, module in fresh.named_modules()
+        if name in modules and layer_kind(module) and layer_kind(modules[name])
+        if _widths(module) != _widths(modules[name])
+    }
+    stated = {
+        name: {
+            key: vars(modules[name])[key] for key in _stated(module) if vars(modules[name])[key] != vars(module)[key]
+        }
+        for name, module in fresh.named_modules()
+        if name in modules and type(modules[name]) is type(module)
+    }
+    features = _features(model)
+    return {
+        "removed": removed,
+        "widths": widths,
+        "stated": {name: values for name, values in stated.items() if values},
+        "features": features if features != _features(fresh) else [],
+    }
+
+
+def bring_into_shape(model: nn.Module, shape: Mapping[str, Any]) -> None:
+    """Make a fresh model as narrow and as short as another one was, in place; which channels stay means nothing.
+
+    Raises:
+        PruneError: the model has no such layers, or narrower ones.
+    """
+    modules = dict(model.named_modules())
+    unknown = sorted((set(shape["removed"]) | set(shape["widths"]) | set(shape["stated"])) - set(modules))
+    if unknown:
+        raise PruneError(f"it has no {unknown[0]!r}, which was pruned")
+    for name in shape["removed"]:
+        remove(model, name)
+    for name, (made, read) in shape["widths"].items():
+        layer = modules[name]
+        if layer_kind(layer) is None:
+            raise PruneError(f"its {name!r} is a {type(layer).__name__}, which has no width")
+        wide_made, wide_read = _widths(layer)
+        if not (0 < made <= wide_made and 0 < read <= wide_read):
+            raise PruneError(f"its {name!r} is {wide_made} x {wide_read} channels wide, {made} x {read} are wanted")
+        cut(layer, _first(read, wide_read), _first(made, wide_made))
+    for name, values in shape["stated"].items():
+        for key, value in values.items():
+            setattr(modules[name], key, value)
+    for entry, width in zip(getattr(model, "feature_info", ()), shape["features"], strict=False):
+        entry["num_chs"] = width
+
+
+class Skipped(nn.Module):
+    """What stands in for a module that is gone: it passes on the first of what it is given."""
+
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        return x
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Let a module pass on what it is given, in place."""
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, Skipped())
+
+
+def restate(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:
+    """Set right what a timm model says of its own widths: `feature_info`, `num_features`, `head_hidden_size`.
+
+    Args:
+        model: the narrower one.
+        before: as it was.
+        size: (C, H, W) of the images.
+    """
+    model_, before_ = cast(Any, model), cast(Any, before)
+    wide, thin = _outputs(before, size), _outputs(model, size)
+    for entry in getattr(model, "feature_info", None) or ():
+        if isinstance(entry, dict) and entry.get("module") in thin and "num_chs" in entry:
+            entry["num_chs"] = _now(entry["num_chs"], wide[entry["module"]], thin[entry["module"]])
+    if hasattr(model, "num_features") and hasattr(model, "forward_features"):
+        outputs = [trace(m, size, BATCH, cast(Any, m).forward_features).output for m in (before, model)]
+        if all(outputs):
+            model_.num_features = _now(before_.num_features, outputs[0][0].shape, outputs[1][0].shape)
+    was, head = (m.get_classifier() if hasattr(m, "get_classifier") else None for m in (before_, model_))
+    if not isinstance(was, nn.Linear) or not isinstance(head, nn.Linear):
+        return
+    for module in model.modules():
+        for key in _stated(module):
+            if not (module is model and key == "num_features") and vars(module)[key] == was.in_features:
+                setattr(module, key, head.in_features)
+
+
+def _stated(module: nn.Module) -> list[str]:
+    """What a module says of its widths that is no layer itself."""
+    return [] if layer_kind(module) else [key for key in _STATED if isinstance(vars(module).get(key), int)]
+
+
+def _features(model: nn.Module) -> list[int]:
+    info = getattr(model, "feature_info", None)
+    return [entry.get("num_chs", 0) for entry in info] if isinstance(info, list) else []
+
+
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    """Channels that it makes and reads; what passes channels on makes those that it reads."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.in_channels
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    timms: Any = layer
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        width = layer.num_features
+    elif isinstance(layer, nn.GroupNorm):
+        width = layer.num_channels
+    else:
+        width = layer.normalized_shape[0] if isinstance(layer, nn.LayerNorm) else timms.weight.numel()
+    return width, width
+
+
+def _first(kept: int, width: int) -> Subset | None:
+    return None if kept == width else subset(torch.arange(kept), width)
+
+
+def _outputs(model: nn.Module, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what modules give."""
+    return {call.name: call.leaves[0].shape for call in trace(model, size, BATCH).calls if call.leaves}
+
+
+def _now(width: int, before: tuple[int, ...], after: tuple[int, ...]) -> int:
+    """What has become of the dimension that had this size."""
+    changed = [b for a, b in zip(before, after, strict=True) if a == width and b != width]
+    return changed[0] if changed else width

@@ -1,0 +1,322 @@
+"""Channels taken away for good: what is left is an ordinary, narrower model.
+
+Units of channel groups are scored (`units.py`), the least needed go until the model costs what was asked for, and
+every layer that they touch is cut: those that make them, norms and depthwise convolutions on the way, those that read
+them. Channels that residual sums tie go together. Groups keep a share of their units, and widths stay multiples of 8
+where layers are wide enough.
+
+    U units of a group, C channels of a layer
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from dynnet.channels import Group, Role, find_groups
+from dynnet.errors import PruneError, did_you_mean
+from dynnet.exits import input_size_of, title
+from dynnet.model import DynamicModel
+from dynnet.probe import BATCH, trace
+from dynnet.pruning.batches import Batches, Loader, Loss
+from dynnet.pruning.shape import restate
+from dynnet.pruning.units import find_criterion, relative, score
+from dynnet.slicing import Subset, cut, subset
+
+Scope = Literal["global", "group"]
+Side = tuple[str, Role]  # of a layer
+
+_FEWEST = 4  # steps in which a group can be narrowed, where its units allow
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What is taken away.
+
+    Attributes:
+        criterion: a name from `dynnet.pruning.CRITERIA`.
+        macs: target, as a share of the model's MACs; or
+        params: as a share of its parameters. One of the two.
+        scope: "global" ranks the units of all groups together, "group" takes the same share of each.
+        floor: share of its units that every group keeps.
+        multiple: widths stay multiples of this, in groups that are wide enough.
+        exclude: modules, by name, whose channels stay.
+    """
+
+    criterion: str = "taylor"
+    macs: float | None = None
+    params: float | None = None
+    scope: Scope = "global"
+    floor: float = 0.1
+    multiple: int = 8
+    exclude: tuple[str, ...] = ()
+
+
+def prune(
+    model: nn.Module,
+    loader: Loader | None = None,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    criterion: str = "taylor",
+    scope: Scope = "global",
+    floor: float = 0.1,
+    multiple: int = 8,
+    exclude: Sequence[str] = (),
+    batches: int = 10,
+    loss: Loss | None = None,
+    steps: int = 1,
+    between: Callable[[nn.Module], object] | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """A narrower copy of a model.
+
+    Args:
+        model: any timm classifier, or module from (B, C, H, W) images to (B, K) logits; left as it was.
+        loader: batches of (images, labels), for criteria that look at data.
+        macs, params: target, as a share of the model's; give one of the two.
+        criterion, scope, floor, multiple, exclude: see `PruneConfig`.
+        batches: how many of the loader's are looked at.
+        loss: of logits (B, K) and labels (B,), a mean; by default cross-entropy.
+        steps: reach the target in so many cuts, scoring anew before each.
+        between: called with the model after every cut but the last, to fine-tune it.
+        input_size: (C, H, W); by default what the model was made for.
+        seed: of what is random in a criterion.
+
+    Returns:
+        The copy, in the model's mode. Batch norms have yet to see it (`dynnet.pruning.recalibrate`).
+
+    Raises:
+        PruneError: nothing to prune, a target that cannot be met (with the least that can), an unknown criterion.
+        DataError: a loader that is missing, empty or without labels.
+        NonFiniteError: scores that are NaN or infinite.
+    """
+    config = PruneConfig(criterion, macs, params, scope, floor, multiple, tuple(exclude))
+    given = Batches(loader, batches, loss or nn.functional.cross_entropy, seed)
+    size = _check(model, config, steps, input_size)
+    pruned = copy.deepcopy(model)
+    unit, target = ("params", params) if macs is None else ("macs", macs)
+    assert target is not None
+    goals = [Costs(pruned, [], size, unit).whole * target ** (step / steps) for step in range(1, steps + 1)]
+    for step, goal in enumerate(goals):
+        groups = _groups(pruned, config, size)
+        costs = Costs(pruned, groups, size, unit)
+        scores = score(pruned, groups, criterion, given)
+        chunks = _chunks(pruned, groups, scores, config)
+        if step == 0 and (least := costs.without(_gone(groups, chunks))) > goals[-1]:
+            raise PruneError(
+                f"{unit}={target:g} is out of reach for {title(model)}: with all channels gone that may go, it still "
+                f"costs {least / costs.whole:.3f}"
+            )
+        narrow(pruned, groups, _choose(groups, chunks, costs, goal))
+        if step < len(goals) - 1 and between is not None:
+            between(pruned)
+    restate(pruned, model, size)
+    return pruned
+
+
+def _check(
+    model: nn.Module, config: PruneConfig, steps: int, input_size: tuple[int, int, int] | None
+) -> tuple[int, int, int]:
+    if isinstance(model, DynamicModel):
+        raise PruneError("a wrapped model is pruned before it is wrapped; call unwrap() first, wrap the narrower one")
+    masked = [name for name, module in model.named_modules() if is_parametrized(module)]
+    if masked:
+        raise PruneError(f"{masked[0]} has a mask on its weights; call make_permanent(model) first")
+    find_criterion(config.criterion)
+    if (config.macs is None) == (config.params is None):
+        raise PruneError(f"macs={config.macs}, params={config.params}: give one of the two as a target")
+    for key in ("macs", "params"):
+        share = getattr(config, key)
+        if share is not None and not 0 < share <= 1:
+            raise PruneError(f"{key}={share}: give a share of the model's in (0, 1]")
+    if not 0 <= config.floor < 1:
+        raise PruneError(f"floor={config.floor}: give the share of its units that every group keeps, in [0, 1)")
+    if config.multiple < 1 or steps < 1:
+        raise PruneError(f"multiple={config.multiple}, steps={steps}: give numbers of 1 or more")
+    if config.scope not in get_args(Scope):
+        raise PruneError(f"scope={config.scope!r}: choose from {', '.join(get_args(Scope))}")
+    modules = dict(model.named_modules())
+    for name in config.exclude:
+        if name not in modules:
+            raise PruneError(f"exclude: {title(model)} has no module {name!r}{did_you_mean(name, modules)}")
+    return input_size or input_size_of(model)
+
+
+def _groups(model: nn.Module, config: PruneConfig, size: tuple[int, ...]) -> list[Group]:
+    """Groups that can be narrowed.
+
+    Raises:
+        PruneError: there are none, and why.
+    """
+    every = find_groups(model, size)
+    found, told = [], []
+    for group in every:
+        inside = [m.layer for m in group.members for e in config.exclude if m.layer == e or m.layer.startswith(e + ".")]
+        if group.pinned is not None:
+            told.append(group.pinned)
+        elif inside:
+            told.append(f"{inside[0]} is excluded")
+        elif group.units > 1 and group.layers("produces"):
+            found.append(group)
+    if not found:
+        why = "; ".join(list(dict.fromkeys(told))[:4]) or "no layer reads what another one makes"
+        raise PruneError(f"{title(model)} has no channels to take away: {why}")
+    return found
+
+
+class Costs:
+    """What a model costs with some of its channels gone.
+
+    Attributes:
+        whole: with all of them.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], size: tuple[int, ...], unit: str) -> None:
+        """The costs of a model.
+
+        Args:
+            groups: whose units will go.
+            size: (C, H, W) of the images.
+            unit: "macs" of one sample, or "params".
+        """
+        modules = dict(model.named_modules())
+        macs = trace(model, size, BATCH)
+        self.whole = macs.macs // BATCH if unit == "macs" else sum(p.numel() for p in model.parameters())
+        self._widths = {(m.layer, m.role): m.width for group in groups for m in group.members}
+        self._terms: list[tuple[int, list[Side]]] = []
+        for layer in dict.fromkeys(layer for layer, _ in self._widths):
+            module = modules[layer]
+            sides = [side for side in self._widths if side[0] == layer]
+            # What makes group by group from what it reads shrinks once, with the number of groups.
+            both = sides[:1] if getattr(module, "groups", 1) > 1 else sides
+            made = [side for side in sides if side[1] != "reads"]
+            if unit == "macs":
+                self._terms.append((macs.layers[layer] // BATCH, both))
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                self._terms.append((parameter.numel(), both if name == "weight" else made))
+
+    def without(self, gone: Mapping[Side, int]) -> float:
+        """The cost where so many channels of some sides of layers are gone."""
+        total = float(self.whole)
+        for cost, sides in self._terms:
+            total -= cost * (1 - math.prod(1 - gone.get(side, 0) / self._widths[side] for side in sides))
+        return total
+
+
+class _Chunk(NamedTuple):
+    """Units of one group that go together."""
+
+    rank: float  # what they are worth: those of the lowest go first
+    group: int
+    units: np.ndarray
+
+
+def _chunks(model: nn.Module, groups: Sequence[Group], scores: Sequence[Tensor], config: PruneConfig) -> list[_Chunk]:
+    """What can go, in the order in which it goes."""
+    worth = [s.numpy() for s in scores] if find_criterion(config.criterion).comparable else relative(scores)
+    norms = {name: m.num_groups for name, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
+    chunks: list[_Chunk] = []
+    for number, (group, values) in enumerate(zip(groups, worth, strict=True)):
+        if np.isnan(values).any():
+            continue
+        bound = _bound(group, norms)
+        blocks = [np.flatnonzero(bound == b) for b in np.unique(bound)]
+        blocks.sort(key=lambda units: float(values[units].mean()))
+        made = next(m for m in group.members if m.role == "produces").channels.size // len(blocks)
+        step = max(1, min(config.multiple // made, len(blocks) // _FEWEST))
+        least = max(1, math.ceil(config.floor * len(blocks)))
+        first = 0
+        # The first may be a smaller one, after which the width is a multiple.
+        for end in range(len(blocks) % step or step, len(blocks) - least + 1, step):
+            units = np.concatenate(blocks[first:end])
+            rank = float(values[units].mean()) if config.scope == "global" else end / len(blocks)
+            chunks.append(_Chunk(rank, number, units))
+            first = end
+    return sorted(chunks, key=lambda chunk: chunk.rank)
+
+
+def _bound(group: Group, norms: Mapping[str, int]) -> np.ndarray:
+    """(U,) a number for each unit; units with the same one go together, so that group norms lose whole groups."""
+    bound = np.arange(group.units)
+    for member in group.members:
+        if norms.get(member.layer, 1) > 1:
+            of_channel = member.channels // (member.width // norms[member.layer])
+            for number in np.unique(of_channel):
+                touched = bound[(of_channel == number).any(1)]
+                bound[np.isin(bound, touched)] = touched.min()
+    return bound
+
+
+def _choose(groups: Sequence[Group], chunks: Sequence[_Chunk], costs: Costs, goal: float) -> list[np.ndarray]:
+    """(U,) bool for each group: the units that stay, those worth most at a cost of no more than the goal."""
+
+    def fits(taken: Sequence[_Chunk]) -> bool:
+        return costs.without(_gone(groups, taken)) <= goal
+
+    few, many = 0, len(chunks)
+    while few < many:
+        middle = (few + many) // 2
+        few, many = (few, middle) if fits(chunks[:middle]) else (middle + 1, many)
+    taken = list(chunks[:many])
+    # The last one may have been large: what fits is put back, the most valuable first.
+    for number in dict.fromkeys(chunk.group for chunk in reversed(chunks[:many])):
+        while mine := [chunk for chunk in taken if chunk.group == number]:
+            rest = [chunk for chunk in taken if chunk is not mine[-1]]
+            if not fits(rest):
+                break
+            taken = rest
+    stay = [np.ones(group.units, dtype=bool) for group in groups]
+    for chunk in taken:
+        stay[chunk.group][chunk.units] = False
+    return stay
+
+
+def _gone(groups: Sequence[Group], chunks: Sequence[_Chunk]) -> dict[Side, int]:
+    """How many channels of every side of every layer are gone."""
+    units = Counter[int]()
+    for chunk in chunks:
+        units[chunk.group] += len(chunk.units)
+    gone = Counter[Side]()
+    for number, count in units.items():
+        for member in groups[number].members:
+            gone[member.layer, member.role] += count * member.channels.shape[1]
+    return gone
+
+
+def narrow(model: nn.Module, groups: Sequence[Group], stay: Sequence[np.ndarray]) -> None:
+    """Cut every layer to the channels that stay, in place.
+
+    Args:
+        model: whose groups they are.
+        groups: without a reason to be left alone.
+        stay: for each group (U,) bool, at least one.
+    """
+    there: dict[Side, np.ndarray] = {}
+    for group, mask in zip(groups, stay, strict=True):
+        for member in group.members:
+            side = there.setdefault((member.layer, member.role), np.ones(member.width, dtype=bool))
+            side[member.channels[~mask].ravel()] = False
+    modules = dict(model.named_modules())
+    for layer in dict.fromkeys(layer for layer, _ in there):
+        left = {role: _subset(mask, modules[layer]) for (name, role), mask in there.items() if name == layer}
+        through = left.get("passes") or left.get("mixes")
+        cut(modules[layer], left.get("reads") or through, left.get("produces"))
+
+
+def _subset(there: np.ndarray, layer: nn.Module) -> Subset | None:
+    if there.all():
+        return None
+    device = next(layer.parameters(), torch.empty(0)).device
+    return subset(torch.from_numpy(np.flatnonzero(there)).to(device), len(there))

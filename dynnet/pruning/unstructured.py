@@ -1,0 +1,264 @@
+"""Single weights set to zero, for good: masks that survive training, and patterns that hardware knows.
+
+On dense hardware this saves no time; it saves what is written to disk (`dynnet.save(..., sparse=True)`), and with two
+zeros in every four neighbours (2:4) time on GPUs that have sparse tensor cores.
+
+    O outputs and I inputs of a layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
+
+from dynnet.errors import PruneError, did_you_mean
+from dynnet.exits import title
+from dynnet.pruning.batches import Batches, Loader, Loss
+from dynnet.pruning.weights import score_weights, weight_of
+
+SparsityScope = Literal["global", "layer"]
+Schedule = Literal["linear", "cubic"]
+
+
+class Masked(nn.Module):
+    """A parametrization of a weight: zero where the mask is. Its gradient is zero there, too."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.where(cast(Tensor, self.mask), weight, 0.0)
+
+
+def sparsify(
+    model: nn.Module,
+    sparsity: float,
+    loader: Loader | None = None,
+    *,
+    criterion: str = "magnitude",
+    scope: SparsityScope = "global",
+    exclude: Sequence[str] = (),
+    batches: int = 10,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> None:
+    """Mask the least needed weights of convolutions and linear layers, in place.
+
+    The masks hold through training, `state_dict` and copies; `make_permanent` writes the zeros into the weights. Masks
+    only grow: called again with a higher sparsity, what is masked stays so (iterative pruning).
+
+    Args:
+        model: any.
+        sparsity: share of the weights that are zero then, exactly, to the nearest weight; of all of them ("global"), or
+            of each layer's.
+        loader: batches of (images, labels), for criteria that look at data.
+        criterion: a name from `WEIGHT_CRITERIA`.
+        scope: "global" ranks all weights together, "layer" those of each layer.
+        exclude: modules, by name, whose weights stay.
+        batches, loss, seed: as in `prune`.
+
+    Raises:
+        PruneError: a sparsity outside [0, 1) or below what is masked already, or an unknown name; the model is left
+            untouched.
+    """
+    if not 0 <= sparsity < 1:
+        raise PruneError(f"sparsity={sparsity}: give a share of the weights in [0, 1)")
+    if scope not in get_args(SparsityScope):
+        raise PruneError(f"scope={scope!r}: choose from {', '.join(get_args(SparsityScope))}")
+    layers = weighted_layers(model, exclude)
+    given = Batches(loader, batches, loss or nn.functional.cross_entropy, seed)
+    scores = score_weights(model, layers, criterion, given)
+    for layer, values in scores.items():
+        values[~_mask(model.get_submodule(layer))] = -torch.inf
+    parts = [layers] if scope == "global" else [[layer] for layer in layers]
+    masks: dict[str, Tensor] = {}
+    for part in parts:
+        joined = torch.cat([scores[layer].flatten() for layer in part])
+        count, already = round(sparsity * len(joined)), int(joined.isneginf().sum())
+        if count < already:
+            raise PruneError(
+                f"sparsity={sparsity:g}, but {already / len(joined):.4f} of the weights of {_named(part)} are masked "
+                f"already, and masks only grow; give more"
+            )
+        keep = torch.ones_like(joined, dtype=torch.bool)
+        keep[joined.topk(count, largest=False).indices] = False
+        sizes = [scores[layer].numel() for layer in part]
+        masks |= {layer: m.view_as(scores[layer]) for layer, m in zip(part, keep.split(sizes), strict=True)}
+    set_masks(model, masks)
+
+
+def sparsify_n_m(
+    model: nn.Module,
+    n: int = 2,
+    m: int = 4,
+    loader: Loader | None = None,
+    *,
+    criterion: str = "magnitude",
+    exclude: Sequence[str] = (),
+    batches: int = 10,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Mask all but the n most needed of every m neighbouring inputs of each output, in place (Mishra et al.,
+    "Accelerating Sparse Deep Neural Networks", https://arxiv.org/abs/2104.08378).
+
+    Args:
+        model: any.
+        n, m: of m neighbours along the inputs, n stay.
+        loader, criterion, exclude, batches, loss, seed: as in `sparsify`.
+
+    Returns:
+        Layers that are left dense, as m does not divide their inputs (of one group, where they are grouped).
+
+    Raises:
+        PruneError: not 0 < n < m, an unknown name, layers that are masked already, or none that m divides.
+    """
+    if not 0 < n < m:
+        raise PruneError(f"n={n}, m={m}: of m neighbours n stay, 0 < n < m")
+    layers = weighted_layers(model, exclude)
+    before = [layer for layer in layers if is_parametrized(model.get_submodule(layer), "weight")]
+    if before:
+        raise PruneError(f"{before[0]} is masked already; call make_permanent(model) first")
+    fits = [layer for layer in layers if weight_of(model.get_submodule(layer)).shape[1] % m == 0]
+    if not fits:
+        raise PruneError(f"{title(model)} has no layer whose inputs are a multiple of m={m}; choose another")
+    given = Batches(loader, batches, loss or nn.functional.cross_entropy, seed)
+    masks = {}
+    for layer, values in score_weights(model, fits, criterion, given).items():
+        along = values.movedim(1, -1).unflatten(-1, (-1, m))  # (O, ..., I / m, m)
+        keep = torch.zeros_like(along, dtype=torch.bool).scatter_(-1, along.topk(n, -1).indices, True)
+        masks[layer] = keep.flatten(-2).movedim(-1, 1).contiguous()
+    set_masks(model, masks)
+    return [layer for layer in layers if layer not in masks]
+
+
+def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Put masks on layers, in the place of those that they have.
+
+    Args:
+        model: any; changed in place.
+        masks: by layer, bool in the shape of its weight; False is zero.
+    """
+    for name, mask in masks.items():
+        layer: Any = model.get_submodule(name)
+        if is_parametrized(layer, "weight"):
+            layer.parametrizations.weight[0].mask.copy_(mask)
+        else:
+            register_parametrization(layer, "weight", Masked(mask))
+
+
+def make_permanent(model: nn.Module) -> None:
+    """Write the zeros into the weights and take the masks away, in place."""
+    for module in list(model.modules()):
+        if is_masked(module):
+            remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def rewind(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a masked model the weights that it had earlier, in place; masks stay (lottery tickets: Frankle & Carbin,
+    https://arxiv.org/abs/1803.03635, to the first ones; https://arxiv.org/abs/1912.05671, to early ones).
+
+    Args:
+        model: masked or not.
+        weights: an earlier `state_dict` of it, taken before or after it was masked.
+
+    Raises:
+        PruneError: it has other tensors.
+    """
+    moved = {}
+    for name, tensor in model.state_dict().items():
+        plain = name.replace("parametrizations.weight.original", "weight")
+        if name.endswith("parametrizations.weight.0.mask"):
+            continue
+        found = weights.get(name, weights.get(plain))
+        if found is None or found.shape != tensor.shape:
+            raise PruneError(
+                f"the earlier weights have no {plain!r} of shape {tuple(tensor.shape)}; give the model's own"
+            )
+        moved[name] = found
+    model.load_state_dict(moved, strict=False)
+
+
+def sparsity(model: nn.Module) -> dict[str, float]:
+    """Share of zeros among the weights of every convolution and linear layer, and of all of them under ""."""
+    zeros, sizes = {}, {}
+    for name in weighted_layers(model, ()):
+        weight = cast(Tensor, model.get_submodule(name).weight)
+        zeros[name], sizes[name] = int((weight == 0).sum()), weight.numel()
+    return {name: zeros[name] / sizes[name] for name in zeros} | {"": sum(zeros.values()) / max(1, sum(sizes.values()))}
+
+
+def scheduled(schedule: Schedule, final: float, step: int, steps: int) -> float:
+    """The sparsity after `step` of `steps`: "linear", or "cubic", fast at first (Zhu & Gupta,
+    https://arxiv.org/abs/1710.01878).
+
+    Raises:
+        PruneError: an unknown schedule.
+    """
+    if schedule not in get_args(Schedule):
+        raise PruneError(f"schedule={schedule!r}: choose from {', '.join(get_args(Schedule))}")
+    left = 1 - step / steps
+    return final * (1 - (left if schedule == "linear" else left**3))
+
+
+def to_semi_structured(model: nn.Module) -> list[str]:
+    """Let linear layers whose weights are 2:4 run on sparse tensor cores, in place, where the GPU has them.
+
+    Returns:
+        Names of the layers that now do: in half precision or int8, on a CUDA device of capability 8.0 or higher.
+        Elsewhere none, and nothing changes.
+    """
+    found = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or is_parametrized(layer, "weight") or not _has_sparse_cores(layer.weight):
+            continue
+        if layer.weight.shape[1] % 4 or int((layer.weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) > 2:
+            continue
+        layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
+        found.append(name)
+    return found
+
+
+def is_masked(module: nn.Module) -> bool:
+    return is_parametrized(module, "weight") and isinstance(cast(Any, module).parametrizations.weight[0], Masked)
+
+
+def weighted_layers(model: nn.Module, exclude: Sequence[str]) -> list[str]:
+    """Names of all convolutions and linear layers, but for those inside of `exclude`.
+
+    Raises:
+        PruneError: an unknown name, or nothing is left.
+    """
+    modules = dict(model.named_modules())
+    for name in exclude:
+        if name not in modules:
+            raise PruneError(f"exclude: {title(model)} has no module {name!r}{did_you_mean(name, modules)}")
+    found = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+        and not any(name == e or name.startswith(e + ".") for e in exclude)
+    ]
+    if not found:
+        raise PruneError(f"{title(model)} has no convolutions or linear layers to prune")
+    return found
+
+
+def _mask(layer: nn.Module) -> Tensor:
+    if is_parametrized(layer, "weight"):
+        return cast(Tensor, cast(Any, layer).parametrizations.weight[0].mask)
+    return torch.ones_like(weight_of(layer), dtype=torch.bool)
+
+
+def _has_sparse_cores(weight: Tensor) -> bool:
+    halves = (torch.float16, torch.bfloat16, torch.int8)
+    return weight.is_cuda and weight.dtype in halves and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+
+
+def _named(layers: Sequence[str]) -> str:
+    return layers[0] if len(layers) == 1 else "all layers"
