@@ -19,12 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dynnet.errors import CheckpointError, DynnetError, PruneError
 from dynnet.exits import title
 from dynnet.heads import HeadFactory
 from dynnet.model import DynamicModel
 from dynnet.policy import to_json
+from dynnet.pruning.packed import pack, unpack
 from dynnet.pruning.shape import UNCHANGED, Shape, bring_into_shape, shape_of
 from dynnet.regions import GateConfig
 from dynnet.wrap import wrap
@@ -70,7 +72,7 @@ def read_bundle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(header["dynnet"])
 
 
-def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = None) -> None:
+def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = None, *, sparse: bool = False) -> None:
     """Save a model: weights, and all that is needed to build it again.
 
     Args:
@@ -78,7 +80,14 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
             dynnet's own if the file is to be loaded without further arguments); or a plain one. Either may be pruned.
         path: of the file to write, usually named *.safetensors.
         create: arguments of `timm.create_model` that make the backbone; by default its name and number of classes.
+        sparse: write tensors with many zeros as bits and values; reading takes no option.
+
+    Raises:
+        CheckpointError: some weights are masked.
     """
+    masked = [name for name, module in model.named_modules() if is_parametrized(module)]
+    if masked:
+        raise CheckpointError(f"{masked[0]} has a mask on its weights; call dynnet.pruning.make_permanent(model) first")
     backbone = model.backbone if isinstance(model, DynamicModel) else model
     config = getattr(backbone, "pretrained_cfg", None) or {}
     classes = getattr(model, "num_classes", None)
@@ -98,7 +107,10 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
             "calibration": model.calibration,
             "regions": _regions(model),
         }
-    write_bundle(path, model.state_dict(), about)
+    tensors: Mapping[str, Tensor] = model.state_dict()
+    if sparse:
+        tensors, about["packed"] = pack(tensors)
+    write_bundle(path, tensors, about)
 
 
 def load(
@@ -176,6 +188,11 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
     if found != kind:
         remedy = {"model": "; dynnet.load reads it", "backbone": "; dynnet.load_backbone reads it"}.get(found or "", "")
         raise CheckpointError(f"{str(path)!r} holds a {found}, not a {kind}{remedy}")
+    if about.get("packed"):
+        try:
+            tensors = unpack(tensors, about["packed"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{str(path)!r} is damaged: {error}; take another copy") from error
     return tensors, about
 
 

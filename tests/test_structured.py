@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.layers.grn import GlobalResponseNorm
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 
 import dynnet
 from dynnet.channels import Group, find_groups
+from dynnet.errors import CheckpointError, DataError, PruneError
 from dynnet.layers import channel_dim
 from dynnet.probe import trace
+from dynnet.pruning import recalibrate, sparsify
 from dynnet.pruning.structured import narrow
 from dynnet.slicing import cut, subset
 from tests.cases import CASES, CLASSES, Case, enliven
@@ -125,3 +129,166 @@ def test_pruned_models_cost_what_was_asked_for_and_learn(case: Case, tmp_path: P
     assert {k: v for k, v in vars(again).items() if type(v) in (int, list)} == {
         k: v for k, v in vars(pruned).items() if type(v) in (int, list)
     }
+
+
+def chain(units: int = 16) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, units, 3), nn.BatchNorm2d(units), nn.ReLU(), nn.Conv2d(units, 2 * units, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * units, 4),
+    ).eval()  # fmt: skip
+
+
+CHAIN = (3, 12, 12)
+
+
+def test_the_units_worth_most_stay() -> None:
+    model = chain()
+    with torch.no_grad():
+        for unit in (3, 7, 8, 12):
+            model[0].weight[unit] *= 10
+            model[3].weight[:, unit] *= 10
+    pruned = dynnet.prune(model, macs=0.3, criterion="l1", scope="group", multiple=4, exclude=["7"], input_size=CHAIN)
+    assert torch.equal(pruned[0].weight, model[0].weight[[3, 7, 8, 12]])
+    assert torch.equal(pruned[1].running_mean, model[1].running_mean[[3, 7, 8, 12]])
+    assert torch.equal(pruned[3].weight, model[3].weight[:, [3, 7, 8, 12]])
+    assert pruned[7].in_features == 32
+
+
+def test_shares_of_each_group_or_a_ranking_over_all() -> None:
+    model = chain()
+    with torch.no_grad():
+        model[0].weight[8:] = 1e-3 * torch.randn_like(model[0].weight[8:])  # half of one group is worth nothing
+        model[3].weight[:, 8:] = 1e-3 * torch.randn_like(model[3].weight[:, 8:])
+    uniform = dynnet.prune(model, macs=0.5, criterion="l1", scope="group", multiple=1, input_size=CHAIN)
+    assert abs(uniform[0].out_channels / 16 - uniform[3].out_channels / 32) <= 1 / 16
+    ranked = dynnet.prune(model, macs=0.5, criterion="l1", multiple=1, input_size=CHAIN)
+    assert ranked[0].out_channels <= 8
+    assert ranked[3].out_channels > 24
+
+
+def test_widths_stay_multiples_and_above_their_floor() -> None:
+    model = chain(64)
+    for share in (0.7, 0.3, 0.1):
+        pruned = dynnet.prune(model, macs=share, criterion="random", input_size=CHAIN)
+        assert pruned[0].out_channels % 8 == pruned[3].out_channels % 8 == 0
+    pruned = dynnet.prune(model, macs=0.35, criterion="l1", floor=0.5, multiple=1, input_size=CHAIN)
+    assert (pruned[0].out_channels, pruned[3].out_channels) >= (32, 64)
+
+
+def test_parameters_are_a_target_too() -> None:
+    case = CASES[0]
+    model = case.backbone()
+    pruned = dynnet.prune(model, params=0.5, criterion="l2", multiple=1, input_size=case.size)
+    share = sum(p.numel() for p in pruned.parameters()) / sum(p.numel() for p in model.parameters())
+    assert 0.45 < share <= 0.5
+
+
+def test_a_target_can_be_reached_in_steps() -> None:
+    model = chain(64)
+    seen: list[float] = []
+    whole = trace(model, CHAIN, 1).macs
+
+    def between(pruned: nn.Module) -> None:
+        seen.append(trace(pruned, CHAIN, 1).macs / whole)
+
+    pruned = dynnet.prune(model, macs=0.25, criterion="l2", multiple=1, steps=2, between=between, input_size=CHAIN)
+    assert len(seen) == 1
+    assert seen[0] == pytest.approx(0.5, abs=0.03)
+    assert trace(pruned, CHAIN, 1).macs / whole == pytest.approx(0.25, abs=0.03)
+
+
+def test_group_norms_lose_whole_groups() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.GroupNorm(8, 32), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.Flatten(), nn.Linear(512, 4)
+    ).double()
+    enliven(model)
+    pruned = dynnet.prune(model, macs=0.5, criterion="l2", multiple=1, input_size=CHAIN)
+    norm = pruned[1]
+    assert norm.num_channels == pruned[0].out_channels == 4 * norm.num_groups < 32
+    kept = [int((model[0].weight == row).flatten(1).all(1).nonzero()) for row in pruned[0].weight]
+    assert kept == [4 * (k // 4) + i % 4 for i, k in enumerate(kept)]
+
+
+def test_timm_goes_on_with_a_pruned_model() -> None:
+    case = Case("mobilenetv3_small_050")
+    pruned = dynnet.prune(case.backbone(), macs=0.5, criterion="l2", input_size=case.size)
+    images = case.images(2)
+    features = pruned.forward_features(images)
+    assert features.shape[1] == pruned.num_features
+    assert pruned.forward_head(features, pre_logits=True).shape[1] == pruned.head_hidden_size
+    outputs = pruned.forward_intermediates(images, intermediates_only=True)
+    assert [entry["num_chs"] for entry in pruned.feature_info] == [x.shape[1] for x in outputs]
+    pruned.reset_classifier(3)
+    assert pruned(images).shape == (2, 3)
+    model = dynnet.wrap(pruned, 2, gates="channel", input_size=case.size).eval()
+    assert model.predict(images).logits.shape == (2, 3)
+
+
+def test_a_dynamic_model_on_a_pruned_backbone_is_saved_with_its_shape(tmp_path: Path) -> None:
+    case = CASES[0]
+    pruned = dynnet.prune(case.backbone(), macs=0.5, criterion="l2", multiple=1, input_size=case.size)
+    model = dynnet.wrap(pruned, 2, input_size=case.size)
+    model.thresholds = [0.5, 0.5]
+    dynnet.save(model, tmp_path / "x.safetensors")
+    again = dynnet.load(tmp_path / "x.safetensors")
+    images = case.images(4)
+    assert torch.equal(again.predict(images).logits, model.predict(images).logits)
+    assert torch.equal(again.predict(images).macs, model.predict(images).macs)
+    dynnet.save(model.unwrap(), tmp_path / "y.safetensors")
+    with pytest.raises(CheckpointError, match="holds a backbone, not a model; dynnet.load_backbone reads it"):
+        dynnet.load(tmp_path / "y.safetensors")
+    narrow_one = timm.create_model("cifar_resnet20", num_classes=CLASSES, width=0.25)
+    with pytest.raises(CheckpointError, match=r"cannot be brought into its shape: its 'bn1' is 4 x 4 channels wide"):
+        dynnet.load_backbone(tmp_path / "y.safetensors", narrow_one)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "macs=None, params=None: give one of the two"),
+        ({"macs": 0.5, "params": 0.5}, "give one of the two"),
+        ({"macs": 0.0}, r"macs=0.0: give a share of the model's in \(0, 1\]"),
+        ({"macs": 1.5}, r"in \(0, 1\]"),
+        ({"macs": 0.01}, "macs=0.01 is out of reach for Sequential: .* still costs 0.0"),
+        ({"macs": 0.5, "criterion": "taylr"}, "did you mean 'taylor'"),
+        ({"macs": 0.5, "floor": 1.0}, "floor=1.0"),
+        ({"macs": 0.5, "steps": 0}, "steps=0"),
+        ({"macs": 0.5, "scope": "layer"}, "choose from global, group"),
+        ({"macs": 0.5, "exclude": ["zero"]}, "exclude: Sequential has no module 'zero'"),
+        ({"macs": 0.5, "exclude": ["0", "3"]}, "no channels to take away: .*excluded"),
+    ],
+)
+def test_bad_input_leaves_the_model_untouched(settings: dict[str, Any], message: str) -> None:
+    model = chain()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PruneError, match=message):
+        dynnet.prune(model, **{"criterion": "l1", "input_size": CHAIN, **settings})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_wrapped_and_masked_models_are_refused() -> None:
+    case = CASES[0]
+    with pytest.raises(PruneError, match="unwrap"):
+        dynnet.prune(case.wrapped(), macs=0.5)
+    model = chain()
+    sparsify(model, 0.5)
+    with pytest.raises(PruneError, match="0 has a mask on its weights; call make_permanent"):
+        dynnet.prune(model, macs=0.5, criterion="l1", input_size=CHAIN)
+
+
+def test_batch_norms_are_measured_anew() -> None:
+    model = chain().double()
+    pruned = dynnet.prune(model, macs=0.5, criterion="l2", multiple=1, input_size=CHAIN).train()
+    images = torch.randn(64, *CHAIN, dtype=torch.float64)
+    recalibrate(pruned, images.split(16))
+    expected = pruned[0](images)
+    assert torch.allclose(pruned[1].running_mean, expected.mean((0, 2, 3)))
+    means = torch.stack([part.var((0, 2, 3)) for part in expected.split(16)]).mean(0)
+    assert torch.allclose(pruned[1].running_var, means)
+    assert pruned.training
+    assert pruned[1].momentum == 0.1
+    before = pruned[1].running_mean.clone()
+    with pytest.raises(DataError, match="no batches"):
+        recalibrate(pruned, [])
+    assert torch.equal(pruned[1].running_mean, before)

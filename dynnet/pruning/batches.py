@@ -48,9 +48,7 @@ class Batches:
                 return
             images, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], (*batch[1:], None)[0])
             if labelled and not isinstance(labels, Tensor):
-                raise DataError(
-                    f"batch {number} of the loader has no labels, which gradients need; give (images, labels)"
-                )
+                raise DataError(f"batch {number} has no labels, which gradients need; give (images, labels)")
             yield images.to(device), None if labels is None else labels.to(device)
         if number < 0:
             raise DataError("the loader gave no batches; give it at least one image")

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from dynnet.channels import Group, Role, find_groups
@@ -29,12 +29,13 @@ from dynnet.model import DynamicModel
 from dynnet.probe import BATCH, trace
 from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.shape import restate
-from dynnet.pruning.units import find_criterion, relative, score
+from dynnet.pruning.units import Scores, find_criterion, score
 from dynnet.slicing import Subset, cut, subset
 
 Scope = Literal["global", "group"]
 Side = tuple[str, Role]  # of a layer
 
+_TINY = torch.finfo(torch.float64).tiny
 _FEWEST = 4  # steps in which a group can be narrowed, where its units allow
 
 
@@ -223,14 +224,15 @@ class _Chunk(NamedTuple):
     units: np.ndarray
 
 
-def _chunks(model: nn.Module, groups: Sequence[Group], scores: Sequence[Tensor], config: PruneConfig) -> list[_Chunk]:
+def _chunks(model: nn.Module, groups: Sequence[Group], scores: Scores, config: PruneConfig) -> list[_Chunk]:
     """What can go, in the order in which it goes."""
-    worth = [s.numpy() for s in scores] if find_criterion(config.criterion).comparable else relative(scores)
+    comparable = find_criterion(config.criterion).comparable
     norms = {name: m.num_groups for name, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
     chunks: list[_Chunk] = []
-    for number, (group, values) in enumerate(zip(groups, worth, strict=True)):
-        if np.isnan(values).any():
+    for number, (group, worth) in enumerate(zip(groups, scores, strict=True)):
+        if worth is None:
             continue
+        values = (worth if comparable else worth / worth.mean().clamp(min=_TINY)).numpy()
         bound = _bound(group, norms)
         blocks = [np.flatnonzero(bound == b) for b in np.unique(bound)]
         blocks.sort(key=lambda units: float(values[units].mean()))

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from dynnet.probe import BATCH, evaluating, trace
 from dynnet.pruning.batches import Batches
 from dynnet.pruning.weights import curvature, weight_of
 
-Scores = list[Tensor]
+Scores = Sequence[Tensor | None]  # None where a criterion has nothing to say of a group
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class Criterion:
     """How units are scored.
 
     Attributes:
-        score: called with the model, its groups and batches; gives (U,) float64 for each group. NaN where the criterion
-            has nothing to say of a group.
+        score: called with the model, its groups and batches; gives (U,) float64 for each group, or None.
         needs: what it looks at: "weights" alone, "images", or images with "labels".
         comparable: are scores of different groups in one unit? Else each group's are divided by their mean.
     """
@@ -58,7 +56,7 @@ def score(model: nn.Module, groups: Sequence[Group], criterion: str, batches: Ba
         batches: what data-driven criteria look at.
 
     Returns:
-        (U,) float64 for each group, on the CPU.
+        (U,) float64 for each group, on the CPU; None where the criterion has nothing to say of it.
 
     Raises:
         PruneError: an unknown criterion, or one that has nothing to say of any group.
@@ -67,15 +65,15 @@ def score(model: nn.Module, groups: Sequence[Group], criterion: str, batches: Ba
     """
     chosen = find_criterion(criterion)
     with evaluating(model):
-        found = [s.detach().double().cpu() for s in chosen.score(model, groups, batches)]
+        found = [None if s is None else s.detach().double().cpu() for s in chosen.score(model, groups, batches)]
     for group, scores in zip(groups, found, strict=True):
-        if not bool(scores.isfinite().all()) and not bool(scores.isnan().all()):
+        if scores is not None and not bool(scores.isfinite().all()):
             bad = int((~scores.isfinite()).sum())
             raise NonFiniteError(
                 f"criterion {criterion!r} gave NaN or infinity for {bad} of {len(scores)} units made by "
                 f"{group.members[0].layer}; check the weights, the images and the loss"
             )
-    if groups and all(bool(s.isnan().all()) for s in found):
+    if groups and all(scores is None for scores in found):
         raise PruneError(
             f"criterion {criterion!r} has nothing to say of any group; {_NOTHING.get(criterion, 'check the weights')}"
         )
@@ -128,14 +126,14 @@ def norm_scale(model: nn.Module, groups: Sequence[Group], batches: Batches) -> S
     https://arxiv.org/abs/1708.06519)."""
     modules = dict(model.named_modules())
 
-    def of(group: Group) -> Tensor:
+    def of(group: Group) -> Tensor | None:
         scales = [
             _by_unit(member, modules[member.layer].weight.abs())
             for member in group.members
             if isinstance(modules[member.layer], nn.modules.batchnorm._BatchNorm)
             and modules[member.layer].weight is not None
         ]
-        return torch.stack(scales).mean(0) if scales else torch.full((group.units,), torch.nan)
+        return torch.stack(scales).mean(0) if scales else None
 
     return [of(group) for group in groups]
 
@@ -284,8 +282,9 @@ def _slopes(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Iter
     inputs: dict[str, tuple[Tensor, int]] = {}
 
     def look(layer: str, x: Tensor, dim: int) -> Tensor:
-        if not x.requires_grad:  # all weights before it are frozen
-            x = x.detach().requires_grad_()
+        # Several layers may read one tensor; each slope is of one of them. Where all weights before it are frozen, the
+        # graph begins here.
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         inputs[layer] = (x, dim)
         return x
 
@@ -323,8 +322,3 @@ def _per_sample(x: Tensor, dim: int, batch_dim: int | None, size: int) -> Tensor
         return (x.movedim(dim, -1).flatten(0, -2).sum(0) / size).expand(size, -1)
     # Windows and patches are folded into the batch sample by sample.
     return x.movedim((batch_dim, dim), (0, -1)).reshape(size, -1, x.shape[dim]).sum(1)
-
-
-def relative(scores: Sequence[Tensor]) -> list[np.ndarray]:
-    """Scores of every group divided by their mean."""
-    return [(s / s.mean().clamp(min=torch.finfo(s.dtype).tiny)).numpy() for s in scores]

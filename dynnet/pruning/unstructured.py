@@ -177,9 +177,7 @@ def rewind(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             continue
         found = weights.get(name, weights.get(plain))
         if found is None or found.shape != tensor.shape:
-            raise PruneError(
-                f"the earlier weights have no {plain!r} of shape {tuple(tensor.shape)}; give the model's own"
-            )
+            raise PruneError(f"the earlier weights lack {plain!r} of shape {tuple(tensor.shape)}; give the model's own")
         moved[name] = found
     model.load_state_dict(moved, strict=False)
 

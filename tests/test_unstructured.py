@@ -1,0 +1,190 @@
+"""Single weights set to zero: masks, patterns, tickets."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dynnet
+from dynnet.errors import CheckpointError, NonFiniteError, PruneError
+from dynnet.pruning import make_permanent, rewind, scheduled, sparsify, sparsify_n_m, sparsity, to_semi_structured
+from dynnet.pruning.unstructured import weighted_layers
+from tests.cases import tiny
+
+
+def train(model: nn.Module, steps: int = 3, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.randint(0, 5, (8,))).backward()
+        optimizer.step()
+
+
+def zeros(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: model.get_submodule(name).weight.detach() == 0 for name in weighted_layers(model, ())}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1234, 0.5, 0.987])
+def test_the_least_weights_of_all_layers_are_zero_to_the_last_one(share: float) -> None:
+    model = tiny()
+    before = torch.cat([model.get_submodule(n).weight.detach().flatten() for n in weighted_layers(model, ())])
+    sparsify(model, share)
+    after = torch.cat([model.get_submodule(n).weight.detach().flatten() for n in weighted_layers(model, ())])
+    count = round(share * len(before))
+    assert int((after == 0).sum()) == count
+    assert torch.equal(after[after != 0], before[after != 0])
+    if count:
+        assert before[after == 0].abs().max() <= before[after != 0].abs().min()
+    assert sparsity(model)[""] == pytest.approx(count / len(before))
+
+
+def test_every_layer_can_lose_the_same_share() -> None:
+    model = tiny()
+    sparsify(model, 0.75, scope="layer")
+    for name in weighted_layers(model, ()):
+        weight = model.get_submodule(name).weight
+        assert int((weight == 0).sum()) == round(0.75 * weight.numel())
+
+
+def test_more_entries_than_single_precision_can_count() -> None:
+    model = nn.Sequential(nn.Linear(4099, 4099, bias=False))  # above 2 ** 24, where quantiles once gave up
+    sparsify(model, 0.8)
+    assert int((model[0].weight == 0).sum()) == round(0.8 * 4099**2)
+
+
+def test_masks_survive_training_copies_and_state_dicts() -> None:
+    model = tiny(classes=5)
+    sparsify(model, 0.6)
+    expected = zeros(model)
+    before = model[0][0].weight.detach().clone()
+    train(model.train())
+    assert not torch.equal(model[0][0].weight, before)
+    for found in (model, copy.deepcopy(model)):
+        assert all(torch.equal(mask, expected[name]) for name, mask in zeros(found).items())
+    other = tiny(classes=5)
+    sparsify(other, 0.1)
+    other.load_state_dict(model.state_dict())
+    assert all(torch.equal(mask, expected[name]) for name, mask in zeros(other).items())
+
+    images = torch.randn(2, 3, 32, 32)
+    model.eval()
+    answers = model(images)
+    make_permanent(model)
+    assert torch.equal(model(images), answers)
+    assert set(model.state_dict()) == set(tiny(classes=5).state_dict())
+    assert all(torch.equal(mask, expected[name]) for name, mask in zeros(model).items())
+
+
+def test_masks_only_grow() -> None:
+    model = tiny(classes=5)
+    masks = []
+    for step in range(1, 4):
+        sparsify(model, scheduled("cubic", 0.9, step, 3))
+        train(model.train(), seed=step)
+        masks.append(torch.cat([m.flatten() for m in zeros(model).values()]))
+    assert bool((masks[0] <= masks[1]).all())
+    assert bool((masks[1] <= masks[2]).all())
+    assert masks[2].double().mean() == pytest.approx(0.9, abs=1e-4)
+    with pytest.raises(PruneError, match=r"sparsity=0.5, but 0.9.* masked already"):
+        sparsify(model, 0.5)
+    assert sparsity(model)[""] == pytest.approx(0.9, abs=1e-4)
+
+
+def test_schedules_end_where_they_should() -> None:
+    for schedule, half in (("linear", 0.4), ("cubic", 0.7)):
+        assert scheduled(schedule, 0.8, 0, 4) == 0
+        assert scheduled(schedule, 0.8, 2, 4) == pytest.approx(half)
+        assert scheduled(schedule, 0.8, 4, 4) == pytest.approx(0.8)
+    with pytest.raises(PruneError, match="choose from linear, cubic"):
+        scheduled("square", 0.8, 1, 2)  # type: ignore[arg-type]
+
+
+def test_a_ticket_is_its_early_weights_under_its_late_mask() -> None:
+    model = tiny(classes=5)
+    early = copy.deepcopy(model.state_dict())
+    train(model.train())
+    sparsify(model, 0.8)
+    mask = zeros(model)
+    rewind(model, early)
+    make_permanent(model)
+    for name, gone in mask.items():
+        weight = model.get_submodule(name).weight
+        assert torch.equal(weight, torch.where(gone, 0.0, early[name + ".weight"]))
+    assert torch.equal(model[0][1].running_mean, early["0.1.running_mean"])
+    with pytest.raises(PruneError, match="lack '0.0.weight'"):
+        rewind(model, tiny(channels=1).state_dict())
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 8)])
+def test_n_of_every_m_neighbours_stay(n: int, m: int) -> None:
+    model = tiny()
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in weighted_layers(model, ())}
+    left = sparsify_n_m(model, n, m)
+    assert left == ["0.0"]  # it reads three channels
+    for name in set(before) - set(left):
+        after = model.get_submodule(name).weight.detach()
+        groups = after.movedim(1, -1).unflatten(-1, (-1, m))
+        assert bool(((groups != 0).sum(-1) == n).all())
+        was = before[name].movedim(1, -1).unflatten(-1, (-1, m)).abs()
+        assert torch.equal(was.topk(n, -1).values.sort(-1).values, groups.abs().sort(-1).values[..., -n:])
+    with pytest.raises(PruneError, match="masked already"):
+        sparsify_n_m(model, n, m)
+
+
+def test_sparse_cores_are_used_only_where_there_are_some() -> None:
+    model = tiny()
+    sparsify_n_m(model)
+    make_permanent(model)
+    if not torch.cuda.is_available():
+        assert to_semi_structured(model) == []
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "hessian", "activation", "random"])
+def test_other_criteria_choose_other_weights(criterion: str) -> None:
+    batches = [(torch.randn(4, 3, 32, 32), torch.randint(0, 4, (4,))) for _ in range(2)]
+    model, by_magnitude = tiny(), tiny()
+    sparsify(model, 0.5, batches, criterion=criterion)
+    sparsify(by_magnitude, 0.5)
+    assert sparsity(model)[""] == pytest.approx(0.5, abs=1e-4)
+    assert any(not torch.equal(mask, zeros(by_magnitude)[name]) for name, mask in zeros(model).items())
+
+
+def test_a_sparse_file_is_small_and_reads_back_bit_for_bit(tmp_path: Path) -> None:
+    model = timm.create_model("cifar_resnet20", num_classes=5).eval()
+    sparsify(model, 0.9)
+    with pytest.raises(CheckpointError, match="make_permanent"):
+        dynnet.save(model, tmp_path / "x.safetensors")
+    make_permanent(model)
+    dynnet.save(model, tmp_path / "dense.safetensors")
+    dynnet.save(model, tmp_path / "sparse.safetensors", sparse=True)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("dense", "sparse")]
+    assert sizes[1] < 0.25 * sizes[0]
+    again = dynnet.load_backbone(tmp_path / "sparse.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_bad_input_leaves_the_model_untouched() -> None:
+    model = tiny()
+    for call, message in [
+        (lambda: sparsify(model, 1.0), r"sparsity=1.0: give a share of the weights in \[0, 1\)"),
+        (lambda: sparsify(model, 0.5, criterion="magnitud"), "did you mean 'magnitude'"),
+        (lambda: sparsify(model, 0.5, scope="all"), "choose from global, layer"),  # type: ignore[arg-type]
+        (lambda: sparsify(model, 0.5, exclude=["9"]), "has no module '9'"),
+        (lambda: sparsify_n_m(model, 4, 2), "0 < n < m"),
+        (lambda: sparsify_n_m(model, 2, 7), "multiple of m=7"),
+    ]:
+        with pytest.raises(PruneError, match=message):
+            call()
+    with torch.no_grad():
+        model[5].weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN or infinity for 1 of the .* weights of 5"):
+        sparsify(model, 0.5)
+    assert not any("mask" in name for name in model.state_dict())
