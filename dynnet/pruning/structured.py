@@ -227,13 +227,12 @@ class _Chunk(NamedTuple):
 def _chunks(model: nn.Module, groups: Sequence[Group], scores: Scores, config: PruneConfig) -> list[_Chunk]:
     """What can go, in the order in which it goes."""
     comparable = find_criterion(config.criterion).comparable
-    norms = {name: m.num_groups for name, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
     chunks: list[_Chunk] = []
     for number, (group, worth) in enumerate(zip(groups, scores, strict=True)):
         if worth is None:
             continue
         values = (worth if comparable else worth / worth.mean().clamp(min=_TINY)).numpy()
-        bound = _bound(group, norms)
+        bound = bound_units(model, group)
         blocks = [np.flatnonzero(bound == b) for b in np.unique(bound)]
         blocks.sort(key=lambda units: float(values[units].mean()))
         made = next(m for m in group.members if m.role == "produces").channels.size // len(blocks)
@@ -247,18 +246,6 @@ def _chunks(model: nn.Module, groups: Sequence[Group], scores: Scores, config: P
             chunks.append(_Chunk(rank, number, units))
             first = end
     return sorted(chunks, key=lambda chunk: chunk.rank)
-
-
-def _bound(group: Group, norms: Mapping[str, int]) -> np.ndarray:
-    """(U,) a number for each unit; units with the same one go together, so that group norms lose whole groups."""
-    bound = np.arange(group.units)
-    for member in group.members:
-        if norms.get(member.layer, 1) > 1:
-            of_channel = member.channels // (member.width // norms[member.layer])
-            for number in np.unique(of_channel):
-                touched = bound[(of_channel == number).any(1)]
-                bound[np.isin(bound, touched)] = touched.min()
-    return bound
 
 
 def _choose(groups: Sequence[Group], chunks: Sequence[_Chunk], costs: Costs, goal: float) -> list[np.ndarray]:
@@ -295,6 +282,19 @@ def _gone(groups: Sequence[Group], chunks: Sequence[_Chunk]) -> dict[Side, int]:
         for member in groups[number].members:
             gone[member.layer, member.role] += count * member.channels.shape[1]
     return gone
+
+
+def bound_units(model: nn.Module, group: Group) -> np.ndarray:
+    """(U,) a number for each unit; units with the same one go together, so that group norms lose whole groups."""
+    bound = np.arange(group.units)
+    for member in group.members:
+        layer = model.get_submodule(member.layer)
+        if isinstance(layer, nn.GroupNorm) and layer.num_groups > 1:
+            of_channel = member.channels // (layer.num_channels // layer.num_groups)
+            for number in np.unique(of_channel):
+                touched = bound[(of_channel == number).any(1)]
+                bound[np.isin(bound, touched)] = touched.min()
+    return bound
 
 
 def narrow(model: nn.Module, groups: Sequence[Group], stay: Sequence[np.ndarray]) -> None:

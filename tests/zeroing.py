@@ -1,0 +1,88 @@
+"""What it means to take channels away: the same as if they were zero wherever they are read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.layers.grn import GlobalResponseNorm
+from timm.models.metaformer import StarReLU
+from torch import Tensor, nn
+
+from dynnet.channels import Group, find_groups
+from dynnet.layers import channel_dim
+from dynnet.pruning.structured import bound_units, narrow
+from dynnet.slicing import cut, subset
+
+LOOKS_AT_ALL = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    GlobalResponseNorm,
+    StdConv2d,
+    StdConv2dSame,
+    ScaledStdConv2d,
+    ScaledStdConv2dSame,
+)
+
+
+class OfWhatIsLeft(nn.Module):
+    """A layer that looks at all of its inputs at once, here at those that are not zeroed; the others stay zero."""
+
+    def __init__(self, layer: nn.Module, kept: np.ndarray, width: int, passes: bool) -> None:
+        super().__init__()
+        self.layer = copy.deepcopy(layer)
+        cut(self.layer, subset(torch.from_numpy(kept), width), None)
+        self.kept, self.passes = torch.from_numpy(kept), passes
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = channel_dim(self.layer, x)
+        narrow_output = self.layer(x.index_select(dim, self.kept))
+        return torch.zeros_like(x).index_copy(dim, self.kept, narrow_output) if self.passes else narrow_output
+
+
+def zero(model: nn.Module, groups: Sequence[Group], stay: Sequence[np.ndarray]) -> None:
+    """Make channels zero, in place, by the weights, biases and norms that make them."""
+    kept: dict[tuple[str, str], np.ndarray] = {}
+    for group, mask in zip(groups, stay, strict=True):
+        for member in group.members:
+            side = kept.setdefault((member.layer, member.role), np.ones(member.width, dtype=bool))
+            side[member.channels[~mask].ravel()] = False
+    for (name, role), mask in kept.items():
+        if role in ("produces", "passes"):
+            for parameter in model.get_submodule(name).parameters(recurse=False):
+                parameter.data[torch.from_numpy(~mask)] = 0
+    for (name, role), mask in kept.items():
+        layer = model.get_submodule(name)
+        grouped = getattr(layer, "groups", 1) > 1  # groups that are left are as they were
+        if role in ("reads", "mixes") and not mask.all() and isinstance(layer, LOOKS_AT_ALL) and not grouped:
+            parent, _, key = name.rpartition(".")
+            left = OfWhatIsLeft(layer, np.flatnonzero(mask), len(mask), role == "mixes")
+            setattr(model.get_submodule(parent), key, left)
+
+
+def assert_cut_is_zeroed(model: nn.Module, size: tuple[int, ...], seed: int = 0) -> int:
+    """For every group by itself and for all at once; returns how many groups there are."""
+    groups = [g for g in find_groups(model, size) if g.pinned is None and g.units > 1 and g.layers("produces")]
+    for module in model.modules():
+        if isinstance(module, StarReLU):
+            module.bias.data.zero_()  # else what it makes of zero is not zero
+    images = torch.randn(2, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    numbers = np.random.default_rng(seed)
+    picks = [[group] for group in groups] + [groups]
+    for pick in picks:
+        stay = []
+        for group in pick:
+            bound = bound_units(model, group)
+            mask = (numbers.random(group.units) < 0.5)[bound]
+            mask[bound == numbers.choice(bound)] = True
+            stay.append(mask)
+        zeroed, thin = copy.deepcopy(model), copy.deepcopy(model)
+        zero(zeroed, pick, stay)
+        narrow(thin, pick, stay)
+        with torch.no_grad():
+            expected, got = zeroed(images), thin(images)
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1), pick[0].members
+    return len(groups)
