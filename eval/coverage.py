@@ -1,11 +1,13 @@
-"""Which of timm's architectures take exits, at 1/3 and 2/3 of the MACs, and what share of their MACs gates can switch.
+"""Which of timm's architectures take exits, at 1/3 and 2/3 of the MACs, what share of their MACs gates can switch, and
+which can be pruned to half of their MACs.
 
     python -m eval.coverage --out runs/coverage.csv
     python -m eval.coverage --names 'resnet*' --real_params 0
 
 Every name is wrapped on the meta device, where rows leave at both exits. Those of up to `real_params` million
 parameters also run with numbers: never exiting must equal plain timm bit for bit, and every row of a batch whose rows
-leave at different exits must equal that row run alone. A table that is there already is completed, not begun anew.
+leave at different exits must equal that row run alone. Pruned ones must cost 50% (+-3) of the MACs, and run forward and
+backward. A table that is there already is completed, not begun anew.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynnet import wrap
-from dynnet.errors import DynnetError, GateError
+from dynnet import prune, wrap
+from dynnet.errors import DynnetError, GateError, PruneError
 from dynnet.exits import input_size_of
+from dynnet.probe import trace
 
 COLUMNS = (
-    "name", "wrapped", "exits", "shares", "gmacs", "mparams", "unpriced", "gated", "real", "identical", "alone_error",
-    "bare_error", "reason", "gate_reason", "seconds",
+    "name", "wrapped", "exits", "shares", "gmacs", "mparams", "unpriced", "gated", "pruned", "real", "identical",
+    "alone_error", "bare_error", "reason", "gate_reason", "prune_reason", "seconds",
 )  # fmt: skip
 TOLERANCE = 1e-4
 
@@ -80,10 +83,16 @@ def summary(rows: list[dict[str, Any]]) -> str:
         f"{sum(g >= 0.5 for g in gated)} of {len(rows)} have at least half of their MACs under gates, "
         f"{sum(g > 0 for g in gated)} have some",
     ]
+    pruned = [float(r["pruned"]) for r in rows if r["pruned"]]
+    lines += [
+        f"{sum(0.47 <= share <= 0.53 for share in pruned)} of {len(rows)} run forward and backward, pruned to 50% (+-3) "
+        f"of their MACs"
+    ]
     lines += [f"  {r['name']}: {r['alone_error']} alone, {r['bare_error']} without exits" for r in noisy]
     lines += [f"  unpriced ops in {r['name']}: {r['unpriced']}" for r in rows if r["unpriced"]]
     lines += [f"  {r['name']}: {r['reason']}" for r in rows if r["reason"]]
     lines += [f"  {r['name']}: {r['gate_reason'][:200]}" for r in rows if r["gate_reason"]]
+    lines += [f"  {r['name']}: {r['prune_reason'][:200]}" for r in rows if r["prune_reason"]]
     return "\n".join(lines)
 
 
@@ -106,6 +115,7 @@ def examine(name: str, real_params: float) -> dict[str, Any]:
             "unpriced": " ".join(ledger.unpriced),
         }
         row |= _gated(model.unwrap())
+        row |= _pruned(name, millions <= real_params)
         if millions <= real_params:
             row |= {"real": True, **_with_numbers(name)}
     except DynnetError as error:
@@ -123,6 +133,24 @@ def _gated(backbone: nn.Module) -> dict[str, Any]:
         return {"gated": "0", "gate_reason": " ".join(str(error).split())}
     assert model.gates is not None
     return {"gated": f"{model.gates.plan.share:.3f}"}
+
+
+def _pruned(name: str, real: bool) -> dict[str, Any]:
+    """Half of the MACs gone; with numbers, or on the meta device."""
+    torch.manual_seed(0)
+    backbone = _create(name, meta=not real).eval()
+    size = input_size_of(backbone)
+    try:
+        try:
+            pruned = prune(backbone, macs=0.5, criterion="l1")
+        except PruneError:
+            pruned = prune(backbone, macs=0.53, criterion="l1")
+        share = trace(pruned, size, 1).macs / trace(backbone, size, 1).macs
+        images = torch.randn(2, *size, device="cpu" if real else "meta")
+        pruned.train()(images).sum().backward()
+    except Exception as error:  # of any kind: it is the model's own forward and backward
+        return {"prune_reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    return {"pruned": f"{share:.3f}"}
 
 
 class Queue:

@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynnet
 from dynnet.exits import input_size_of
+from dynnet.probe import trace
 from tests.cases import enliven, leave_one_by_one, open_at_random
+from tests.zeroing import assert_cut_is_zeroed
 
 
 @pytest.mark.sweep
@@ -70,3 +72,25 @@ def test_skipped_equals_masked_at_full_size(name: str) -> None:
             alone = model.predict(images[i : i + 1])
             assert (alone.logits[0] - masked.logits[i]).abs().max() <= 1e-4 * masked.logits[i].abs().max()
             assert alone.macs[0] == masked.macs[i]
+
+
+PRUNED = [
+    *GATED,
+    "lcnet_050", "tinynet_e", "mobileone_s0", "fastvit_t8", "repghostnet_050", "hgnet_tiny", "pvt_v2_b0",
+    "twins_pcpvt_small", "xcit_nano_12_p16_224", "mvitv2_tiny", "inception_next_atto", "rdnet_tiny", "convmixer_768_32",
+    "efficientvit_b0", "davit_tiny", "focalnet_tiny_srf", "resmlp_12_224", "swiftformer_xs", "fasternet_t0", "shvit_s1",
+    "repvit_m1", "cait_xxs24_224",
+]  # fmt: skip
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", PRUNED)
+def test_cut_is_zeroed_at_full_size(name: str) -> None:
+    model = timm.create_model(name, num_classes=10).eval()
+    enliven(model)
+    size = (3, 96, 96)
+    try:
+        trace(model, size, 2)
+    except (RuntimeError, AssertionError, ValueError, TypeError):
+        size = input_size_of(model)
+    assert assert_cut_is_zeroed(model.double(), size) > 0

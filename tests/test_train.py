@@ -22,6 +22,7 @@ from dynnet.data import load_data
 from dynnet.recipe import read_recipe
 from training import train
 from training.distributed import World
+from training.loop import make_tools
 
 
 def log(out: Path) -> list[dict]:
@@ -91,7 +92,7 @@ def test_gates_do_not_decay(tmp_path: Path) -> None:
         recipe = read_recipe(path)
         data = load_data(recipe.data)
         model = dynnet.wrap(timm.create_model("cifar_resnet20", in_chans=1), ["layer2.0"], gates="channel")
-        optimizer = train._tools(model, data, recipe, "joint", World(0, 1, torch.device("cpu"))).optimizer
+        optimizer = make_tools(model, recipe.joint, "joint", recipe, data, World(0, 1, torch.device("cpu"))).optimizer
         decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         assert all(decays[id(p)] == 0 for p in model.gates.parameters())
         assert decays[id(model.backbone.conv1.weight)] > 0

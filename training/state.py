@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ class State:
         optimizer: torch.optim.Optimizer | None,
         log: Log,
         here: World,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
+        """Write a checkpoint, all or nothing; `more` is what else it says."""
         if not here.first:
             return
         tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
@@ -75,6 +78,7 @@ class State:
                 tensors |= {f"optimizer.{i}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
                 kept["state"][str(i)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
         about = {
+            **(more or {}),
             "kind": "state",
             "position": dataclasses.asdict(position),
             "optimizer": kept,

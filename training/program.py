@@ -1,0 +1,118 @@
+"""What the training programs have in common: their command line, and the backbone that they begin with."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dynnet.checkpoint import load_weights
+from dynnet.data import Data
+from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
+from dynnet.recipe import BackboneConfig, Recipe, read_recipe, recipe_parser
+from training.distributed import World, world
+
+Run = Callable[[Recipe, Path, bool, World], object]
+
+
+def run_program(name: str, doc: str | None, run: Run, argv: Sequence[str] | None) -> int:
+    """Read the command line and the recipe, and run.
+
+    Args:
+        name: of the program.
+        doc: what --help says.
+        run: called with the recipe, the folder of the run, whether it is resumed, and the processes.
+        argv: the command line; None for the real one.
+
+    Returns:
+        The exit status.
+    """
+    options, overrides = _command_line(name, doc, argv)
+    try:
+        out = Path(options.out)
+        saved = out / "recipe.yaml"
+        if options.resume and not (out / "state.safetensors").is_file():
+            raise CheckpointError(f"nothing to resume in {str(out)!r}: it holds no state.safetensors")
+        if options.resume and (overrides or options.recipe):
+            raise CheckpointError(
+                f"--resume goes on with {str(saved)!r}; leave out --recipe and {overrides or 'overrides'}"
+            )
+        if not options.resume and (out / "state.safetensors").exists():
+            raise CheckpointError(f"{str(out)!r} holds a run already; go on with --resume, or choose another --out")
+        recipe = read_recipe(saved if options.resume else options.recipe, overrides)
+        if options.data is not None:
+            recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=options.data))
+        with world() as here:
+            run(recipe, out, options.resume, here)
+    except DynnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def arguments(backbone: BackboneConfig, data: Data) -> dict[str, Any]:
+    """What `timm.create_model` is called with."""
+    return {
+        "model_name": backbone.name,
+        "num_classes": len(data.classes),
+        "in_chans": data.input_size[0],
+        **backbone.kwargs,
+    }
+
+
+def make_backbone(config: BackboneConfig, create: dict[str, Any], fresh: bool) -> nn.Module:
+    """The backbone; a `fresh` one takes the weights that its configuration names.
+
+    Raises:
+        RecipeError: timm cannot create it.
+        CheckpointError: the weights cannot be read, or are of another model.
+    """
+    try:
+        backbone = timm.create_model(pretrained=config.pretrained and fresh, **create)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise RecipeError(f"timm cannot create {create} (pretrained={config.pretrained}): {error}") from error
+    if config.weights and fresh:
+        load_weights(backbone, _read_weights(config.weights), config.weights)
+    return backbone
+
+
+def pretrained_cfg(name: str) -> dict[str, Any]:
+    """What timm knows of a model's images.
+
+    Raises:
+        RecipeError: timm has no model of that name.
+    """
+    if not timm.is_model(name):
+        raise RecipeError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    config = timm.get_pretrained_cfg(name)
+    return config.to_dict() if config is not None else {}
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read weights {path!r}: {error}; give a safetensors file") from error
+
+
+def _command_line(name: str, doc: str | None, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(name, description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--recipe", default=None, help="YAML file; the zoo's are models/*/recipe.yaml")
+    parser.add_argument("--data", default=None, help="folder of the dataset, in place of the recipe's data.root")
+    parser.add_argument("--out", required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    wanted = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(wanted):
+        parser.epilog = "Every key of a recipe is an option as well:\n\n" + recipe_parser().format_help()
+    options, overrides = parser.parse_known_args(argv)
+    if not options.recipe and not options.resume:
+        parser.error("give --recipe, or --resume with the --out of a run")
+    return options, overrides
