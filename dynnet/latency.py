@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,18 +115,16 @@ def latency(
     with evaluating(model):
         # The plain model, without hooks, on the same weights.
         bare = copy.deepcopy(model).unwrap()
-        runs: tuple[Callable[[Tensor], Any], ...] = (bare, model)
-        milliseconds = np.empty((2, count))
-        exits = np.empty((count, batch_size), np.int64)
-        for i in range(-warmup, count):
-            batch = images[rows[i % count]].to(parameter.device)
-            batch = batch.contiguous(memory_format=_memory_format(model))
-            for which in (0, 1) if i % 2 else (1, 0):
-                elapsed = _timed(runs[which], batch)
+        exits: list[np.ndarray] = []
+
+        def batches() -> Iterator[Tensor]:
+            for i in range(-warmup, count):
+                batch = images[rows[i % count]].to(parameter.device)
+                yield batch.contiguous(memory_format=_memory_format(model))
                 if i >= 0:
-                    milliseconds[which, i] = elapsed
-            if i >= 0:
-                exits[i] = model.predict(batch).exit.cpu().numpy()
+                    exits.append(model.predict(batch).exit.cpu().numpy())
+
+        times = take_turns({"dense": bare, "dynamic": model}, batches(), warmup)
     setting = {
         "device": str(parameter.device),
         "device_name": torch.cuda.get_device_name(parameter.device) if parameter.device.type == "cuda" else "CPU",
@@ -134,7 +132,33 @@ def latency(
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "channels_last": _memory_format(model) is torch.channels_last,
     }
-    return Latency(batch_size, rows.numpy(), exits, milliseconds[0], milliseconds[1], setting)
+    return Latency(batch_size, rows.numpy(), np.stack(exits), times["dense"], times["dynamic"], setting)
+
+
+@torch.no_grad()
+def take_turns(
+    runs: Mapping[str, Callable[[Tensor], Any]], batches: Iterable[Tensor], warmup: int = 3
+) -> dict[str, np.ndarray]:
+    """Time several models on the same batches, each batch through all of them, so that whatever else the machine does
+    hits all alike.
+
+    Args:
+        runs: by name.
+        batches: on the models' device.
+        warmup: batches at the beginning that do not count.
+
+    Returns:
+        By name, milliseconds (N,) of every call.
+    """
+    names = list(runs)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for i, batch in enumerate(batches):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            elapsed = _timed(runs[name], batch)
+            if i >= warmup:
+                found[name].append(elapsed)
+    return {name: np.array(times) for name, times in found.items()}
 
 
 def _timed(run: Callable[[Tensor], Any], batch: Tensor) -> float:

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -94,6 +94,48 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True)
+class PruningConfig:
+    """What `training.prune` takes away, and how.
+
+    Attributes:
+        method: a criterion of `dynnet.prune` ("l1", "l2", "taylor", "fisher", "hessian", "activation", "slimming",
+            "fpgm", "random") for whole channels; "layers" for whole residual blocks; "scratch" for the shape that "l1"
+            leaves, trained from new weights; "magnitude", "lottery" or "n:m" for single weights.
+        macs: share of the MACs that is left, where channels or blocks go.
+        sparsity: share of the weights that are zero at the end, where single weights go.
+        steps: reach it in so many cuts, with a part of the fine-tuning after each.
+        schedule: of the sparsity over the steps.
+        n, m: of every m neighbouring weights n stay, for "n:m".
+        scope, floor, multiple, exclude: as in `dynnet.prune`.
+        batches: that criteria look at, of the training images.
+        recalibrate: batches for batch norms after every cut.
+        distill: share of the loss that comes from the dense model's answers.
+        temperature: of that distillation.
+        slimming: weight of the L1 norm of batch norm scales in the first half of the fine-tuning, for "slimming".
+        rewind: epochs of the dense stage after which "lottery" keeps the weights that it goes back to; 0 for the very
+            first ones.
+    """
+
+    method: str = "taylor"
+    macs: float = 0.5
+    sparsity: float = 0.8
+    steps: int = 1
+    schedule: Literal["linear", "cubic"] = "cubic"
+    n: int = 2
+    m: int = 4
+    scope: Literal["global", "group"] = "global"
+    floor: float = 0.1
+    multiple: int = 8
+    exclude: tuple[str, ...] = ()
+    batches: int = 20
+    recalibrate: int = 50
+    distill: float = 0.0
+    temperature: float = 4.0
+    slimming: float = 1e-4
+    rewind: int = 0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training run.
 
@@ -107,6 +149,8 @@ class Recipe:
         heads: trains the heads on the frozen backbone.
         joint: trains everything together.
         calibration: for the thresholds that are saved with the model.
+        pruning: what `training.prune` does after the dense stage.
+        finetune: trains what pruning has left, all cuts together.
         amp: bfloat16 autocast.
         channels_last: memory format of images and weights.
         ema: decay of an exponential moving average of the weights, which is then what is saved; None for none.
@@ -127,6 +171,8 @@ class Recipe:
     heads: StageConfig = field(default_factory=StageConfig)
     joint: StageConfig = field(default_factory=StageConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    finetune: StageConfig = field(default_factory=StageConfig)
     amp: bool = False
     channels_last: bool = True
     ema: float | None = None

@@ -84,10 +84,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
         f"{sum(g > 0 for g in gated)} have some",
     ]
     pruned = [float(r["pruned"]) for r in rows if r["pruned"]]
-    lines += [
-        f"{sum(0.47 <= share <= 0.53 for share in pruned)} of {len(rows)} run forward and backward, pruned to 50% (+-3) "
-        f"of their MACs"
-    ]
+    halved = sum(0.47 <= share <= 0.53 for share in pruned)
+    lines += [f"{halved} of {len(rows)} run forward and backward, pruned to 50% (+-3) of their MACs"]
     lines += [f"  {r['name']}: {r['alone_error']} alone, {r['bare_error']} without exits" for r in noisy]
     lines += [f"  unpriced ops in {r['name']}: {r['unpriced']}" for r in rows if r["unpriced"]]
     lines += [f"  {r['name']}: {r['reason']}" for r in rows if r["reason"]]

@@ -10,12 +10,11 @@ mask of its own. All variants have their batch norms folded and take turns on th
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
@@ -24,7 +23,10 @@ from dynnet import DynamicModel, GateConfig, fold, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.errors import GateError
 from dynnet.gates import cut_frozen
+from dynnet.latency import take_turns
 from eval.programs import errors_told, timm_model, write_json
+
+WARMUP = 3  # batches
 
 
 def main(
@@ -84,21 +86,20 @@ def measure_speed(
     found = []
     for size in batch:
         times = compare(gated, cut_to(gated, keep), images, size, calls * (4 if size == 1 else 1), channels_last)
-        dense = statistics.median(times["dense"])
-        for name, seconds in times.items():
-            ratio = statistics.median(d / s for d, s in zip(times["dense"], seconds, strict=True))
+        dense = float(np.median(times["dense"]))
+        for name, taken in times.items():
+            ratio, typical = float(np.median(times["dense"] / taken)), float(np.median(taken))
             found.append(
                 {
                     "model": model,
                     "batch": size,
                     "variant": name,
-                    "ms": 1e3 * statistics.median(seconds),
+                    "ms": typical,
                     "speedup": ratio,
                     "macs_share": macs,
                 }
             )
-            typical = 1e3 * statistics.median(seconds)
-            print(f"  batch {size}, {name}: {typical:.2f} ms, {ratio:.2f}x (dense {1e3 * dense:.2f} ms)")
+            print(f"  batch {size}, {name}: {typical:.2f} ms, {ratio:.2f}x (dense {dense:.2f} ms)")
     return found
 
 
@@ -131,11 +132,10 @@ def open_share(model: DynamicModel, images: Tensor, keep: float) -> None:
         network.logits.bias -= logits.quantile(1 - keep, dim=0)
 
 
-@torch.no_grad()
 def compare(
     model: DynamicModel, cut: nn.Module | None, images: Tensor, size: int, calls: int, channels_last: bool
-) -> dict[str, list[float]]:
-    """Seconds of every call, by variant; they take turns."""
+) -> dict[str, np.ndarray]:
+    """Milliseconds of every call, by variant; they take turns."""
 
     def executed(how: Any) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
@@ -151,23 +151,14 @@ def compare(
     }
     if cut is not None:
         variants["cut for good"] = cut
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for i in range(-3, calls):
-        start = (i + 3) * size % (len(images) - size + 1)
-        x = images[start : start + size]
-        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-        names = list(variants)
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            if x.device.type != "cpu":
-                torch.accelerator.synchronize(x.device)
-            began = time.perf_counter()
-            variants[name](x)
-            if x.device.type != "cpu":
-                torch.accelerator.synchronize(x.device)
-            if i >= 0:
-                times[name].append(time.perf_counter() - began)
-    return times
+
+    def batches() -> Iterator[Tensor]:
+        for i in range(calls + WARMUP):
+            start = i * size % (len(images) - size + 1)
+            x = images[start : start + size]
+            yield x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+    return take_turns(variants, batches(), WARMUP)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ class Stage:
         judge: what held-out images say of the model: "accuracy", and what else is worth logging.
         shown: the same in a line for people.
         still: modules that stay in eval mode.
+        begins: called with the number of an epoch before its first step.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Stage:
     judge: Callable[[nn.Module], dict[str, Any]]
     shown: Callable[[dict[str, Any]], str]
     still: tuple[nn.Module, ...] = ()
+    begins: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ def run_stage(stage: Stage, desk: Desk, begin: Position, state: State | None) ->
     for epoch in range(begin.epoch, config.epochs):
         first_step = begin.step if epoch == begin.epoch else 0
         began = time.monotonic()
+        if stage.begins is not None and first_step == 0:
+            stage.begins(epoch)
         model.train()
         for module in stage.still:
             module.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from training.distributed import World, world
 Run = Callable[[Recipe, Path, bool, World], object]
 
 
-def run_program(name: str, doc: str | None, run: Run, argv: Sequence[str] | None) -> int:
+def run_program(
+    name: str, doc: str | None, run: Run, argv: Sequence[str] | None, short: Mapping[str, str] | None = None
+) -> int:
     """Read the command line and the recipe, and run.
 
     Args:
@@ -31,11 +33,12 @@ def run_program(name: str, doc: str | None, run: Run, argv: Sequence[str] | None
         doc: what --help says.
         run: called with the recipe, the folder of the run, whether it is resumed, and the processes.
         argv: the command line; None for the real one.
+        short: keys of a recipe that have an option of their own, by its name.
 
     Returns:
         The exit status.
     """
-    options, overrides = _command_line(name, doc, argv)
+    options, overrides = _command_line(name, doc, argv, short or {})
     try:
         out = Path(options.out)
         saved = out / "recipe.yaml"
@@ -103,16 +106,22 @@ def _read_weights(path: str) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot read weights {path!r}: {error}; give a safetensors file") from error
 
 
-def _command_line(name: str, doc: str | None, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def _command_line(
+    name: str, doc: str | None, argv: Sequence[str] | None, short: Mapping[str, str]
+) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(name, description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--recipe", default=None, help="YAML file; the zoo's are models/*/recipe.yaml")
     parser.add_argument("--data", default=None, help="folder of the dataset, in place of the recipe's data.root")
     parser.add_argument("--out", required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    for option, key in short.items():
+        parser.add_argument(f"--{option}", metavar="VALUE", help=f"{key} of the recipe")
     wanted = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(wanted):
         parser.epilog = "Every key of a recipe is an option as well:\n\n" + recipe_parser().format_help()
     options, overrides = parser.parse_known_args(argv)
+    given = {key: getattr(options, option) for option, key in short.items()}
+    overrides += [f"--{key}={value}" for key, value in given.items() if value is not None]
     if not options.recipe and not options.resume:
         parser.error("give --recipe, or --resume with the --out of a run")
     return options, overrides

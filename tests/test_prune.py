@@ -1,0 +1,188 @@
+"""The pruning pipeline, as a program."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dynnet
+from dynnet.checkpoint import read_bundle
+from dynnet.data import load_data
+from dynnet.probe import trace
+from dynnet.pruning import sparsity
+from dynnet.recipe import read_recipe
+from training import prune
+
+RECIPE = """\
+data: {name: digits, crop: 1}
+backbone: {name: cifar_resnet20, kwargs: {width: 0.5}}
+dense: {epochs: 1, batch_size: 64}
+finetune: {epochs: 2, batch_size: 64, lr: 0.02}
+pruning: {multiple: 1, batches: 2, recalibrate: 4}
+checkpoint_steps: 4
+"""
+SIZE = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A recipe, and weights that are good enough to be pruned."""
+    out = tmp_path_factory.mktemp("prune")
+    path = out / "recipe.yaml"
+    path.write_text(RECIPE)
+    argv = ["--recipe", str(path), "--out", str(out / "dense"), "--method", "l1", "--macs", "1.0"]
+    assert prune.main([*argv, "--dense.epochs=6", "--finetune.epochs=0"]) == 0
+    return path, str(out / "dense" / "backbone.safetensors")
+
+
+def pruned(dense: tuple[Path, str], out: Path, *more: str) -> dict[str, Any]:
+    recipe, weights = dense
+    start = ["--dense.epochs=0", f"--backbone.weights={weights}"]
+    assert prune.main(["--recipe", str(recipe), "--out", str(out), *start, *more]) == 0
+    return json.loads((out / "results.json").read_text())  # type: ignore[no-any-return]
+
+
+def records(out: Path, kind: str) -> list[dict[str, Any]]:
+    return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+@pytest.mark.parametrize("method", ["l1", "fpgm", "taylor", "hessian", "activation", "slimming", "random", "scratch"])
+def test_channels_go_and_the_rest_learns(method: str, dense: tuple[Path, str], tmp_path: Path) -> None:
+    results = pruned(dense, tmp_path / "run", "--method", method, "--macs", "0.5")
+    model = dynnet.load_backbone(tmp_path / "run" / "model.safetensors")
+    whole = dynnet.load_backbone(tmp_path / "run" / "backbone.safetensors")
+    share = trace(model, SIZE, 1).macs / trace(whole, SIZE, 1).macs
+    assert 0.45 < share <= 0.5
+    assert results["pruned"]["macs"] / results["dense"]["macs"] == pytest.approx(share)
+    assert results["pruned"]["parameters"] < results["dense"]["parameters"]
+    assert results["compression"] > 1
+    cut = records(tmp_path / "run", "change")[-1]["accuracy"][0]
+    tuned = records(tmp_path / "run", "epoch")[-1]["accuracy"][0]
+    assert tuned > cut
+    assert results["dense"]["accuracy"] > 0.8
+    assert results["pruned"]["accuracy"] > 0.3
+    if method == "slimming":
+        assert [r["stage"] for r in records(tmp_path / "run", "epoch")] == ["slimming", "finetune"]
+
+
+def test_the_norm_scales_shrink_while_slimming(dense: tuple[Path, str], tmp_path: Path) -> None:
+    def scales(penalty: str) -> float:
+        out = tmp_path / penalty
+        pruned(dense, out, "--method=slimming", "--macs=1.0", f"--pruning.slimming={penalty}")
+        tensors, _ = read_bundle(out / "model.safetensors")
+        return float(sum(v.abs().sum() for k, v in tensors.items() if "bn" in k and k.endswith("weight")))
+
+    assert scales("0.2") < 0.9 * scales("0.0")
+
+
+def test_blocks_go(dense: tuple[Path, str], tmp_path: Path) -> None:
+    results = pruned(dense, tmp_path / "run", "--method=layers", "--macs=0.7", "--pruning.steps=2")
+    assert 0.5 < results["pruned"]["macs"] / results["dense"]["macs"] <= 0.7
+    assert len(read_bundle(tmp_path / "run" / "model.safetensors")[1]["shape"]["removed"]) >= 2
+    assert [r["stage"] for r in records(tmp_path / "run", "epoch")] == ["finetune"] * 2
+
+
+def test_weights_go_step_by_step(dense: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    results = pruned(dense, out, "--method=magnitude", "--sparsity=0.8", "--pruning.steps=2")
+    shares = [r["sparsity"] for r in records(out, "change")]
+    assert shares == pytest.approx([0, 0.7, 0.8], abs=1e-3)
+    assert results["pruned"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert results["compression"] > 2
+    assert results["pruned"]["macs"] == results["dense"]["macs"]  # nothing is skipped
+    assert sparsity(dynnet.load_backbone(out / "model.safetensors"))[""] == pytest.approx(0.8, abs=1e-3)
+
+
+def test_tickets_go_back_to_early_weights(dense: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = ["--recipe", str(dense[0]), "--out", str(out), "--method=lottery", "--sparsity=0.5", "--finetune.epochs=0"]
+    assert prune.main([*argv, "--dense.epochs=2", "--pruning.rewind=1"]) == 0
+    early, last = read_bundle(out / "early.safetensors")[0], read_bundle(out / "backbone.safetensors")[0]
+    ticket = read_bundle(out / "state.safetensors")[0]
+    name = "layer2.1.conv1"
+    mask = ticket[f"model.{name}.parametrizations.weight.0.mask"]
+    assert torch.equal(ticket[f"model.{name}.parametrizations.weight.original"], early[f"{name}.weight"])
+    kept, gone = last[f"{name}.weight"][mask].abs(), last[f"{name}.weight"][~mask].abs()
+    assert kept.min() >= gone.max()
+    assert not torch.equal(early[f"{name}.weight"], last[f"{name}.weight"])
+
+
+def test_two_of_four_weights_stay(dense: tuple[Path, str], tmp_path: Path) -> None:
+    pruned(dense, tmp_path / "run", "--method=n:m")
+    weight = dynnet.load_backbone(tmp_path / "run" / "model.safetensors").get_parameter("layer3.1.conv1.weight")
+    assert bool(((weight.movedim(1, -1).unflatten(-1, (-1, 4)) != 0).sum(-1) <= 2).all())
+
+
+def test_the_dense_model_teaches(dense: tuple[Path, str], tmp_path: Path) -> None:
+    alone, taught = (tmp_path / name for name in ("alone", "taught"))
+    pruned(dense, alone, "--method=l1")
+    pruned(dense, taught, "--method=l1", "--pruning.distill=0.9")
+    whole = dynnet.load_backbone(alone / "backbone.safetensors")
+    recipe = read_recipe(alone / "recipe.yaml")
+    images = next(iter(load_data(recipe.data).loader("calibration", 512))).images
+
+    def distance(out: Path) -> float:
+        with torch.no_grad():
+            return float((dynnet.load_backbone(out / "model.safetensors")(images) - whole(images)).square().mean())
+
+    assert distance(taught) < distance(alone)
+
+
+class Killed(BaseException):
+    """A process dies here."""
+
+
+@pytest.mark.parametrize("method", [["--method=taylor", "--macs=0.4"], ["--method=magnitude", "--sparsity=0.9"]])
+def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
+    method: list[str], dense: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [*method, "--pruning.steps=2"]
+    expected = pruned(dense, tmp_path / "whole", *more)
+    whole, steps, deaths = prune.F.cross_entropy, 0, {2, 20, 30, 31}
+
+    def mortal(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps in deaths:
+            raise Killed
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(prune.F, "cross_entropy", mortal)
+    out = tmp_path / "mortal"
+    for attempt in range(len(deaths) + 1):
+        try:
+            if attempt == 0:
+                pruned(dense, out, *more)
+            else:
+                assert prune.main(["--out", str(out), "--resume"]) == 0
+        except Killed:
+            continue
+    a, b = (read_bundle(tmp_path / name / "model.safetensors")[0] for name in ("whole", "mortal"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    got = json.loads((out / "results.json").read_text())
+    assert got["pruned"]["accuracy"] == expected["pruned"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--method=l3"], "pruning.method='l3': choose from l1, l2, "),
+        (["--method=l1", "--macs=0.001"], "macs=0.001 is out of reach"),
+        (["--method=l1", "--pruning.steps=0"], "pruning.steps=0"),
+        (["--method=n:m", "--pruning.steps=2"], "goes in one step"),
+        (["--method=lottery", "--dense.epochs=0"], "lottery tickets go back to early weights"),
+        (["--method=lottery", "--pruning.rewind=3"], "pruning.rewind=3"),
+        (["--pruning.metod=l1"], "unknown recipe key 'pruning.metod'; did you mean 'pruning.method'"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_trained(
+    more: list[str], message: str, dense: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prune.main(["--recipe", str(dense[0]), "--out", str(tmp_path / "run"), *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,407 @@
+"""Prune a backbone once for all inputs: (score, cut, measure batch norms anew, fine-tune) x n, then report.
+
+    python -m training.prune --recipe models/digits/recipe.yaml --out runs/thin --method taylor --macs 0.5
+    python -m training.prune --recipe ... --backbone.weights runs/cifar/backbone.safetensors --dense.epochs 0 --out ...
+    python -m training.prune --out runs/thin --resume
+
+Begins with the recipe's backbone, trained by its dense stage or from the weights that it names. The folder of a run
+holds recipe.yaml (resolved), log.jsonl, state.safetensors (for --resume), backbone.safetensors (dense) and, at the end,
+model.safetensors (`dynnet.load_backbone` reads it) and results.json.
+
+    B batch, K classes
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynnet.allocator import keep_freed_memory
+from dynnet.checkpoint import load_backbone, read_bundle, save, write_atomically, write_bundle
+from dynnet.data import Data, load_data
+from dynnet.errors import PruneError, RecipeError
+from dynnet.fold import fold
+from dynnet.latency import take_turns
+from dynnet.losses import distillation
+from dynnet.probe import evaluating, trace
+from dynnet.pruning import (
+    CRITERIA,
+    make_permanent,
+    prune,
+    prune_layers,
+    recalibrate,
+    rewind,
+    scheduled,
+    sparsify,
+    sparsify_n_m,
+    sparsity,
+)
+from dynnet.pruning.shape import bring_into_shape, shape_of
+from dynnet.pruning.unstructured import is_masked, set_masks
+from dynnet.pruning.weights import weight_of
+from dynnet.recipe import PruningConfig, Recipe, StageConfig, recipe_to_yaml
+from training.distributed import World
+from training.loop import Desk, Objective, Stage, make_tools, run_stage
+from training.program import arguments, make_backbone, pretrained_cfg, run_program
+from training.state import Log, Position, State
+
+SINGLE_WEIGHTS = ("magnitude", "lottery", "n:m")
+METHODS = (*CRITERIA, "layers", "scratch", *SINGLE_WEIGHTS)
+SHORT = {"method": "pruning.method", "macs": "pruning.macs", "sparsity": "pruning.sparsity"}
+TIMED = 200  # images, one at a time
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program("training.prune", __doc__, run, argv, SHORT)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the pipeline: training, or a change of the model.
+
+    Attributes:
+        name: for the log.
+        epochs: of training; 0 for a change.
+        change: gives the model that comes out.
+        penalty: weight of the L1 norm of batch norm scales.
+    """
+
+    name: str
+    epochs: int = 0
+    change: Callable[[nn.Module], nn.Module] | None = None
+    penalty: float = 0.0
+
+
+def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
+    """Run the pipeline to its end, from the beginning or from the last checkpoint in `out`."""
+    keep_freed_memory()
+    torch.manual_seed(recipe.seed)
+    with here.first_goes_first():  # it may have to download
+        data = load_data(recipe.data, pretrained_cfg(recipe.backbone.name))
+    create = arguments(recipe.backbone, data)
+    with here.first_goes_first():
+        model = make_backbone(recipe.backbone, create, fresh=not resume)
+    pipeline = Pipeline(recipe, data, create, out, here)
+    pipeline.check(model)
+    if here.first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "recipe.yaml", recipe_to_yaml(recipe).encode())
+    state = State.read(out / "state.safetensors") if resume else None
+    start = state.position if state else Position()
+    if state is not None:
+        model = pipeline.restored(model, state)
+    model = pipeline.placed(model)
+    with Log(out, state.log_bytes if state else 0, here) as log:
+        desk = Desk(recipe, data, log, out, here)
+        if state is None:
+            pipeline.checkpoint(Position(), model, desk)
+        for number in range(start.stage, len(pipeline.steps)):
+            step = pipeline.steps[number]
+            resumed = number == start.stage
+            if step.change is not None:
+                model = pipeline.placed(step.change(model))
+                pipeline.tell(step, model, desk)
+            elif step.epochs:
+                begin = start if resumed else Position(number)
+                about = dataclasses.replace(desk, about=pipeline.about(model))
+                run_stage(pipeline.stage(step, model, desk), about, begin, state if resumed else None)
+            pipeline.checkpoint(Position(number + 1), model, desk)
+        if here.first:
+            make_permanent(model)
+            single = recipe.pruning.method in SINGLE_WEIGHTS
+            save(model.eval(), out / "model.safetensors", create, sparse=single)
+            results = pipeline.report(model)
+            write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+            print(table(results))
+        here.wait()
+    return model
+
+
+class Pipeline:
+    """The steps of a run, and what they need.
+
+    Attributes:
+        steps: in order.
+    """
+
+    def __init__(self, recipe: Recipe, data: Data, create: dict[str, Any], out: Path, here: World) -> None:
+        self.recipe, self.data, self.create, self.out, self.here = recipe, data, create, out, here
+        self.size = data.input_size
+        self.teacher: nn.Module | None = None
+        self.steps = [Step("dense", recipe.dense.epochs), Step("keep", change=self.keep)]
+        self.steps += self._cuts(recipe.pruning, recipe.finetune.epochs)
+
+    def _cuts(self, config: PruningConfig, epochs: int) -> list[Step]:
+        if config.method == "slimming":
+            first = epochs // 2
+            sparse = Step("slimming", first, penalty=config.slimming)
+            return [sparse, Step("cut", change=self.cut(1)), Step("finetune", epochs - first)]
+        found: list[Step] = []
+        for number in range(1, config.steps + 1):
+            part = epochs * number // config.steps - epochs * (number - 1) // config.steps
+            found += [Step("cut", change=self.cut(number)), Step("finetune", part)]
+        return found
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse now what would fail only hours later."""
+        config = self.recipe.pruning
+        if config.method not in METHODS:
+            raise RecipeError(f"pruning.method={config.method!r}: choose from {', '.join(METHODS)}")
+        if config.steps < 1:
+            raise RecipeError(f"pruning.steps={config.steps}: give a number of 1 or more")
+        if config.method in ("slimming", "scratch", "n:m") and config.steps > 1:
+            raise RecipeError(f"pruning.steps={config.steps}: {config.method!r} goes in one step")
+        if config.method == "lottery" and not 0 <= config.rewind < max(1, self.recipe.dense.epochs):
+            raise RecipeError(
+                f"pruning.rewind={config.rewind}: a ticket goes back to weights of the dense stage, of "
+                f"dense.epochs={self.recipe.dense.epochs}; train it here"
+            )
+        if config.method == "lottery" and not self.recipe.dense.epochs:
+            raise RecipeError("lottery tickets go back to early weights: give dense.epochs, and no trained weights")
+        for step in self.steps:
+            if step.epochs:
+                make_tools(model, self.config(step), step.name, self.recipe, self.data, self.here)
+        if config.method not in SINGLE_WEIGHTS and config.method != "layers":  # can the target be reached?
+            prune(model, macs=config.macs, criterion="random", **self._structured(), input_size=self.size)
+
+    def config(self, step: Step) -> StageConfig:
+        base = self.recipe.dense if step.name == "dense" else self.recipe.finetune
+        return dataclasses.replace(base, epochs=step.epochs)
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        model.to(self.here.device)
+        return model.to(memory_format=torch.channels_last) if self.recipe.channels_last else model
+
+    # Changes.
+
+    def keep(self, model: nn.Module) -> nn.Module:
+        """Save the dense model, to be compared with and learnt from."""
+        if self.here.first:
+            save(model, self.out / "backbone.safetensors", self.create)
+        self.here.wait()
+        return model
+
+    def cut(self, number: int) -> Callable[[nn.Module], nn.Module]:
+        """The cut of one step."""
+        config = self.recipe.pruning
+
+        def change(model: nn.Module) -> nn.Module:
+            model.eval()
+            share = number / config.steps
+            if config.method == "layers":
+                model = prune_layers(model, self.held_out_accuracy, self._left(model, share), self.size)
+            elif config.method == "n:m":
+                left = sparsify_n_m(model, config.n, config.m, exclude=config.exclude)
+                if self.here.first and left:
+                    print(f"left dense, as {config.m} does not divide their inputs: {', '.join(left)}")
+            elif config.method in SINGLE_WEIGHTS:
+                goal = scheduled(config.schedule, config.sparsity, number, config.steps)
+                sparsify(model, goal, exclude=config.exclude)
+                if config.method == "lottery":
+                    rewind(model, read_bundle(self.out / "early.safetensors")[0])
+            else:
+                criterion = "l1" if config.method == "scratch" else config.method
+                model = prune(
+                    model,
+                    self.data.loader("train", 128),
+                    macs=self._left(model, share),
+                    criterion=criterion,
+                    batches=config.batches,
+                    input_size=self.size,
+                    seed=self.recipe.seed + number,
+                    **self._structured(),
+                )
+                if config.method == "scratch":
+                    model = self._anew(model)
+            recalibrate(model, self.data.loader("train", 128), config.recalibrate)
+            return model
+
+        return change
+
+    def tell(self, step: Step, model: nn.Module, desk: Desk) -> None:
+        """What a change has done, before anything is trained again."""
+        found: dict[str, Any] = {
+            "accuracy": [self.held_out_accuracy(model)],
+            "macs": self._macs(model) / self._macs(self._fresh()),
+            "sparsity": sparsity(model)[""],
+        }
+        desk.log.write({"kind": "change", "stage": step.name, **found})
+        if self.here.first:
+            rest = (
+                f"{found['sparsity']:.1%} zeros"
+                if self.recipe.pruning.method in SINGLE_WEIGHTS
+                else (f"{found['macs']:.1%} of the MACs")
+            )
+            print(f"{step.name}: held-out accuracy {found['accuracy'][0]:.2%} at {rest}", flush=True)
+
+    def _left(self, model: nn.Module, share: float) -> float:
+        """The share of this model's MACs that is left when so much of the way is gone."""
+        dense = self._macs(self._fresh())
+        return min(1.0, dense * self.recipe.pruning.macs**share / self._macs(model))
+
+    def _structured(self) -> dict[str, Any]:
+        config = self.recipe.pruning
+        return {key: getattr(config, key) for key in ("scope", "floor", "multiple", "exclude")}
+
+    def _fresh(self) -> nn.Module:
+        with torch.device("meta"):
+            return timm.create_model(**self.create)
+
+    def _anew(self, model: nn.Module) -> nn.Module:
+        """New weights in the same shape."""
+        fresh = timm.create_model(**self.create)
+        bring_into_shape(fresh, shape_of(model, self._fresh()))
+        for module in fresh.modules():  # timm initialises by the width of a layer
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.reset_parameters()
+        return fresh.to(self.here.device)
+
+    def _macs(self, model: nn.Module) -> int:
+        return trace(model, self.size, 1).macs
+
+    # Training.
+
+    def stage(self, step: Step, model: nn.Module, desk: Desk) -> Stage:
+        """A step of training."""
+        config = self.recipe.pruning
+        early = config.method == "lottery" and step.name == "dense"
+
+        def forward(called: nn.Module, images: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
+            taught = None
+            if config.distill and step.name != "dense":
+                with torch.no_grad():
+                    taught = self._teacher()(images)
+            return called(images), taught
+
+        def objective(given: tuple[Tensor, Tensor | None], target: Tensor, progress: float) -> Objective:
+            logits, taught = given
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=self.recipe.loss.label_smoothing)
+            whole = loss
+            if taught is not None:
+                whole = (1 - config.distill) * loss
+                whole = whole + config.distill * distillation(logits, taught.float(), config.temperature)
+            if step.penalty:
+                scales = [m.weight for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+                whole = whole + step.penalty * torch.stack([s.abs().sum() for s in scales if s is not None]).sum()
+            return Objective(whole, loss.detach()[None])
+
+        def judge(judged: nn.Module) -> dict[str, Any]:
+            return {"accuracy": [self.held_out_accuracy(judged)]}
+
+        def begins(epoch: int) -> None:
+            if early and epoch == config.rewind and self.here.first:
+                write_bundle(self.out / "early.safetensors", model.state_dict(), {"kind": "early"})
+
+        def shown(found: dict[str, Any]) -> str:
+            return f"{found['accuracy'][0]:.2%}"
+
+        return Stage(step.name, self.config(step), model, model, model, forward, objective, judge, shown, begins=begins)
+
+    def _teacher(self) -> nn.Module:
+        if self.teacher is None:
+            self.teacher = self.placed(load_backbone(self.out / "backbone.safetensors")).requires_grad_(False)
+        return self.teacher
+
+    def held_out_accuracy(self, model: nn.Module) -> float:
+        """On the calibration split; every process judges all of it."""
+        return accuracy(model, self.data, "calibration")
+
+    # Checkpoints.
+
+    def about(self, model: nn.Module) -> dict[str, Any]:
+        """What has become of the model, for its checkpoints."""
+        masked = [name for name, module in model.named_modules() if is_masked(module)]
+        return {"shape": shape_of(model, self._fresh()), "masked": masked}
+
+    def checkpoint(self, position: Position, model: nn.Module, desk: Desk) -> None:
+        State.write(self.out, position, model, None, None, desk.log, self.here, self.about(model))
+
+    def restored(self, model: nn.Module, state: State) -> nn.Module:
+        """The model of a checkpoint, from a fresh one."""
+        bring_into_shape(model, state.about["shape"])
+        masked = {name: weight_of(model.get_submodule(name)) for name in state.about["masked"]}
+        set_masks(model, {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in masked.items()})
+        state.restore(model, None, None)
+        return model
+
+    # The report.
+
+    def report(self, model: nn.Module) -> dict[str, Any]:
+        """Before and after, on the test split, which nothing was chosen by."""
+        dense = load_backbone(self.out / "backbone.safetensors").to(self.here.device)
+        rows = {"dense": dense, "pruned": model}
+        images = next(iter(self.data.loader("test", TIMED))).images.to(self.here.device)
+        layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        singles = [images[i : i + 1].contiguous(memory_format=layout) for i in range(len(images))]
+        folded = {name: self.placed(fold(copy.deepcopy(m), self.size)) for name, m in rows.items()}
+        times = take_turns(folded, [*singles[:5], *singles], 5)
+        found: dict[str, Any] = {
+            "model": self.recipe.backbone.name,
+            "dataset": self.data.label,
+            "test_images": len(self.data.test),
+            "pruning": dataclasses.asdict(self.recipe.pruning),
+            "epochs": sum(step.epochs for step in self.steps if step.name != "dense"),
+        }
+        for name, each in rows.items():
+            path = self.out / ("backbone.safetensors" if name == "dense" else "model.safetensors")
+            macs = self._macs(each)
+            found[name] = {
+                "accuracy": accuracy(each, self.data, "test"),
+                "macs": macs,
+                "flops": 2 * macs,
+                "parameters": sum(p.numel() for p in each.parameters()),
+                "sparsity": sparsity(each)[""],
+                "size_bytes": path.stat().st_size,
+                "p50_ms": float(np.median(times[name])),
+            }
+        before, after = found["dense"], found["pruned"]
+        found["compression"] = before["size_bytes"] / after["size_bytes"]
+        found["accuracy_retention"] = after["accuracy"] / before["accuracy"]
+        found["speedup"] = float(np.median(times["dense"] / times["pruned"]))
+        return found
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data, split: Any) -> float:
+    """The share of a split's images that a model names right."""
+    device = next(model.parameters()).device
+    right = count = 0
+    with evaluating(model):
+        for images, labels, _ in data.loader(split, 256):
+            right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
+            count += len(labels)
+    if not count:
+        raise PruneError(f"the {split} split has no images")
+    return right / count
+
+
+def table(results: dict[str, Any]) -> str:
+    """Before and after, in a few lines."""
+    lines = [f"{'':8}{'accuracy':>9}{'MACs':>10}{'parameters':>12}{'zeros':>8}{'size':>10}{'batch-1 p50':>13}"]
+    for name in ("dense", "pruned"):
+        r = results[name]
+        lines.append(
+            f"{name:8}{r['accuracy']:9.2%}{r['macs'] / 1e6:8.2f} M{r['parameters'] / 1e6:10.3f} M{r['sparsity']:8.1%}"
+            f"{r['size_bytes'] / 1e6:7.2f} MB{r['p50_ms']:10.2f} ms"
+        )
+    lines.append(
+        f"{results['accuracy_retention']:.1%} of the accuracy kept, file {results['compression']:.2f}x smaller, "
+        f"{results['speedup']:.2f}x as fast one image at a time"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
