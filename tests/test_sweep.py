@@ -79,7 +79,7 @@ PRUNED = [
     "lcnet_050", "tinynet_e", "mobileone_s0", "fastvit_t8", "repghostnet_050", "hgnet_tiny", "pvt_v2_b0",
     "twins_pcpvt_small", "xcit_nano_12_p16_224", "mvitv2_tiny", "inception_next_atto", "rdnet_tiny", "convmixer_768_32",
     "efficientvit_b0", "davit_tiny", "focalnet_tiny_srf", "resmlp_12_224", "swiftformer_xs", "fasternet_t0", "shvit_s1",
-    "repvit_m1", "cait_xxs24_224",
+    "repvit_m1", "cait_xxs24_224", "caformer_s18", "efficientvim_m1",
 ]  # fmt: skip
 
 
