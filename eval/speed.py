@@ -2,6 +2,7 @@
 backbone cut for good to equal widths, which no gate can beat.
 
     python -m eval.speed --model resnet50 --keep 0.5 --batch 1 16
+    python -m eval.speed --model resnet50 --macs 0.45          # also pruned, and with nine weights in ten zero
 
 Gates stand on a timm model with random weights, each unit open for the given share of random images, every image with a
 mask of its own. All variants have their batch norms folded and take turns on the same input.
@@ -10,7 +11,7 @@ mask of its own. All variants have their batch norms folded and take turns on th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from dynnet import DynamicModel, GateConfig, fold, wrap
+from dynnet import DynamicModel, GateConfig, fold, prune, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.errors import GateError
 from dynnet.gates import cut_frozen
 from dynnet.latency import take_turns
+from dynnet.probe import trace
+from dynnet.pruning import make_permanent, sparsify
 from eval.programs import errors_told, timm_model, write_json
 
 WARMUP = 3  # batches
@@ -37,6 +40,7 @@ def main(
     batch: Sequence[int] = (1, 16),
     calls: int = 30,
     channels_last: bool = True,
+    macs: float | None = None,
     device: str | None = None,
     out: Path | None = None,
 ) -> None:
@@ -50,11 +54,13 @@ def main(
         batch: batch sizes, each timed apart.
         calls: timed calls of each variant, four times as many at batch size 1.
         channels_last: memory format.
+        macs: also time the backbone pruned to this share of its MACs, the same share of every group's channels, and the
+            backbone with 90% of its weights zero, which no dense kernel profits from.
         device: by default a GPU where there is one.
         out: also write the figures to this JSON file.
     """
     with errors_told():
-        found = measure_speed(model, keep, unit, blocks, batch, calls, channels_last, device)
+        found = measure_speed(model, keep, unit, blocks, batch, calls, channels_last, macs, device)
     if out is not None:
         write_json(found, out)
 
@@ -67,26 +73,35 @@ def measure_speed(
     batch: Sequence[int],
     calls: int,
     channels_last: bool,
+    macs: float | None,
     device: str | None,
 ) -> list[dict[str, Any]]:
     """Print and return the figures; arguments as for `main`."""
     keep_freed_memory()
     torch.manual_seed(0)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    gated = wrap(timm_model(model), [], gates=GateConfig(unit, blocks))
+    backbone = timm_model(model)
+    others = {} if macs is None else static(backbone, macs)
+    gated = wrap(backbone, [], gates=GateConfig(unit, blocks))
     images = torch.randn(max(16, *batch), *gated.config.input_size)
     open_share(gated, images, keep)
     gated = fold(gated).to(where)
-    if channels_last:
-        gated.to(memory_format=torch.channels_last)
+    if (narrow := cut_to(gated, keep)) is not None:
+        others = {"cut for good": narrow, **others}
+    for each in (gated, *others.values()):
+        each.to(where)
+        if channels_last:
+            each.to(memory_format=torch.channels_last)
     images = images.to(where)
-    macs = gated.predict(images).macs.double().mean().item() / gated.ledger().dense
+    share = gated.predict(images).macs.double().mean().item() / gated.ledger().dense
     assert gated.gates is not None
-    print(f"{model}: {gated.gates.plan.share:.0%} of the MACs under gates, {macs:.1%} run at keep {keep:g}")
+    print(f"{model}: {gated.gates.plan.share:.0%} of the MACs under gates, {share:.1%} run at keep {keep:g}")
+    executed = {name: trace(each, gated.config.input_size, 1).macs for name, each in others.items()}
+    shares = {"dense": 1.0, "masked": 1.0, "sparse": share}
+    shares |= {name: count / gated.ledger().dense for name, count in executed.items()}
     found = []
     for size in batch:
-        times = compare(gated, cut_to(gated, keep), images, size, calls * (4 if size == 1 else 1), channels_last)
-        dense = float(np.median(times["dense"]))
+        times = compare(gated, others, images, size, calls * (4 if size == 1 else 1), channels_last)
         for name, taken in times.items():
             ratio, typical = float(np.median(times["dense"] / taken)), float(np.median(taken))
             found.append(
@@ -96,10 +111,10 @@ def measure_speed(
                     "variant": name,
                     "ms": typical,
                     "speedup": ratio,
-                    "macs_share": macs,
+                    "macs_share": shares[name],
                 }
             )
-            print(f"  batch {size}, {name}: {typical:.2f} ms, {ratio:.2f}x (dense {dense:.2f} ms)")
+            print(f"  batch {size}, {name}, {shares[name]:.0%} of the MACs: {typical:.2f} ms, {ratio:.2f}x")
     return found
 
 
@@ -122,6 +137,15 @@ def cut_to(model: DynamicModel, keep: float) -> nn.Module | None:
     return backbone
 
 
+def static(backbone: nn.Module, macs: float) -> dict[str, nn.Module]:
+    """The backbone pruned, and with most of its weights zero; both folded."""
+    zeros = copy.deepcopy(backbone)
+    sparsify(zeros, 0.9)
+    make_permanent(zeros)
+    pruned = prune(backbone, macs=macs, criterion="l1", scope="group")
+    return {"pruned": fold(pruned), "90% zeros": fold(zeros)}
+
+
 @torch.no_grad()
 def open_share(model: DynamicModel, images: Tensor, keep: float) -> None:
     """Set the gates so that each unit is open for about this share of the images, one region after the other."""
@@ -133,7 +157,7 @@ def open_share(model: DynamicModel, images: Tensor, keep: float) -> None:
 
 
 def compare(
-    model: DynamicModel, cut: nn.Module | None, images: Tensor, size: int, calls: int, channels_last: bool
+    model: DynamicModel, others: Mapping[str, nn.Module], images: Tensor, size: int, calls: int, channels_last: bool
 ) -> dict[str, np.ndarray]:
     """Milliseconds of every call, by variant; they take turns."""
 
@@ -148,9 +172,8 @@ def compare(
         "dense": copy.deepcopy(model).unwrap(),
         "masked": executed("masked"),
         "sparse": executed("sparse"),
+        **others,
     }
-    if cut is not None:
-        variants["cut for good"] = cut
 
     def batches() -> Iterator[Tensor]:
         for i in range(calls + WARMUP):

@@ -145,12 +145,14 @@ def test_measure_prints_macs_and_flops() -> None:
 
 
 def test_speed_compares_with_the_bare_and_the_cut_backbone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    speed.main("cifar_resnet20", unit=4, batch=[1, 2], calls=1, out=tmp_path / "speed.json")
+    speed.main("cifar_resnet20", unit=4, batch=[1, 2], calls=1, macs=0.5, out=tmp_path / "speed.json")
     found = json.loads((tmp_path / "speed.json").read_text())
-    variants = ["dense", "masked", "sparse", "cut for good"]
+    variants = ["dense", "masked", "sparse", "cut for good", "pruned", "90% zeros"]
     assert [(f["batch"], f["variant"]) for f in found] == [(size, variant) for size in (1, 2) for variant in variants]
     assert found[0]["speedup"] == 1
-    assert found[0]["macs_share"] == pytest.approx(0.5, abs=0.1)
+    shares = {f["variant"]: f["macs_share"] for f in found}
+    assert [shares[name] for name in ("dense", "masked", "90% zeros")] == [1, 1, 1]
+    assert [shares[name] for name in ("sparse", "cut for good", "pruned")] == pytest.approx([0.5] * 3, abs=0.1)
     assert "cifar_resnet20: 98% of the MACs under gates" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         speed.main("resnet5O")

@@ -21,7 +21,6 @@ from tests.cases import CASES, CLASSES, Case, enliven
 from tests.generated import PARTS, Generated
 from tests.zeroing import assert_cut_is_zeroed
 
-
 # The others take long; `make sweep` has them, and more.
 QUICK = [
     case
