@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -14,6 +15,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Table = Mapping[str, np.ndarray]
@@ -55,8 +57,8 @@ def exit_name(table: Table, exit: int) -> str:
     return "end" if exit == classifiers(table) - 1 else f"exit {exit}"
 
 
-def trade_off(table: Table) -> Figure:
-    """Accuracy against mean MACs: every exit for everybody, thresholds for many budgets, the bare backbone."""
+def trade_off(table: Table, static: Sequence[Mapping[str, Any]] = ()) -> Figure:
+    """Accuracy against mean MACs: exits for everybody, thresholds for many budgets, the bare and pruned backbones."""
     figure, axes = plt.subplots(figsize=(7.2, 4.6))
     last = classifiers(table) - 1
     anytime = [(table[f"macs_{e}"].mean() / 1e6, 100 * table[f"correct_{e}"].mean()) for e in range(last + 1)]
@@ -83,12 +85,36 @@ def trade_off(table: Table) -> Figure:
         axes.plot(*frozen, "D", color=ACCENT, ms=8, label="its gates frozen at their mean decision", zorder=4)
     dense_macs = table["dense_macs"].mean() / 1e6
     dense = 100 * table["dense_correct"].mean()
+    _pruned(axes, [(row["macs_share"] * dense_macs, row) for row in static if row["macs_share"] < 1])
     axes.plot(dense_macs, dense, "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
     axes.axhline(dense, color=DENSE, lw=0.8, ls=":")
     axes.set(xlabel="mean MMAC per image (MFLOP = 2 x MMAC)", ylabel="accuracy (%)", title="Accuracy against compute")
     axes.set_xlim(left=0)
     axes.legend(loc="lower right")
     return figure
+
+
+def time_trade_off(results: Mapping[str, Any]) -> Figure:
+    """Accuracy against the median time of one image, as shares of the bare backbone's."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.6))
+    _pruned(axes, [(100 / row["speedup"], row) for row in results["static"]])
+    dynamic = 100 * results["latency"]["median_ratio"], 100 * results["accuracy"]
+    axes.plot(*dynamic, "o", color=DYNAMIC, ms=10, label="this model", zorder=4)
+    axes.plot(100, 100 * results["dense_accuracy"], "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
+    axes.axhline(100 * results["dense_accuracy"], color=DENSE, lw=0.8, ls=":")
+    axes.set(xlabel="time of one image (% of the bare backbone's, median)", ylabel="accuracy (%)")
+    axes.set(title="Accuracy against measured time")
+    axes.set_xlim(left=0)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _pruned(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any]]]) -> None:
+    """Pruned backbones, by name: (position, row of `eval.static`)."""
+    for i, (x, row) in enumerate(points):
+        y = 100 * row["accuracy"]
+        axes.plot(x, y, "s", color=MUTED, ms=5, label="pruned backbones" if i == 0 else None, zorder=3)
+        axes.annotate(row["method"], (x, y), (5, 3), textcoords="offset points", color=MUTED, fontsize=8)
 
 
 def exits_taken(table: Table) -> Figure:
@@ -201,17 +227,20 @@ def _regions(table: Table) -> list[str]:
     return [name for name in table if name.startswith(OPEN)]
 
 
-def drawable(table: Table) -> dict[str, Callable[[Table], Figure]]:
-    """Figures that need nothing but the table, by file name."""
-    figures: dict[str, Callable[[Table], Figure]] = {
-        "trade_off": trade_off,
-        "latency_by_exit": latency_by_exit,
-        "compute_by_class": compute_by_class,
+def drawable(table: Table, results: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
+    """Figures that need nothing but the table and the results, by file name."""
+    static = results.get("static") or ()
+    figures: dict[str, Callable[[], Figure]] = {
+        "trade_off": lambda: trade_off(table, static),
+        "latency_by_exit": lambda: latency_by_exit(table),
+        "compute_by_class": lambda: compute_by_class(table),
     }
     if classifiers(table) > 1:
-        figures["exits_taken"] = exits_taken
+        figures["exits_taken"] = lambda: exits_taken(table)
     if _regions(table):
-        figures["gate_map"] = gate_map
+        figures["gate_map"] = lambda: gate_map(table)
+    if static:
+        figures["time_trade_off"] = lambda: time_trade_off(results)
     return figures
 
 

@@ -2,7 +2,8 @@
 
     python -m eval.report runs/digits
     python -m eval.report runs/cifar --data path/to/cifar10 --latency_samples 700
-    python -m eval.report runs/digits --redraw true        # figures and page again, from the table alone
+    python -m eval.report runs/cifar --static 'runs/cifar-pruned-*'   # pruned backbones beside, from training.prune
+    python -m eval.report runs/digits --redraw true        # figures and page again, without the model
 
 With gates it also shows what every region leaves open, and the control: the same gates frozen at their mean decision on
 the calibration split. What is lost by that is what deciding by the input is worth.
@@ -42,6 +43,7 @@ from dynnet.regions import GatePlan
 from eval import figures
 from eval.programs import errors_told, write_json
 from eval.runs import Run, open_run, test_images
+from eval.static import beside, read_static
 
 POINTS = 14
 GALLERIES = ("easiest", "hardest", "overthought")
@@ -52,6 +54,7 @@ def main(
     data: str | None = None,
     latency_samples: int = 300,
     batch_size: int = 256,
+    static: str | None = None,
     device: str | None = None,
     redraw: bool = False,
 ) -> None:
@@ -62,6 +65,7 @@ def main(
         data: folder of the dataset, where it is not the recipe's.
         latency_samples: test images to time one at a time; p99 needs 662.
         batch_size: of the evaluation.
+        static: pattern of folders that `training.prune` has finished, to be shown beside; of the same model and data.
         device: by default a GPU where there is one.
         redraw: draw again from an existing table, without the model; the galleries stay as they are.
     """
@@ -75,10 +79,14 @@ def main(
             keep_freed_memory()
             results = _evaluate(open_run(run, data, device), out, latency_samples, batch_size)
         table = read_table(out / "table.csv")
+        if static is not None:
+            results["static"] = beside(read_static(static, results), table)
+            write_json(results, out / "results.json")
+    shown = figures.drawable(table, results)
     with plt.rc_context(figures.STYLE):
-        for name, draw in figures.drawable(table).items():
-            _save(draw(table), out / f"{name}.png")
-    drawn = [*figures.drawable(table), *(GALLERIES if results["exits"] else GALLERIES[:2])]
+        for name, draw in shown.items():
+            _save(draw(), out / f"{name}.png")
+    drawn = [*shown, *(GALLERIES if results["exits"] else GALLERIES[:2])]
     write_atomically(out / "index.html", page(results, out, drawn).encode())
     print(f"report: {out / 'index.html'}")
 
@@ -124,6 +132,7 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
         "backbone_kwargs": run.recipe.backbone.kwargs,
         "dataset": data.label,
         "test_images": len(measured.exit),
+        "epochs": run.recipe.heads.epochs + run.recipe.joint.epochs,
         "exits": list(model.exits),
         "thresholds": [to_json(t) for t in thresholds],
         "confidence": model.config.confidence,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from dynnet.measure import read_table
 from dynnet.regions import GatePlan, Region
 from eval import coverage, report, speed
 from eval.figures import classifiers
+from eval.static import beside
 from tests.cases import FEW, leave_one_by_one, tiny
 
 
@@ -171,3 +173,49 @@ def test_coverage_examines_and_summarises(tmp_path: Path, capsys: pytest.Capture
     assert f"{count} of {count} architectures take exits at 1/3 and 2/3" in text
     refused = coverage.examine("resnet18", 0) | {"wrapped": "False", "reason": "no place"}
     assert "resnet18: no place" in coverage.summary([refused])
+
+
+def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    report.main(copied, latency_samples=5)
+    results = json.loads((copied / "report" / "results.json").read_text())
+    same = {key: results[key] for key in ("model", "dataset", "test_images")}
+    for name, macs, accuracy in (("thin", 50, 0.2), ("wide", 100, 1.0)):
+        (tmp_path / name).mkdir()
+        found = {
+            "dense": {"accuracy": 0.9, "macs": 100},
+            "pruned": {"accuracy": accuracy, "macs": macs, "sparsity": 0.0, "size_bytes": 1000},
+            "pruning": {"method": "l1"},
+            "epochs": 3,
+            "speedup": 1.5,
+        }
+        (tmp_path / name / "results.json").write_text(json.dumps(same | found))
+    report.main(copied, redraw=True, static=str(tmp_path / "[tw]*"))
+    results = json.loads((copied / "report" / "results.json").read_text())
+    wide, thin = results["static"]
+    assert (wide["name"], wide["macs_share"], thin["macs_share"]) == ("wide", 1.0, 0.5)
+    assert wide["dynamic_macs_share"] is None  # never as accurate as that
+    assert thin["dynamic_macs_share"] is None or 0 < thin["dynamic_macs_share"] <= 1.2
+    assert "l1 · thin" in (copied / "report" / "index.html").read_text()
+    assert (copied / "report" / "time_trade_off.png").is_file()
+
+    (tmp_path / "thin" / "results.json").write_text(json.dumps(same | {"model": "resnet18"}))
+    for pattern, message in (("nothing*", "no folder matches"), ("thin", "is of model='resnet18'")):
+        with pytest.raises(SystemExit):
+            report.main(copied, redraw=True, static=str(tmp_path / pattern))
+        assert message in capsys.readouterr().err
+
+
+def test_equal_compute_and_equal_accuracy_are_read_off_the_line() -> None:
+    points = {0: (0.4, 0.5), 1: (0.6, 0.7), 2: (0.9, 0.9)}
+    table = {"dense_macs": np.full(10, 100)}
+    for k, (share, accuracy) in points.items():
+        table[f"point{k}_macs"] = np.full(10, 100 * share)
+        table[f"point{k}_correct"] = (np.arange(10) < 10 * accuracy).astype(int)
+    rows = [{"macs_share": 0.5, "accuracy": 0.8}, {"macs_share": 0.2, "accuracy": 0.95}]
+    between, outside = beside(rows, table)
+    assert between["dynamic_accuracy"] == pytest.approx(0.6)
+    assert between["dynamic_macs_share"] == pytest.approx(0.75)
+    assert outside["dynamic_accuracy"] is None
+    assert outside["dynamic_macs_share"] is None
