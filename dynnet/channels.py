@@ -9,15 +9,17 @@ model ran with most of their units gone, and every channel arrived where it belo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dynnet.labels import Kept, Role, Tracer
+from dynnet.labels import HEADS, TOGETHER, Kept, Role, Tracer
 from dynnet.probe import evaluating, on_meta, watching
 
 
@@ -44,6 +46,20 @@ class Member:
     grouped: bool = False
 
 
+class Number(NamedTuple):
+    """What a module states that depends on how many units there are: a number of heads, or their width.
+
+    Attributes:
+        module: its name.
+        key: of the attribute.
+        per_unit: what one unit adds to it.
+    """
+
+    module: str
+    key: str
+    per_unit: int
+
+
 @dataclass(frozen=True)
 class Group:
     """Units that touch the same layers.
@@ -55,6 +71,7 @@ class Group:
         coupled: the units of several blocks are tied by a residual sum, or travel past other layers.
         inputs: channels that its first layer reads.
         segment: how many of the `seen` modules had ended when its first layer ran.
+        numbers: what modules state, and have to be told where units are taken away: these units are heads of attention.
     """
 
     members: tuple[Member, ...]
@@ -63,6 +80,7 @@ class Group:
     coupled: bool
     inputs: int
     segment: int
+    numbers: tuple[Number, ...] = ()
 
     def layers(self, role: Role) -> tuple[str, ...]:
         return tuple(member.layer for member in self.members if member.role == role)
@@ -77,10 +95,11 @@ def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[
         seen: modules whose output something else reads as well, such as exits; their channels are pinned.
     """
 
-    def follow(kept: Mapping[tuple[str, Role], Kept]) -> tuple[Tracer, Exception | None]:
-        return _follow(model, input_size, seen, kept)
+    def follow(free: Sequence[_Narrowed]) -> tuple[Tracer, Exception | None]:
+        with stating(model, {number: one.left * number.per_unit for one in free for number in one.group.numbers}):
+            return _follow(model, input_size, seen, _narrow(free))
 
-    tracer, error = follow({})
+    tracer, error = follow([])
     if error is not None:
         raise error
     parent = _components(tracer.atoms, [(a, b) for a, b, _ in tracer.ties])
@@ -89,17 +108,33 @@ def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[
         for unit in np.unique(parent[atoms.numpy()]):
             reasons.setdefault(int(unit), reason)
     together = _together(tracer, parent)
+    stated = _stated(model, tracer, parent)
     while True:
-        groups = [_group(tracer, parent, sides, units, reasons) for sides, units in together]
-        free = [
-            _Narrowed(group, frozenset(units))
+        groups = [_group(tracer, parent, sides, units, reasons, stated) for sides, units in together]
+        able = [
+            (group, frozenset(units))
             for group, (_, units) in zip(groups, together, strict=True)
             if group.pinned is None and group.units > 1
         ]
+        # Not all alike: a forward may compare one width with another.
+        free = [_Narrowed(group, units, 2 + i % 3) for i, (group, units) in enumerate(able)]
         broken = _rehearse(follow, tracer, free, parent)
         if not broken:
             return groups
         reasons |= broken
+
+
+@contextmanager
+def stating(model: nn.Module, numbers: Mapping[Number, int]) -> Iterator[None]:
+    """Let modules state other numbers for as long as this lasts."""
+    before = {number: getattr(model.get_submodule(number.module), number.key) for number in numbers}
+    try:
+        for number, value in numbers.items():
+            setattr(model.get_submodule(number.module), number.key, value)
+        yield
+    finally:
+        for number, value in before.items():
+            setattr(model.get_submodule(number.module), number.key, value)
 
 
 def _follow(
@@ -136,8 +171,27 @@ def _together(tracer: Tracer, parent: np.ndarray) -> list[tuple[tuple[int, ...],
     return sorted(together.items())
 
 
+def _stated(model: nn.Module, tracer: Tracer, parent: np.ndarray) -> dict[frozenset[int], list[Number]]:
+    """By units that modules have split into heads, what these modules state of them."""
+    found: dict[frozenset[int], list[Number]] = {}
+    for module, labels in tracer.heads.items():
+        units = frozenset(int(unit) for unit in np.unique(parent[torch.cat(labels).numpy()]))
+        stated = {key: value for key, value in vars(model.get_submodule(module)).items() if type(value) is int}
+        numbers = [Number(module, key, 1) for key in HEADS if stated.get(key) == len(units)]
+        if numbers:
+            wide = [key for key in TOGETHER if key in stated and stated[key] % len(units) == 0]
+            numbers += [Number(module, key, stated[key] // len(units)) for key in wide]
+            found.setdefault(units, []).extend(numbers)
+    return found
+
+
 def _group(
-    tracer: Tracer, parent: np.ndarray, touched: Sequence[int], units: Sequence[int], reasons: Mapping[int, str]
+    tracer: Tracer,
+    parent: np.ndarray,
+    touched: Sequence[int],
+    units: Sequence[int],
+    reasons: Mapping[int, str],
+    stated: Mapping[frozenset[int], list[Number]],
 ) -> Group:
     index = {unit: i for i, unit in enumerate(units)}
     pinned = next((reasons[unit] for unit in units if unit in reasons), None)
@@ -159,7 +213,9 @@ def _group(
     if len({tracer.slots[side].segment for side in sides}) > 1:
         pinned = pinned or "an exit stands between the layers that make them and those that read them"
     first = tracer.slots.get((members[0].layer, "reads"), tracer.slots[sides[0]])
-    return Group(tuple(members), len(units), pinned, _is_coupled(tracer, sides), first.width, first.segment)
+    coupled = _is_coupled(tracer, sides)
+    numbers = tuple(stated.get(frozenset(units), ()))
+    return Group(tuple(members), len(units), pinned, coupled, first.width, first.segment, numbers)
 
 
 def _is_coupled(tracer: Tracer, sides: Sequence[tuple[str, Role]]) -> bool:
@@ -208,13 +264,18 @@ def _components(count: int, ties: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray
 class _Narrowed:
     group: Group
     units: frozenset[int]
+    stride: int
 
-    def kept(self, stride: int) -> dict[tuple[str, Role], np.ndarray]:
+    @property
+    def left(self) -> int:
+        return len(range(self.group.units)[1 :: self.stride])
+
+    def kept(self) -> dict[tuple[str, Role], np.ndarray]:
         """Every so-many-th unit, without the first: a forward that counts from the left is found out as well."""
-        return {(m.layer, m.role): m.channels[1::stride].ravel() for m in self.group.members}
+        return {(m.layer, m.role): m.channels[1 :: self.stride].ravel() for m in self.group.members}
 
 
-_Follow = Callable[[Mapping[tuple[str, Role], Kept]], tuple[Tracer, Exception | None]]
+_Follow = Callable[[Sequence[_Narrowed]], tuple[Tracer, Exception | None]]
 
 
 def _rehearse(follow: _Follow, whole: Tracer, free: Sequence[_Narrowed], parent: np.ndarray) -> dict[int, str]:
@@ -230,7 +291,7 @@ def _rehearse(follow: _Follow, whole: Tracer, free: Sequence[_Narrowed], parent:
         Units that cannot be taken away after all, and why: the forward between the layers needs their number, or what
         is left does not arrive where it belongs.
     """
-    tracer, error = follow(_narrow(free))
+    tracer, error = follow(free)
     broken: dict[int, str] = {}
     for atoms, where in whole.counted(tracer):
         for unit in np.unique(parent[atoms.numpy()]):
@@ -252,7 +313,7 @@ def _rehearse(follow: _Follow, whole: Tracer, free: Sequence[_Narrowed], parent:
     works, fails = 0, len(free)
     while fails - works > 1:
         middle = (works + fails) // 2
-        last, error = follow(_narrow(free[:middle]))
+        last, error = follow(free[:middle])
         works, fails = (middle, fails) if error is None else (works, middle)
         tracer = tracer if error is None else last
     return dict.fromkeys(free[fails - 1].units, _needed(tracer))
@@ -262,8 +323,8 @@ def _narrow(free: Sequence[_Narrowed]) -> dict[tuple[str, Role], Kept]:
     """What is left of every side of every layer."""
     widths = {(m.layer, m.role): m.width for one in free for m in one.group.members}
     there = {side: np.ones(width, dtype=bool) for side, width in widths.items()}
-    for i, one in enumerate(free):
-        kept = one.kept(2 + i % 3)  # not all alike: a forward may compare one width with another
+    for one in free:
+        kept = one.kept()
         for member in one.group.members:
             side = (member.layer, member.role)
             there[side][member.channels.ravel()] = False

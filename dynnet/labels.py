@@ -27,6 +27,10 @@ Role = Literal["produces", "passes", "mixes", "reads"]
 
 _FREE = -1  # the label of what is no channel of any layer
 
+# By what names modules of attention state how many heads they have, and how wide these are together.
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
+TOGETHER = ("attn_dim", "all_head_dim", "attn_channels", "inner_dim", "key_attn_dim", "val_attn_dim", "out_dim")
+
 
 class Slot(NamedTuple):
     """One side of one layer: its channels have the labels first .. first + width - 1."""
@@ -58,6 +62,7 @@ class Tracer(TorchDispatchMode):
         grouped: names of grouped convolutions.
         suspects: labels of what the operator read that failed.
         numbers: plain numbers that operators computed with, the labels they met, and the module, in running order.
+        heads: by module that states a number of heads, the labels of what it has split into heads.
     """
 
     def __init__(self, seen: Collection[str], kept: Mapping[tuple[str, Role], Kept]) -> None:
@@ -80,7 +85,9 @@ class Tracer(TorchDispatchMode):
         self._segment = 0
         self._labels: dict[int, Tensor] = {}
         self._held: list[Tensor] = []  # an identity may not be used twice
+        self.heads: dict[str, list[Tensor]] = {}
         self._names: list[str] = []
+        self._running: list[nn.Module] = []
         self._inside = 0  # layers whose operators are known as a whole
         self._incoming: Tensor | None = None  # of the outermost of them
 
@@ -101,6 +108,7 @@ class Tracer(TorchDispatchMode):
     def enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             self._names.append(name)
+            self._running.append(module)
             kind = layer_kind(module)
             if kind is None:
                 return None
@@ -139,6 +147,7 @@ class Tracer(TorchDispatchMode):
                     if isinstance(x, Tensor):
                         self.pin(self.label(x), f"an exit reads them at {name}")
             self._names.pop()
+            self._running.pop()
             return narrowed
 
         return hook
@@ -147,6 +156,12 @@ class Tracer(TorchDispatchMode):
         kind, dim = layer_kind(module), channel_dim(module, x)
         weight = getattr(module, "weight", None)
         self.macs.append(weight[0].numel() * output.numel() if kind == "weighs" and weight is not None else 0)
+        label = self.label(x)
+        if kind == "mixes" and label is not None and _varies(label) > 1 and label.shape[dim] > 1 and self._in_heads():
+            # Over each head by itself; the norm is of a head's width, and stays.
+            self._tie(label, label.narrow(dim, 0, 1))
+            self._set(output, label)
+            return
         incoming = self._along(x, dim)
         if kind != "weighs":
             if (incoming >= 0).any():
@@ -255,7 +270,8 @@ class Tracer(TorchDispatchMode):
             result = torch.where(a >= 0, a, b)
         assert result is not None
         numbers = tuple(float(x) for x in tree_leaves((args, kwargs)) if type(x) in (int, float))
-        self.numbers.append((numbers, result[result >= 0].flatten(), self.where()))
+        if numbers:
+            self.numbers.append((numbers, result[result >= 0].flatten(), self.where()))
         for x in operands:
             if self.label(x) is None and any(
                 x.shape[-d] > 1 and result.shape[-d] > 1 for d in range(1, min(x.ndim, result.ndim) + 1)
@@ -282,6 +298,17 @@ class Tracer(TorchDispatchMode):
         outputs = [output] if isinstance(output, Tensor) else list(output)
         labels = [_settled(part) for part in ([moved] if isinstance(moved, Tensor) else moved)]
         order = label.flatten()
+        if self._in_heads() and (_varies(label) > 1 or any(_varies(part) > 1 for part in labels)):
+            # Channels laid out by head; a rehearsal shows whether they all come back.
+            self.heads.setdefault(self.where(), []).append(label[label >= 0].flatten())
+            order = torch.cat([part.flatten() for part in labels]).sort().values
+            if len(labels) == 1 and not torch.equal(order.unique(), label.flatten().unique()):
+                self.pin(label, f"{func._overloadpacket.__name__} in {self.where()}")
+            for part in labels[1:] if all(part.shape == labels[0].shape for part in labels) else ():
+                self._tie(labels[0], part)
+            for out, part in zip(outputs, labels, strict=True):
+                self._set(out, part)
+            return None
         if len(labels) > 1 and all(part.shape == labels[0].shape for part in labels):
             # A forward that asks for halves gets halves of what is left, if both lose the same.
             for part in labels[1:]:
@@ -294,6 +321,32 @@ class Tracer(TorchDispatchMode):
         for out, part in zip(outputs, labels, strict=True):
             self._set(out, part)
         return None
+
+    def _in_heads(self) -> bool:
+        """Does the module whose forward is running state a number of heads?"""
+        return any(isinstance(vars(self._running[-1]).get(key), int) for key in HEADS) if self._running else False
+
+    def _multiplied(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """A batch of matrix products, (b, n, k) x (b, k, m): what is summed over lives and dies together."""
+        found: Tensor | None = None
+        for x, summed in ((args[0], 2), (args[1], 1)):
+            label = self.label(x)
+            if label is None:
+                continue
+            if not self._in_heads():
+                return self._refuse(func, args, kwargs, output)
+            first = label.narrow(summed, 0, 1)
+            self._tie(label, first)
+            if found is not None:
+                self._tie(found, first)
+                # Channels of the second go on; all of a head are tied to the first's already.
+                a, b = torch.broadcast_tensors(found, first)
+                first = torch.where(b >= 0, b, a)
+            found = first
+        assert found is not None
+        if any(self.label(x) is None and x.shape[0] > 1 < found.shape[0] for x in args[:2]):
+            self.pin(found, f"{func._overloadpacket.__name__} in {self.where()} with a tensor of their number")
+        return self._set(output, found)
 
     def _joined(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         tensors, dim = args[0], (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % output.ndim
@@ -445,6 +498,8 @@ def _rule(func: Any) -> _Rule:
         return Tracer._reduced
     if packet in (aten.roll, aten.flip):
         return Tracer._kept
+    if packet is aten.bmm:
+        return Tracer._multiplied
     if torch.Tag.pointwise in func.tags or packet in _POINTWISE:
         return Tracer._pointwise
     return Tracer._refuse

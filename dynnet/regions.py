@@ -222,6 +222,8 @@ def _why_not(
         return group.pinned
     if not group.layers("produces") or group.units < 2:
         return "nothing to choose from"
+    if group.numbers:
+        return f"the forward of {group.numbers[0].module} needs to be told how many heads there are"
     if any(m.layer == e or m.layer.startswith(e + ".") for m in group.members for e in config.exclude):
         return f"excluded are {list(config.exclude)}"
     across = [member.layer for member in group.members if member.layer in sideways]

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.errors import PruneError
+from dynnet.labels import HEADS, TOGETHER
 from dynnet.layers import layer_kind
 from dynnet.probe import BATCH, trace
 from dynnet.slicing import Subset, cut, subset
 
 Shape = dict[str, Any]
 UNCHANGED: Shape = {"removed": [], "widths": {}, "stated": {}, "features": []}
-_STATED = ("in_features", "num_features", "head_hidden_size")  # what timm's modules say of their widths
+_FEATURES = ("in_features", "num_features", "head_hidden_size")  # what timm's models say of their widths
 
 
 def shape_of(model: nn.Module, fresh: nn.Module) -> Shape:
@@ -118,14 +119,16 @@ def restate(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:
     if not isinstance(was, nn.Linear) or not isinstance(head, nn.Linear):
         return
     for module in model.modules():
-        for key in _stated(module):
-            if not (module is model and key == "num_features") and vars(module)[key] == was.in_features:
+        for key in _FEATURES:
+            known = layer_kind(module) or (module is model and key == "num_features")
+            if not known and vars(module).get(key) == was.in_features:
                 setattr(module, key, head.in_features)
 
 
 def _stated(module: nn.Module) -> list[str]:
     """What a module says of its widths that is no layer itself."""
-    return [] if layer_kind(module) else [key for key in _STATED if isinstance(vars(module).get(key), int)]
+    keys = (*_FEATURES, *HEADS, *TOGETHER)
+    return [] if layer_kind(module) else [key for key in keys if isinstance(vars(module).get(key), int)]
 
 
 def _features(model: nn.Module) -> list[int]:

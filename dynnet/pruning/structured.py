@@ -207,6 +207,9 @@ class Costs:
                 continue
             for name, parameter in module.named_parameters(recurse=False):
                 self._terms.append((parameter.numel(), both if name == "weight" else made))
+        for module_name, producer in _attention(groups).items():
+            if unit == "macs":  # products of queries, keys and values
+                self._terms.append((macs.layers[module_name] // BATCH, [producer]))
 
     def without(self, gone: Mapping[Side, int]) -> float:
         """The cost where so many channels of some sides of layers are gone."""
@@ -214,6 +217,12 @@ class Costs:
         for cost, sides in self._terms:
             total -= cost * (1 - math.prod(1 - gone.get(side, 0) / self._widths[side] for side in sides))
         return total
+
+
+def _attention(groups: Sequence[Group]) -> dict[str, Side]:
+    """Modules that work head by head, and a side whose channels are these heads'."""
+    first = ((group, group.members[0]) for group in groups)
+    return {number.module: (member.layer, member.role) for group, member in first for number in group.numbers}
 
 
 class _Chunk(NamedTuple):
@@ -315,6 +324,9 @@ def narrow(model: nn.Module, groups: Sequence[Group], stay: Sequence[np.ndarray]
         left = {role: _subset(mask, modules[layer]) for (name, role), mask in there.items() if name == layer}
         through = left.get("passes") or left.get("mixes")
         cut(modules[layer], left.get("reads") or through, left.get("produces"))
+    for group, mask in zip(groups, stay, strict=True):
+        for number in group.numbers:
+            setattr(modules[number.module], number.key, int(mask.sum()) * number.per_unit)
 
 
 def _subset(there: np.ndarray, layer: nn.Module) -> Subset | None:
