@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.layers.grn import GlobalResponseNorm
-from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
 from dynnet.channels import Group, find_groups
@@ -44,7 +43,8 @@ class OfWhatIsLeft(nn.Module):
 
 
 def zero(model: nn.Module, groups: Sequence[Group], stay: Sequence[np.ndarray]) -> None:
-    """Make channels zero, in place, by the weights, biases and norms that make them."""
+    """Make channels zero, in place, by the weights, biases and norms that make them, and by those that read them: what
+    stands in between may make something of zero (a softmax over pixels, say)."""
     kept: dict[tuple[str, str], np.ndarray] = {}
     for group, mask in zip(groups, stay, strict=True):
         for member in group.members:
@@ -54,6 +54,8 @@ def zero(model: nn.Module, groups: Sequence[Group], stay: Sequence[np.ndarray]) 
         if role in ("produces", "passes"):
             for parameter in model.get_submodule(name).parameters(recurse=False):
                 parameter.data[torch.from_numpy(~mask)] = 0
+        elif role == "reads" and getattr(model.get_submodule(name), "groups", 1) == 1:
+            model.get_submodule(name).weight.data[:, torch.from_numpy(~mask)] = 0
     for (name, role), mask in kept.items():
         layer = model.get_submodule(name)
         grouped = getattr(layer, "groups", 1) > 1  # groups that are left are as they were
@@ -66,9 +68,6 @@ def zero(model: nn.Module, groups: Sequence[Group], stay: Sequence[np.ndarray]) 
 def assert_cut_is_zeroed(model: nn.Module, size: tuple[int, ...], seed: int = 0) -> int:
     """For every group by itself and for all at once; returns how many groups there are."""
     groups = [g for g in find_groups(model, size) if g.pinned is None and g.units > 1 and g.layers("produces")]
-    for module in model.modules():
-        if isinstance(module, StarReLU):
-            module.bias.data.zero_()  # else what it makes of zero is not zero
     images = torch.randn(1, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     numbers = np.random.default_rng(seed)
     picks = [[group] for group in groups] + [groups]
