@@ -18,7 +18,9 @@ from dynnet.pruning.units import CRITERIA, score
 from tests.cases import CASES, Case, enliven
 
 SIZE = (2, 8, 8)
-TOKENS = [case for case in CASES if case.name in {"test_vit", "coat_lite_tiny", "mixer_s32_224"}]
+TOKENS = [
+    case for case in CASES if case.name in {"vit_tiny_patch16_224", "coat_lite_tiny", "swin_tiny_patch4_window7_224"}
+]
 
 
 class Net(nn.Module):
@@ -171,7 +173,9 @@ def test_random_is_random_and_repeats() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name in {"test_vit", "coat_lite_tiny", "mixer_s32_224"}], ids=str
+    "case",
+    [c for c in CASES if c.name in {"vit_tiny_patch16_224", "coat_lite_tiny", "swin_tiny_patch4_window7_224"}],
+    ids=str,
 )
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_every_criterion_works_on_tokens(case: Case, criterion: str) -> None:
@@ -184,7 +188,8 @@ def test_every_criterion_works_on_tokens(case: Case, criterion: str) -> None:
         return
     found = score(model, groups, criterion, Batches([(case.images(3), torch.tensor([0, 1, 2]))]))
     assert [s is None or s.shape == (g.units,) for s, g in zip(found, groups, strict=True)]
-    assert all(float(s.std()) > 0 for s, g in zip(found, groups, strict=True) if s is not None)
+    # Of two units each is as far from the other.
+    assert all(float(s.std()) > 0 for s, g in zip(found, groups, strict=True) if s is not None and g.units > 2)
 
 
 def test_frozen_weights_are_judged_and_stay_frozen() -> None:
