@@ -9,6 +9,7 @@ from dynnet.latency import Latency, latency
 from dynnet.measure import Measurement, measure
 from dynnet.model import DynamicModel, ExitOutputs, Prediction
 from dynnet.pruning import prune
+from dynnet.quantize import quantize
 from dynnet.regions import GateConfig
 from dynnet.wrap import unwrap, wrap
 
@@ -31,6 +32,7 @@ __all__ = [
     "load_backbone",
     "measure",
     "prune",
+    "quantize",
     "save",
     "unwrap",
     "wrap",

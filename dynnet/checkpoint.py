@@ -28,6 +28,7 @@ from dynnet.model import DynamicModel
 from dynnet.policy import to_json
 from dynnet.pruning.packed import pack, unpack
 from dynnet.pruning.shape import UNCHANGED, Shape, bring_into_shape, shape_of
+from dynnet.quantize import Int8Layer
 from dynnet.regions import GateConfig
 from dynnet.wrap import wrap
 
@@ -83,11 +84,15 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
         sparse: write tensors with many zeros as bits and values; reading takes no option.
 
     Raises:
-        CheckpointError: some weights are masked.
+        CheckpointError: some weights are masked, or in int8.
     """
     masked = [name for name, module in model.named_modules() if is_parametrized(module)]
     if masked:
         raise CheckpointError(f"{masked[0]} has a mask on its weights; call dynnet.pruning.make_permanent(model) first")
+    if any(isinstance(module, Int8Layer) for module in model.modules()):
+        raise CheckpointError(
+            "an int8 copy takes seconds to make: save the model that it is of, and quantize that again"
+        )
     backbone = model.backbone if isinstance(model, DynamicModel) else model
     config = getattr(backbone, "pretrained_cfg", None) or {}
     classes = getattr(model, "num_classes", None)

@@ -34,6 +34,10 @@ class PruneError(DynnetError, ValueError):
     """Nothing to prune, or a target that cannot be met."""
 
 
+class QuantizeError(DynnetError, ValueError):
+    """A model that cannot be brought to int8."""
+
+
 class InputError(DynnetError, ValueError):
     """A batch that the model cannot take."""
 

@@ -1,0 +1,265 @@
+"""int8 for inference on CPUs: weights and inputs of convolutions and linear layers as bytes, after training.
+
+Every layer is replaced by one that turns its input into bytes, multiplies bytes (oneDNN's kernels, which torch ships)
+and gives floating-point numbers, so that timm's own forward, exits and hooks run on as they are. Weights have a scale
+for each output, inputs one scale and one zero point, measured on a few batches. MACs are counted as before.
+
+    O outputs, I inputs of a layer
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from timm.layers import Conv2dSame
+from timm.layers import Linear as TimmLinear
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynnet.errors import DataError, NonFiniteError, QuantizeError, did_you_mean
+from dynnet.fold import fold
+from dynnet.layers import layer_kind
+from dynnet.model import DynamicModel
+from dynnet.probe import evaluating
+from dynnet.pruning.batches import Batches, Loader
+
+M = TypeVar("M", bound=nn.Module)
+
+_FLOAT: tuple[Any, ...] = (
+    1.0,
+    0,
+    torch.float32,
+    "none",
+    [],
+    "",
+)  # what a kernel gives: plain numbers, with nothing behind it
+_LEVELS = 255  # of an input; weights have 127 on each side of zero
+
+
+class Int8Layer(nn.Module):
+    """What int8 convolutions and linear layers share.
+
+    Attributes:
+        weight: (O, I / groups, ...) int8.
+        weight_scale: (O,) what one step of a weight is worth.
+        bias: (O,), zero where the layer had none.
+        input_scale, input_zero: what one step of an input is worth, and which of 0 .. 255 is zero.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    input_scale: Tensor
+    input_zero: Tensor
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, low: float, high: float) -> None:
+        super().__init__()
+        with torch.no_grad():
+            weight = layer.weight.detach().float()
+            scale = (weight.abs().flatten(1).amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+            steps = (weight / scale.view(-1, *[1] * (weight.ndim - 1))).round().clamp(-127, 127)
+            # Zero is among the inputs: padding is.
+            low, high = min(low, 0.0), max(high, 0.0)
+            step = max((high - low) / _LEVELS, torch.finfo(torch.float32).tiny)
+            self.register_buffer("weight", steps.to(torch.int8))
+            self.register_buffer("weight_scale", scale)
+            bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().clone()
+            self.register_buffer("bias", bias)
+            self.register_buffer("input_scale", torch.tensor(step))
+            self.register_buffer("input_zero", torch.tensor(round(-low / step), dtype=torch.int32))
+        self._packed: dict[tuple[int, ...], tuple[Tensor, Tensor, float, int]] = {}
+
+    def _bytes(self, x: Tensor, scale: float, zero: int) -> Tensor:
+        """The nearest of 256 steps."""
+        # What is added before the cut to whole numbers rounds.
+        return torch.add(torch.tensor(zero + 0.5), x.float(), alpha=1 / scale).clamp_(0, _LEVELS).to(torch.uint8)
+
+    def _ready(self, x: Tensor) -> tuple[Tensor, Tensor, float, int]:
+        """For an input like x: weights in the kernel's own layout, zero points of the weights, scale and zero point of
+        the input."""
+        key = tuple(x.shape[1:])  # of which the best layout depends
+        if key not in self._packed:
+            scale, zero = float(self.input_scale), int(self.input_zero)
+            zeros = torch.zeros(len(self.weight), dtype=torch.int32)
+            self._packed[key] = (self._pack(list(x.shape), scale, zero), zeros, scale, zero)
+        return self._packed[key]
+
+    def _pack(self, shape: list[int], scale: float, zero: int) -> Tensor:
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Int8Layer:
+        self._packed = {}
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Layer:
+        packed, self._packed = self._packed, {}  # opaque to copies
+        try:
+            twin = self.__class__.__new__(self.__class__)
+            memo[id(self)] = twin
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        finally:
+            self._packed = packed
+        return twin
+
+
+class Int8Conv2d(Int8Layer):
+    """A convolution of bytes, (B, I, H, W) to (B, O, H', W') float."""
+
+    def __init__(self, layer: nn.Conv2d, low: float, high: float) -> None:
+        super().__init__(layer, low, high)
+        self.stride, self.padding, self.dilation = list(layer.stride), list(layer.padding), list(layer.dilation)
+        self.groups, self.kernel_size, self.same = layer.groups, layer.kernel_size, isinstance(layer, Conv2dSame)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.same:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        padding: Any = [0, 0] if self.same else self.padding
+        shape = (self.stride, padding, self.dilation, self.groups)
+        if x.device.type == "meta":  # a dry run, which counts what this multiplies
+            return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), *shape)
+        weight, zeros, scale, zero = self._ready(x)
+        given = self._bytes(x, scale, zero).contiguous(memory_format=torch.channels_last)
+        made = torch.ops.onednn.qconv_pointwise(
+            given,
+            scale,
+            zero,
+            weight,
+            self.weight_scale,
+            zeros,
+            self.bias,
+            *shape,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        return cast(Tensor, made)
+
+    def _pack(self, shape: list[int], scale: float, zero: int) -> Tensor:
+        padding = [0, 0] if self.same else self.padding
+        packed = torch.ops.onednn.qconv_prepack(
+            self.weight, self.weight_scale, scale, zero, self.stride, padding, self.dilation, self.groups, shape
+        )
+        return cast(Tensor, packed)
+
+
+class Int8Linear(Int8Layer):
+    """A linear layer of bytes, (..., I) to (..., O) float."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "meta":
+            return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        weight, zeros, scale, zero = self._ready(x)
+        given = self._bytes(x, scale, zero)
+        made = torch.ops.onednn.qlinear_pointwise(
+            given, scale, zero, weight, self.weight_scale, zeros, self.bias, *_FLOAT
+        )
+        return cast(Tensor, made)
+
+    def _pack(self, shape: list[int], scale: float, zero: int) -> Tensor:
+        return cast(Tensor, torch.ops.onednn.qlinear_prepack(self.weight, None))
+
+
+def quantize(model: M, loader: Loader, *, batches: int = 10, exclude: Sequence[str] = ()) -> M:
+    """A copy for inference on a CPU, with batch norms folded and layers in int8.
+
+    Args:
+        model: a wrapped model without gates, or any module from (B, C, H, W) images to logits; in float32, on a CPU.
+        loader: batches of (images, ...), on which the range of every layer's inputs is measured.
+        batches: how many of them, at most.
+        exclude: modules, by name, that stay in floating point.
+
+    Returns:
+        The copy, in eval mode; it cannot be trained. Depthwise convolutions, and layers of other kinds than plain
+        convolutions and linear layers, stay as they are.
+
+    Raises:
+        QuantizeError: gates, another device or type, an unknown module, or nothing to quantize.
+        DataError: an empty loader.
+        NonFiniteError: a layer is given NaN or infinity.
+    """
+    first = next(model.parameters(), None)
+    if isinstance(model, DynamicModel) and model.gates is not None:
+        raise QuantizeError("gates choose among floating-point weights; quantize a model without gates")
+    if first is None or first.device.type != "cpu" or first.dtype != torch.float32:
+        raise QuantizeError("int8 kernels are for CPUs, from float32: move the model with .cpu().float() first")
+    small = fold(model)
+    modules = dict(small.named_modules())
+    for name in exclude:
+        if name not in modules:
+            raise QuantizeError(f"exclude: the model has no module {name!r}{did_you_mean(name, modules)}")
+    layers = {
+        name: module
+        for name, module in modules.items()
+        if _is_plain(module) and not any(name == e or name.startswith(e + ".") for e in exclude)
+    }
+    if not layers:
+        raise QuantizeError("there are no plain convolutions or linear layers to quantize")
+    ranges = _ranges(small, layers, loader, batches)
+    for name, (low, high) in ranges.items():
+        layer = layers[name]
+        kind: Any = Int8Conv2d if isinstance(layer, nn.Conv2d) else Int8Linear
+        replacement = kind(layer, low, high).eval()
+        for attribute in ("in_features", "out_features", "in_channels", "out_channels"):
+            if hasattr(layer, attribute):
+                setattr(replacement, attribute, getattr(layer, attribute))
+        parent, _, key = name.rpartition(".")
+        setattr(small.get_submodule(parent), key, replacement)
+    return small
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Of a kind whose forward is known, and which nobody listens to."""
+    if module._forward_hooks or type(module) not in (nn.Conv2d, Conv2dSame, nn.Linear, TimmLinear):
+        return False
+    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return False
+    # A depthwise convolution has little to multiply: bytes cost it more than they save.
+    return layer_kind(module) == "weighs"
+
+
+@torch.no_grad()
+def _ranges(
+    model: nn.Module, layers: Mapping[str, nn.Module], loader: Loader, batches: int
+) -> dict[str, tuple[float, float]]:
+    """The least and the largest input of every layer that ran, each the mean over batches: what one image has beyond it
+    is cut off."""
+    seen: dict[str, list[tuple[float, float]]] = {}
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            low, high = args[0].aminmax()
+            if not bool(low.isfinite() & high.isfinite()):
+                raise NonFiniteError(f"{name} is given NaN or infinity; check the weights and the images")
+            seen.setdefault(name, []).append((float(low), float(high)))
+
+        return hook
+
+    with _hooked(layers, look), evaluating(model):
+        for images, _ in Batches(loader, batches).on(model, labelled=False):
+            model.forward_exits(images) if isinstance(model, DynamicModel) else model(images)
+    if not seen:
+        raise DataError("no layer ran on the loader's images")
+    means = {name: torch.tensor(found, dtype=torch.float64).mean(0).tolist() for name, found in seen.items()}
+    return {name: (low, high) for name, (low, high) in means.items()}
+
+
+@contextmanager
+def _hooked(layers: Mapping[str, nn.Module], look: Any) -> Iterator[None]:
+    handles = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
