@@ -90,9 +90,7 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
     if masked:
         raise CheckpointError(f"{masked[0]} has a mask on its weights; call dynnet.pruning.make_permanent(model) first")
     if any(isinstance(module, Int8Layer) for module in model.modules()):
-        raise CheckpointError(
-            "an int8 copy takes seconds to make: save the model that it is of, and quantize that again"
-        )
+        raise CheckpointError("an int8 copy takes seconds to make: save the model that it is of, and quantize again")
     backbone = model.backbone if isinstance(model, DynamicModel) else model
     config = getattr(backbone, "pretrained_cfg", None) or {}
     classes = getattr(model, "num_classes", None)
