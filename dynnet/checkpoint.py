@@ -191,6 +191,8 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
     if found != kind:
         remedy = {"model": "; dynnet.load reads it", "backbone": "; dynnet.load_backbone reads it"}.get(found or "", "")
         raise CheckpointError(f"{str(path)!r} holds a {found}, not a {kind}{remedy}")
+    if "create" not in about:
+        raise CheckpointError(f"{str(path)!r} does not say how to build its backbone; save it again with dynnet.save")
     if about.get("packed"):
         try:
             tensors = unpack(tensors, about["packed"])

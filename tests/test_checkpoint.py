@@ -81,6 +81,9 @@ def test_files_of_other_kinds_are_refused(saved: Path, tmp_path: Path) -> None:
     checkpoint.write_bundle(tmp_path / "state", {"x": torch.zeros(2)}, {"kind": "state"})
     with pytest.raises(CheckpointError, match="holds a state, not a model"):
         dynnet.load(tmp_path / "state")
+    checkpoint.write_bundle(tmp_path / "early", {"x": torch.zeros(2)}, {"kind": "backbone", "model_name": "resnet18"})
+    with pytest.raises(CheckpointError, match="does not say how to build its backbone"):
+        dynnet.load_backbone(tmp_path / "early")
 
 
 def test_a_newer_format_asks_for_an_upgrade(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
