@@ -285,6 +285,24 @@ def watching(
 
 
 @contextlib.contextmanager
+def reading(layers: Mapping[str, nn.Module], look: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+    """Show `look` the name and the input of each of these layers as it runs, for as long as this lasts; what it returns
+    is read in the input's place."""
+
+    def hook(name: str) -> Any:
+        def show(module: nn.Module, args: Any) -> Any:
+            x = look(name, args[0])
+            return None if x is None else (x, *args[1:])
+
+        return show
+
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(layer.register_forward_pre_hook(hook(name)))
+        yield
+
+
+@contextlib.contextmanager
 def on_meta(model: nn.Module) -> Iterator[None]:
     """All tensors of a model replaced by meta tensors of the same shape and type, and put back on leaving.
 

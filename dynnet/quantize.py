@@ -10,8 +10,7 @@ for each output, inputs one scale and one zero point, measured on a few batches.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,23 +20,19 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynnet.errors import DataError, NonFiniteError, QuantizeError, did_you_mean
+from dynnet.errors import DataError, NonFiniteError, QuantizeError
+from dynnet.exits import title
 from dynnet.fold import fold
 from dynnet.layers import layer_kind
 from dynnet.model import DynamicModel
-from dynnet.probe import evaluating
+from dynnet.names import check_excluded, is_inside
+from dynnet.probe import evaluating, reading
 from dynnet.pruning.batches import Batches, Loader
 
 M = TypeVar("M", bound=nn.Module)
 
-_FLOAT: tuple[Any, ...] = (
-    1.0,
-    0,
-    torch.float32,
-    "none",
-    [],
-    "",
-)  # what a kernel gives: plain numbers, with nothing behind it
+# What a kernel gives: plain numbers, with nothing behind it.
+_FLOAT: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
 _LEVELS = 255  # of an input; weights have 127 on each side of zero
 
 
@@ -129,20 +124,7 @@ class Int8Conv2d(Int8Layer):
         weight, zeros, scale, zero = self._ready(x)
         given = self._bytes(x, scale, zero).contiguous(memory_format=torch.channels_last)
         made = torch.ops.onednn.qconv_pointwise(
-            given,
-            scale,
-            zero,
-            weight,
-            self.weight_scale,
-            zeros,
-            self.bias,
-            *shape,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
+            given, scale, zero, weight, self.weight_scale, zeros, self.bias, *shape, *_FLOAT
         )
         return cast(Tensor, made)
 
@@ -196,14 +178,9 @@ def quantize(model: M, loader: Loader, *, batches: int = 10, exclude: Sequence[s
         raise QuantizeError("int8 kernels are for CPUs, from float32: move the model with .cpu().float() first")
     small = fold(model)
     modules = dict(small.named_modules())
-    for name in exclude:
-        if name not in modules:
-            raise QuantizeError(f"exclude: the model has no module {name!r}{did_you_mean(name, modules)}")
-    layers = {
-        name: module
-        for name, module in modules.items()
-        if _is_plain(module) and not any(name == e or name.startswith(e + ".") for e in exclude)
-    }
+    whole = small.backbone if isinstance(small, DynamicModel) else small
+    check_excluded(exclude, modules, title(whole), QuantizeError)
+    layers = {name: module for name, module in modules.items() if _is_plain(module) and not is_inside(name, exclude)}
     if not layers:
         raise QuantizeError("there are no plain convolutions or linear layers to quantize")
     ranges = _ranges(small, layers, loader, batches)
@@ -237,29 +214,16 @@ def _ranges(
     is cut off."""
     seen: dict[str, list[tuple[float, float]]] = {}
 
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            low, high = args[0].aminmax()
-            if not bool(low.isfinite() & high.isfinite()):
-                raise NonFiniteError(f"{name} is given NaN or infinity; check the weights and the images")
-            seen.setdefault(name, []).append((float(low), float(high)))
+    def look(name: str, x: Tensor) -> None:
+        low, high = x.aminmax()
+        if not bool(low.isfinite() & high.isfinite()):
+            raise NonFiniteError(f"{name} is given NaN or infinity; check the weights and the images")
+        seen.setdefault(name, []).append((float(low), float(high)))
 
-        return hook
-
-    with _hooked(layers, look), evaluating(model):
+    with reading(layers, look), evaluating(model):
         for images, _ in Batches(loader, batches).on(model, labelled=False):
             model.forward_exits(images) if isinstance(model, DynamicModel) else model(images)
     if not seen:
         raise DataError("no layer ran on the loader's images")
     means = {name: torch.tensor(found, dtype=torch.float64).mean(0).tolist() for name, found in seen.items()}
     return {name: (low, high) for name, (low, high) in means.items()}
-
-
-@contextmanager
-def _hooked(layers: Mapping[str, nn.Module], look: Any) -> Iterator[None]:
-    handles = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

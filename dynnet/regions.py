@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from dynnet.channels import Group, Member
-from dynnet.errors import GateError, did_you_mean
+from dynnet.errors import GateError
+from dynnet.names import check_excluded, is_inside
 
 _FEWEST = 4  # units of a group, at least, where its channels allow
 _WORTHWHILE = 4.0  # times what its gate network costs: what a region must be able to save when half of it is closed
@@ -194,9 +195,7 @@ def plan_gates(
             raise GateError(f"{key}={getattr(config, key)}: give a number of 1 or more")
     if isinstance(config.exclude, str):
         raise GateError(f"exclude={config.exclude!r}: give a tuple of module names, such as ({config.exclude!r},)")
-    for name in config.exclude:
-        if name not in modules:
-            raise GateError(f"exclude: {title} has no module {name!r}{did_you_mean(name, modules)}")
+    check_excluded(config.exclude, modules, title, GateError)
     refused = [_why_not(group, config, macs, total, sideways) for group in groups]
     chosen = [group for group, reason in zip(groups, refused, strict=True) if reason is None]
     if not chosen:
@@ -224,7 +223,7 @@ def _why_not(
         return "nothing to choose from"
     if group.numbers:
         return f"the forward of {group.numbers[0].module} needs to be told how many heads there are"
-    if any(m.layer == e or m.layer.startswith(e + ".") for m in group.members for e in config.exclude):
+    if any(is_inside(member.layer, config.exclude) for member in group.members):
         return f"excluded are {list(config.exclude)}"
     across = [member.layer for member in group.members if member.layer in sideways]
     if across:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dynnet.checkpoint import load_weights
-from dynnet.data import Data
+from dynnet.data import Data, load_data
 from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
 from dynnet.recipe import BackboneConfig, Recipe, read_recipe, recipe_parser
 from training.distributed import World, world
@@ -61,14 +61,17 @@ def run_program(
     return 0
 
 
-def arguments(backbone: BackboneConfig, data: Data) -> dict[str, Any]:
-    """What `timm.create_model` is called with."""
-    return {
-        "model_name": backbone.name,
+def open_data(recipe: Recipe, here: World) -> tuple[Data, dict[str, Any]]:
+    """The recipe's data, and what `timm.create_model` is called with for them."""
+    with here.first_goes_first():  # it may have to download
+        data = load_data(recipe.data, _pretrained_cfg(recipe.backbone.name))
+    create = {
+        "model_name": recipe.backbone.name,
         "num_classes": len(data.classes),
         "in_chans": data.input_size[0],
-        **backbone.kwargs,
+        **recipe.backbone.kwargs,
     }
+    return data, create
 
 
 def make_backbone(config: BackboneConfig, create: dict[str, Any], fresh: bool) -> nn.Module:
@@ -87,7 +90,7 @@ def make_backbone(config: BackboneConfig, create: dict[str, Any], fresh: bool) -
     return backbone
 
 
-def pretrained_cfg(name: str) -> dict[str, Any]:
+def _pretrained_cfg(name: str) -> dict[str, Any]:
     """What timm knows of a model's images.
 
     Raises:

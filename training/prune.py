@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 
 from dynnet.allocator import keep_freed_memory
 from dynnet.checkpoint import load_backbone, read_bundle, save, write_atomically, write_bundle
-from dynnet.data import Data, load_data
+from dynnet.data import Data
 from dynnet.errors import PruneError, RecipeError
 from dynnet.fold import fold
 from dynnet.latency import take_turns
@@ -54,7 +55,7 @@ from dynnet.pruning.weights import weight_of
 from dynnet.recipe import PruningConfig, Recipe, StageConfig, recipe_to_yaml
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools, run_stage
-from training.program import arguments, make_backbone, pretrained_cfg, run_program
+from training.program import make_backbone, open_data, run_program
 from training.state import Log, Position, State
 
 SINGLE_WEIGHTS = ("magnitude", "lottery", "n:m")
@@ -88,9 +89,7 @@ def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
     """Run the pipeline to its end, from the beginning or from the last checkpoint in `out`."""
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
-    with here.first_goes_first():  # it may have to download
-        data = load_data(recipe.data, pretrained_cfg(recipe.backbone.name))
-    create = arguments(recipe.backbone, data)
+    data, create = open_data(recipe, here)
     with here.first_goes_first():
         model = make_backbone(recipe.backbone, create, fresh=not resume)
     pipeline = Pipeline(recipe, data, create, out, here)
@@ -139,7 +138,6 @@ class Pipeline:
     def __init__(self, recipe: Recipe, data: Data, create: dict[str, Any], out: Path, here: World) -> None:
         self.recipe, self.data, self.create, self.out, self.here = recipe, data, create, out, here
         self.size = data.input_size
-        self.teacher: nn.Module | None = None
         self.steps = [Step("dense", recipe.dense.epochs), Step("keep", change=self.keep)]
         self.steps += self._cuts(recipe.pruning, recipe.finetune.epochs)
 
@@ -234,7 +232,7 @@ class Pipeline:
         """What a change has done, before anything is trained again."""
         found: dict[str, Any] = {
             "accuracy": [self.held_out_accuracy(model)],
-            "macs": self._macs(model) / self._macs(self._fresh()),
+            "macs": self._macs(model) / self._dense_macs,
             "sparsity": sparsity(model)[""],
         }
         desk.log.write({"kind": "change", "stage": step.name, **found})
@@ -242,27 +240,32 @@ class Pipeline:
             rest = (
                 f"{found['sparsity']:.1%} zeros"
                 if self.recipe.pruning.method in SINGLE_WEIGHTS
-                else (f"{found['macs']:.1%} of the MACs")
+                else f"{found['macs']:.1%} of the MACs"
             )
             print(f"{step.name}: held-out accuracy {found['accuracy'][0]:.2%} at {rest}", flush=True)
 
     def _left(self, model: nn.Module, share: float) -> float:
         """The share of this model's MACs that is left when so much of the way is gone."""
-        dense = self._macs(self._fresh())
-        return min(1.0, dense * self.recipe.pruning.macs**share / self._macs(model))
+        return min(1.0, self._dense_macs * self.recipe.pruning.macs**share / self._macs(model))
 
     def _structured(self) -> dict[str, Any]:
         config = self.recipe.pruning
         return {key: getattr(config, key) for key in ("scope", "floor", "multiple", "exclude")}
 
+    @functools.cached_property
     def _fresh(self) -> nn.Module:
+        """The backbone as timm builds it, without numbers."""
         with torch.device("meta"):
             return timm.create_model(**self.create)
+
+    @functools.cached_property
+    def _dense_macs(self) -> int:
+        return self._macs(self._fresh)
 
     def _anew(self, model: nn.Module) -> nn.Module:
         """New weights in the same shape."""
         fresh = timm.create_model(**self.create)
-        bring_into_shape(fresh, shape_of(model, self._fresh()))
+        bring_into_shape(fresh, shape_of(model, self._fresh))
         for module in fresh.modules():  # timm initialises by the width of a layer
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.reset_parameters()
@@ -282,7 +285,7 @@ class Pipeline:
             taught = None
             if config.distill and step.name != "dense":
                 with torch.no_grad():
-                    taught = self._teacher()(images)
+                    taught = self._teacher(images)
             return called(images), taught
 
         def objective(given: tuple[Tensor, Tensor | None], target: Tensor, progress: float) -> Objective:
@@ -309,10 +312,9 @@ class Pipeline:
 
         return Stage(step.name, self.config(step), model, model, model, forward, objective, judge, shown, begins=begins)
 
+    @functools.cached_property
     def _teacher(self) -> nn.Module:
-        if self.teacher is None:
-            self.teacher = self.placed(load_backbone(self.out / "backbone.safetensors")).requires_grad_(False)
-        return self.teacher
+        return self.placed(load_backbone(self.out / "backbone.safetensors")).requires_grad_(False)
 
     def held_out_accuracy(self, model: nn.Module) -> float:
         """On the calibration split; every process judges all of it."""
@@ -323,7 +325,7 @@ class Pipeline:
     def about(self, model: nn.Module) -> dict[str, Any]:
         """What has become of the model, for its checkpoints."""
         masked = [name for name, module in model.named_modules() if is_masked(module)]
-        return {"shape": shape_of(model, self._fresh()), "masked": masked}
+        return {"shape": shape_of(model, self._fresh), "masked": masked}
 
     def checkpoint(self, position: Position, model: nn.Module, desk: Desk) -> None:
         State.write(self.out, position, model, None, None, desk.log, self.here, self.about(model))

@@ -26,13 +26,13 @@ from dynnet import DynamicModel, ExitOutputs, calibrate, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.calibrate import check_budget
 from dynnet.checkpoint import save, write_atomically
-from dynnet.data import Data, load_data
+from dynnet.data import Data
 from dynnet.errors import CalibrationError, RecipeError
 from dynnet.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise
 from dynnet.recipe import Recipe, StageConfig, recipe_to_yaml
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools, run_stage
-from training.program import arguments, make_backbone, pretrained_cfg, run_program
+from training.program import make_backbone, open_data, run_program
 from training.state import Log, Position, State
 
 STAGES = ("dense", "heads", "joint")
@@ -46,9 +46,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
     """Run a recipe to its end, from the beginning or from the last checkpoint in `out`."""
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
-    with here.first_goes_first():  # it may have to download
-        data = load_data(recipe.data, pretrained_cfg(recipe.backbone.name))
-    create = arguments(recipe.backbone, data)
+    data, create = open_data(recipe, here)
     with here.first_goes_first():
         model = _build(recipe, data, create, fresh=not resume)
     model.to(here.device)
@@ -93,7 +91,6 @@ def _stage(name: str, model: DynamicModel, desk: Desk) -> Stage:
     """One of the stages of a run."""
     recipe, here = desk.recipe, desk.here
     gated = name == "joint" and model.gates is not None
-    parts: dict[str, nn.Module] = {"dense": model.backbone, "heads": model.heads, "joint": model}
 
     def forward(called: nn.Module, images: Tensor, progress: float) -> ExitOutputs:
         if name == "dense":
@@ -117,7 +114,7 @@ def _stage(name: str, model: DynamicModel, desk: Desk) -> Stage:
         name,
         getattr(recipe, name),
         model,
-        trained=parts[name],
+        trained=_trained(name, model),
         called=model.backbone if name == "dense" else model,
         forward=forward,
         objective=objective,
@@ -190,6 +187,11 @@ def held_out(model: DynamicModel, data: Data, here: World, gated: bool) -> dict[
     return found
 
 
+def _trained(stage: str, model: DynamicModel) -> nn.Module:
+    """The part that learns."""
+    return {"dense": model.backbone, "heads": model.heads}.get(stage, model)
+
+
 def _runs(model: DynamicModel, stage: str, config: StageConfig) -> bool:
     """Is there anything to do? A model without exits has no heads to train."""
     return config.epochs > 0 and (bool(model.exits) or stage != "heads")
@@ -216,8 +218,7 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
             raise RecipeError(f"{key}={getattr(recipe, key)}: give at least 1")
     for stage in STAGES:
         if _runs(model, stage, getattr(recipe, stage)):
-            part: nn.Module = {"dense": model.backbone, "heads": model.heads, "joint": model}[stage]
-            make_tools(part, getattr(recipe, stage), stage, recipe, data, here)
+            make_tools(_trained(stage, model), getattr(recipe, stage), stage, recipe, data, here)
     exit_weights(recipe.loss, [boundary.share for boundary in model.boundaries], 1.0)
     goal = recipe.calibration.goal()
     if "budget" in goal and model.exits:

@@ -37,10 +37,12 @@ class Batches:
         """(images, labels) on the model's device.
 
         Raises:
-            DataError: no loader, an empty one, or one without labels where they are needed.
+            DataError: no loader, an empty one, one without labels where they are needed, or a count below 1.
         """
         if self.loader is None:
             raise DataError(f"this criterion looks at {'labelled ' * labelled}images; give a loader of them")
+        if self.count < 1:
+            raise DataError(f"batches={self.count}: give a number of 1 or more")
         device = next(model.parameters()).device
         number = -1
         for number, batch in enumerate(self.loader):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dynnet.errors import PruneError, did_you_mean
 from dynnet.exits import input_size_of, title
 from dynnet.layers import layer_kind
-from dynnet.probe import BATCH, Trace, trace
+from dynnet.probe import BATCH, Call, Trace, trace
 from dynnet.pruning.shape import remove
 
 Metric = Callable[[nn.Module], float]
@@ -50,8 +50,7 @@ def removable_blocks(model: nn.Module, input_size: tuple[int, int, int] | None =
     size = input_size or input_size_of(model)
     seen = trace(model, size, BATCH)
     modules = dict(model.named_modules())
-    once = seen.once()
-    names = [name for name in once if _is_residual(name, seen, modules)]
+    names = [name for name, call in seen.once().items() if name and _is_residual(call, seen, modules)]
     # A stage that is one long sum is left to its blocks.
     names = [name for name in names if not any(other.startswith(name + ".") for other in names)]
     return [name for name in names if _runs_without(model, [name], size)]
@@ -113,11 +112,12 @@ def prune_layers(
     whole = trace(model, size, BATCH).macs
     shorter = copy.deepcopy(model)
     while (share := trace(shorter, size, BATCH).macs / whole) > macs:
-        if not removable_blocks(shorter, size):
+        blocks = removable_blocks(shorter, size)
+        if not blocks:
             raise PruneError(
                 f"macs={macs:g} is out of reach for {title(model)}: without any of its blocks it is {share:.3f}"
             )
-        remove(shorter, sensitivity(shorter, metric, None, size)[0].block)
+        remove(shorter, _left_out(shorter, metric, blocks, size)[0].block)
     return shorter
 
 
@@ -145,10 +145,9 @@ def _checked(model: nn.Module, blocks: Sequence[str] | None, size: tuple[int, in
     return known if blocks is None else list(blocks)
 
 
-def _is_residual(name: str, seen: Trace, modules: dict[str, nn.Module]) -> bool:
+def _is_residual(call: Call, seen: Trace, modules: dict[str, nn.Module]) -> bool:
     """A tensor in, one of the same shape out; the input is read twice, once to work on it and once to add."""
-    call = seen.once()[name]
-    if not name or 0 not in call.inputs or len(call.leaves) != 1:
+    if 0 not in call.inputs or len(call.leaves) != 1:
         return False
     given = call.inputs[0]
     if given not in seen.lives or seen.lives[given].leaf.shape != call.leaves[0].shape:
@@ -158,7 +157,7 @@ def _is_residual(name: str, seen: Trace, modules: dict[str, nn.Module]) -> bool:
     works = any(
         layer_kind(modules[other.name]) == "weighs" and math.prod(other.leaves[0].shape[2:]) > 1
         for other in seen.calls
-        if other.name.startswith(name + ".") and other.leaves
+        if other.name.startswith(call.name + ".") and other.leaves
     )
     return len(inside) > 1 and works
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dynnet.errors import DataError
-from dynnet.pruning.batches import Loader
+from dynnet.probe import evaluating
+from dynnet.pruning.batches import Batches, Loader
 
 
 @torch.no_grad()
@@ -30,37 +30,24 @@ def recalibrate(model: nn.Module, loader: Loader, batches: int = 100) -> None:
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return
-    device = next(model.parameters()).device
-    images = _images(loader, batches)
-    first = next(images, None)
-    if first is None:
-        raise DataError("the loader gave no batches; give it at least one image")
+    images = (x for x, _ in Batches(loader, batches).on(model, labelled=False))
+    first = next(images)  # or an empty loader says so, before anything is forgotten
     with _measuring(model, norms):
-        model(first.to(device))
+        model(first)
         for more in images:
-            model(more.to(device))
-
-
-def _images(loader: Loader, batches: int) -> Iterator[Tensor]:
-    for number, batch in enumerate(loader):
-        if number >= batches:
-            return
-        yield batch if isinstance(batch, Tensor) else batch[0]
+            model(more)
 
 
 @contextmanager
 def _measuring(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average
-            norm.train()
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average
+                norm.train()
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

@@ -23,9 +23,10 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from dynnet.channels import Group, Role, find_groups
-from dynnet.errors import PruneError, did_you_mean
+from dynnet.errors import PruneError
 from dynnet.exits import input_size_of, title
 from dynnet.model import DynamicModel
+from dynnet.names import check_excluded, is_inside
 from dynnet.probe import BATCH, trace
 from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.shape import restate
@@ -147,10 +148,7 @@ def _check(
         raise PruneError(f"multiple={config.multiple}, steps={steps}: give numbers of 1 or more")
     if config.scope not in get_args(Scope):
         raise PruneError(f"scope={config.scope!r}: choose from {', '.join(get_args(Scope))}")
-    modules = dict(model.named_modules())
-    for name in config.exclude:
-        if name not in modules:
-            raise PruneError(f"exclude: {title(model)} has no module {name!r}{did_you_mean(name, modules)}")
+    check_excluded(config.exclude, dict(model.named_modules()), title(model), PruneError)
     return input_size or input_size_of(model)
 
 
@@ -163,7 +161,7 @@ def _groups(model: nn.Module, config: PruneConfig, size: tuple[int, ...]) -> lis
     every = find_groups(model, size)
     found, told = [], []
     for group in every:
-        inside = [m.layer for m in group.members for e in config.exclude if m.layer == e or m.layer.startswith(e + ".")]
+        inside = [member.layer for member in group.members if is_inside(member.layer, config.exclude)]
         if group.pinned is not None:
             told.append(group.pinned)
         elif inside:

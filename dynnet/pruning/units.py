@@ -13,10 +13,8 @@ over its readers of input times gradient:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from dynnet.channels import Group, Member
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
 from dynnet.layers import channel_dim
-from dynnet.probe import BATCH, evaluating, trace
+from dynnet.probe import BATCH, evaluating, reading, trace
 from dynnet.pruning.batches import Batches
 from dynnet.pruning.weights import curvature, weight_of
 
@@ -37,12 +35,10 @@ class Criterion:
 
     Attributes:
         score: called with the model, its groups and batches; gives (U,) float64 for each group, or None.
-        needs: what it looks at: "weights" alone, "images", or images with "labels".
         comparable: are scores of different groups in one unit? Else each group's are divided by their mean.
     """
 
     score: Callable[[nn.Module, Sequence[Group], Batches], Scores]
-    needs: str
     comparable: bool
 
 
@@ -153,10 +149,13 @@ def activation(model: nn.Module, groups: Sequence[Group], batches: Batches) -> S
     total = [torch.zeros(group.units, dtype=torch.float64) for group in groups]
     seen = 0
 
-    def look(layer: str, x: Tensor, dim: int) -> None:
+    readers = _readers(model, groups)
+
+    def look(layer: str, x: Tensor) -> None:
+        dim = channel_dim(readers[layer], x)
         means[layer] = x.double().abs().mean([d for d in range(x.ndim) if d != dim])
 
-    with torch.no_grad(), _reading_layers(model, groups, look):
+    with torch.no_grad(), reading(readers, look):
         for images, _ in batches.on(model, labelled=False):
             model(images)
             for sums, group in zip(total, groups, strict=True):
@@ -194,8 +193,7 @@ def fisher(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Score
 def hessian(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Scores:
     """Sum of h w^2 / 2 over the weights w that read a unit, with h the diagonal of the loss's Hessian (optimal brain
     damage, LeCun et al., 1989; see `dynnet.pruning.weights.curvature`)."""
-    layers = sorted({member.layer for group in groups for member in _reading(group)})
-    weights = {layer: weight_of(model.get_submodule(layer)) for layer in layers}
+    weights = {layer: weight_of(reader) for layer, reader in _readers(model, groups).items()}
     found = []
     saliency = {
         layer: 0.5 * h * weights[layer].detach().square() for layer, h in curvature(model, weights, batches).items()
@@ -210,15 +208,15 @@ def hessian(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Scor
 
 
 CRITERIA: dict[str, Criterion] = {
-    "l1": Criterion(partial(magnitude, power=1), "weights", comparable=False),
-    "l2": Criterion(partial(magnitude, power=2), "weights", comparable=False),
-    "taylor": Criterion(taylor, "labels", comparable=True),
-    "fisher": Criterion(fisher, "labels", comparable=True),
-    "hessian": Criterion(hessian, "labels", comparable=True),
-    "activation": Criterion(activation, "images", comparable=False),
-    "slimming": Criterion(norm_scale, "weights", comparable=True),
-    "fpgm": Criterion(geometric_median, "weights", comparable=False),
-    "random": Criterion(at_random, "weights", comparable=False),
+    "l1": Criterion(partial(magnitude, power=1), comparable=False),
+    "l2": Criterion(partial(magnitude, power=2), comparable=False),
+    "taylor": Criterion(taylor, comparable=True),
+    "fisher": Criterion(fisher, comparable=True),
+    "hessian": Criterion(hessian, comparable=True),
+    "activation": Criterion(activation, comparable=False),
+    "slimming": Criterion(norm_scale, comparable=True),
+    "fpgm": Criterion(geometric_median, comparable=False),
+    "random": Criterion(at_random, comparable=False),
 }
 _NOTHING = {"slimming": "it looks at the scales of batch norms, and there are none on channels that can go"}
 
@@ -254,51 +252,35 @@ def _by_unit(member: Member, vector: Tensor) -> Tensor:
     return vector.detach().double().cpu()[torch.from_numpy(member.channels)].sum(1)
 
 
-@contextmanager
-def _reading_layers(
-    model: nn.Module, groups: Sequence[Group], look: Callable[[str, Tensor, int], Tensor | None]
-) -> Iterator[None]:
-    """Show `look` what the layers that read the groups are given: name, input, the dimension of its channels. What it
-    returns is read in its place."""
-    modules = dict(model.named_modules())
-
-    def hook(name: str) -> Any:
-        def show(module: nn.Module, args: Any) -> Any:
-            x = look(name, args[0], channel_dim(module, args[0]))
-            return None if x is None else (x, *args[1:])
-
-        return show
-
-    with ExitStack() as stack:
-        for layer in {member.layer for group in groups for member in _reading(group)}:
-            stack.enter_context(modules[layer].register_forward_pre_hook(hook(layer)))
-        yield
+def _readers(model: nn.Module, groups: Sequence[Group]) -> dict[str, nn.Module]:
+    """The layers that read the groups, by name."""
+    return {layer: model.get_submodule(layer) for layer in sorted({m.layer for g in groups for m in _reading(g)})}
 
 
 def _slopes(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Iterator[list[Tensor]]:
     """For each batch, g of every sample by group: (B, U) float64; in a mean loss, so that samples add up."""
-    layers = sorted({member.layer for group in groups for member in _reading(group)})
+    readers = _readers(model, groups)
     places: dict[str, int | None] | None = None
-    inputs: dict[str, tuple[Tensor, int]] = {}
+    inputs: dict[str, Tensor] = {}
 
-    def look(layer: str, x: Tensor, dim: int) -> Tensor:
+    def look(layer: str, x: Tensor) -> Tensor:
         # Several layers may read one tensor; each slope is of one of them. Where all weights before it are frozen, the
         # graph begins here.
         x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        inputs[layer] = (x, dim)
+        inputs[layer] = x
         return x
 
     for images, labels in batches.on(model, labelled=True):
         assert labels is not None
         if places is None:
-            places = _batch_dims(model, tuple(images.shape[1:]), layers)
-        with torch.enable_grad(), _reading_layers(model, groups, look):
+            places = _batch_dims(model, tuple(images.shape[1:]), readers)
+        with torch.enable_grad(), reading(readers, look):
             loss = batches.loss(model(images), labels)
-            read = [inputs[layer][0] for layer in layers]
+            read = [inputs[layer] for layer in readers]
             gradients = torch.autograd.grad(loss, read, materialize_grads=True)
         slopes = {}
-        for layer, x, gradient in zip(layers, read, gradients, strict=True):
-            dim = inputs[layer][1]
+        for (layer, reader), x, gradient in zip(readers.items(), read, gradients, strict=True):
+            dim = channel_dim(reader, x)
             slopes[layer] = _per_sample((x.detach() * gradient).double(), dim, places[layer], len(images)).cpu()
         found = []
         for group in groups:

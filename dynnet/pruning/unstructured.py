@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
-from dynnet.errors import PruneError, did_you_mean
+from dynnet.errors import PruneError
 from dynnet.exits import title
+from dynnet.names import check_excluded, is_inside
 from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.weights import score_weights, weight_of
 
@@ -233,14 +234,11 @@ def weighted_layers(model: nn.Module, exclude: Sequence[str]) -> list[str]:
         PruneError: an unknown name, or nothing is left.
     """
     modules = dict(model.named_modules())
-    for name in exclude:
-        if name not in modules:
-            raise PruneError(f"exclude: {title(model)} has no module {name!r}{did_you_mean(name, modules)}")
+    check_excluded(exclude, modules, title(model), PruneError)
     found = [
         name
         for name, module in modules.items()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
-        and not any(name == e or name.startswith(e + ".") for e in exclude)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not is_inside(name, exclude)
     ]
     if not found:
         raise PruneError(f"{title(model)} has no convolutions or linear layers to prune")

@@ -6,7 +6,7 @@ O outputs and I inputs of a layer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
 from dynnet.layers import channel_dim
-from dynnet.probe import evaluating
+from dynnet.probe import evaluating, reading
 from dynnet.pruning.batches import Batches
 
 Weights = Mapping[str, Tensor]
@@ -93,18 +93,14 @@ def hessian(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, T
 @torch.no_grad()
 def activation(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tensor]:
     """|w| times the L2 norm of the input that it weighs (Wanda, Sun et al., https://arxiv.org/abs/2306.11695)."""
+    layers = {layer: model.get_submodule(layer) for layer in weights}
     squares: dict[str, Tensor] = {}
 
-    def look(layer: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            x, dim = args[0], channel_dim(module, args[0])
-            squares[layer] = squares.get(layer, 0) + x.float().square().sum([d for d in range(x.ndim) if d != dim])
+    def look(layer: str, x: Tensor) -> None:
+        dim = channel_dim(layers[layer], x)
+        squares[layer] = squares.get(layer, 0) + x.float().square().sum([d for d in range(x.ndim) if d != dim])
 
-        return hook
-
-    with ExitStack() as stack:
-        for layer in weights:
-            stack.enter_context(model.get_submodule(layer).register_forward_pre_hook(look(layer)))
+    with reading(layers, look):
         for images, _ in batches.on(model, labelled=False):
             model(images)
     found = {}
