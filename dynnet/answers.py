@@ -16,7 +16,7 @@ from dynnet.cost import Ledger
 from dynnet.errors import DataError, NonFiniteError
 from dynnet.model import DynamicModel
 from dynnet.policy import active
-from dynnet.probe import evaluating
+from dynnet.probe import device_of, evaluating
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def collect(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Answers:
         DataError: the loader is empty, or a label is no class of the model.
         NonFiniteError: the final classifier gave NaN or infinity.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     parts: list[BatchAnswers] = []
     with evaluating(model):
         for batch in loader:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dynnet.labels import HEADS, TOGETHER, Kept, Role, Tracer
+from dynnet.labels import HEADS, TOGETHER
 from dynnet.probe import evaluating, on_meta, watching
+from dynnet.tracer import Kept, Role, Tracer
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,13 @@ def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[
         with stating(model, {number: one.left * number.per_unit for one in free for number in one.group.numbers}):
             return _follow(model, input_size, seen, _narrow(free))
 
+    kinds = {name: type(module) for name, module in model.named_modules()}
     tracer, error = follow([])
     if error is not None:
         raise error
-    parent = _components(tracer.atoms, [(a, b) for a, b, _ in tracer.ties])
+    parent = _components(tracer.atoms, [(a, b) for a, b, _ in tracer.labels.ties])
     reasons: dict[int, str] = {}
-    for atoms, reason in tracer.pins:
+    for atoms, reason in tracer.labels.pins:
         for unit in np.unique(parent[atoms.numpy()]):
             reasons.setdefault(int(unit), reason)
     together = _together(tracer, parent)
@@ -118,7 +120,7 @@ def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[
         ]
         # Not all alike: a forward may compare one width with another.
         free = [_Narrowed(group, units, 2 + i % 3) for i, (group, units) in enumerate(able)]
-        broken = _rehearse(follow, tracer, free, parent)
+        broken = _rehearse(follow, tracer, free, parent, kinds)
         if not broken:
             return groups
         reasons |= broken
@@ -152,7 +154,7 @@ def _follow(
             return tracer, error
     for x in tree_leaves(output):
         if isinstance(x, Tensor):
-            tracer.pin(tracer.label(x), "they are the model's answer")
+            tracer.labels.pin(tracer.labels.of(x), "they are the model's answer")
     return tracer, None
 
 
@@ -174,7 +176,7 @@ def _together(tracer: Tracer, parent: np.ndarray) -> list[tuple[tuple[int, ...],
 def _stated(model: nn.Module, tracer: Tracer, parent: np.ndarray) -> dict[frozenset[int], list[Number]]:
     """By units that modules have split into heads, what these modules state of them."""
     found: dict[frozenset[int], list[Number]] = {}
-    for module, labels in tracer.heads.items():
+    for module, labels in tracer.labels.heads.items():
         units = frozenset(int(unit) for unit in np.unique(parent[torch.cat(labels).numpy()]))
         stated = {key: value for key, value in vars(model.get_submodule(module)).items() if type(value) is int}
         numbers = [Number(module, key, 1) for key in HEADS if stated.get(key) == len(units)]
@@ -278,7 +280,9 @@ class _Narrowed:
 _Follow = Callable[[Sequence[_Narrowed]], tuple[Tracer, Exception | None]]
 
 
-def _rehearse(follow: _Follow, whole: Tracer, free: Sequence[_Narrowed], parent: np.ndarray) -> dict[int, str]:
+def _rehearse(
+    follow: _Follow, whole: Tracer, free: Sequence[_Narrowed], parent: np.ndarray, kinds: Mapping[str, type]
+) -> dict[int, str]:
     """Run the model with most of the units gone.
 
     Args:
@@ -286,6 +290,7 @@ def _rehearse(follow: _Follow, whole: Tracer, free: Sequence[_Narrowed], parent:
         whole: the run with all units.
         free: groups to be narrowed.
         parent: of every label, the unit.
+        kinds: classes of all modules.
 
     Returns:
         Units that cannot be taken away after all, and why: the forward between the layers needs their number, or what
@@ -296,17 +301,19 @@ def _rehearse(follow: _Follow, whole: Tracer, free: Sequence[_Narrowed], parent:
     for atoms, where in whole.counted(tracer):
         for unit in np.unique(parent[atoms.numpy()]):
             broken.setdefault(int(unit), f"{where} computes with their number")
-    for a, b, where in tracer.ties:
+    for a, b, where in tracer.labels.ties:
         one, other = parent[a.numpy()], parent[b.numpy()]
         for unit in np.unique(np.concatenate([one[one != other], other[one != other]])):
             broken.setdefault(int(unit), f"where they arrive in {where} depends on their number")
-    for atoms, reason in [*tracer.pins, *((atoms, _needed(tracer)) for atoms in tracer.suspects)]:
+    for atoms, reason in [*tracer.labels.pins, *((atoms, _needed(tracer)) for atoms in tracer.suspects)]:
         for unit in np.unique(parent[atoms.numpy()]):
             broken.setdefault(int(unit), reason)
     gone = frozenset[int]().union(*(one.units for one in free))
     broken = {unit: reason for unit, reason in broken.items() if unit in gone}
-    if error is None or broken:
+    if error is None:
         return broken
+    if broken:
+        return broken | _alike(broken, tracer, free, kinds)
     if not free:
         raise error
     # Something that is not an operator counts channels. The groups before the culprit do no harm without it.
@@ -316,7 +323,34 @@ def _rehearse(follow: _Follow, whole: Tracer, free: Sequence[_Narrowed], parent:
         last, error = follow(free[:middle])
         works, fails = (middle, fails) if error is None else (works, middle)
         tracer = tracer if error is None else last
-    return dict.fromkeys(free[fails - 1].units, _needed(tracer))
+    broken = dict.fromkeys(free[fails - 1].units, _needed(tracer))
+    return broken | _alike(broken, tracer, free, kinds)
+
+
+def _alike(
+    broken: Mapping[int, str], tracer: Tracer, free: Sequence[_Narrowed], kinds: Mapping[str, type]
+) -> dict[int, str]:
+    """Units at the same layers of other modules of the class whose forward failed: the same code needs their number.
+
+    It would be found out one by one, but a deep network has dozens of them, and every rehearsal runs the whole of it.
+    """
+    where = tracer.labels.where()
+    if where not in kinds:
+        return {}
+    lost = {_inside(one.group, where) for one in free if not one.units.isdisjoint(broken)} - {frozenset()}
+    found: dict[int, str] = {}
+    for name, kind in kinds.items() if lost else ():
+        if kind is kinds[where] and name != where:
+            for one in free:
+                if _inside(one.group, name) in lost:
+                    found |= dict.fromkeys(one.units, f"the forward of {name} needs their number")
+    return found
+
+
+def _inside(group: Group, module: str) -> frozenset[tuple[str, Role]]:
+    """The sides of a module's own layers that a group touches."""
+    start = module + "."
+    return frozenset((m.layer.removeprefix(start), m.role) for m in group.members if m.layer.startswith(start))
 
 
 def _narrow(free: Sequence[_Narrowed]) -> dict[tuple[str, Role], Kept]:
@@ -333,4 +367,4 @@ def _narrow(free: Sequence[_Narrowed]) -> dict[tuple[str, Role], Kept]:
 
 
 def _needed(tracer: Tracer) -> str:
-    return f"the forward of {tracer.where()} needs their number"
+    return f"the forward of {tracer.labels.where()} needs their number"

@@ -23,12 +23,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from dynnet.errors import CheckpointError, DynnetError, PruneError
 from dynnet.exits import title
+from dynnet.fold import fold_again, folded_norms
 from dynnet.heads import HeadFactory
 from dynnet.model import DynamicModel
 from dynnet.policy import to_json
 from dynnet.pruning.packed import pack, unpack
 from dynnet.pruning.shape import UNCHANGED, Shape, bring_into_shape, shape_of
-from dynnet.quantize import Int8Layer
+from dynnet.quantize import int8_layers, put_int8
 from dynnet.regions import GateConfig
 from dynnet.wrap import wrap
 
@@ -73,24 +74,32 @@ def read_bundle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(header["dynnet"])
 
 
+def is_bundle(path: str | Path) -> bool:
+    """Did `write_bundle` write this file?"""
+    try:
+        with safe_open(path, "pt") as file:
+            return "dynnet" in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
 def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = None, *, sparse: bool = False) -> None:
     """Save a model: weights, and all that is needed to build it again.
 
     Args:
         model: a wrapped model, with its configuration, its thresholds and what they were fitted on (its heads must be
-            dynnet's own if the file is to be loaded without further arguments); or a plain one. Either may be pruned.
+            dynnet's own if the file is to be loaded without further arguments); or a plain one. Either may be pruned,
+            folded, or in int8.
         path: of the file to write, usually named *.safetensors.
         create: arguments of `timm.create_model` that make the backbone; by default its name and number of classes.
         sparse: write tensors with many zeros as bits and values; reading takes no option.
 
     Raises:
-        CheckpointError: some weights are masked, or in int8.
+        CheckpointError: some weights are masked.
     """
     masked = [name for name, module in model.named_modules() if is_parametrized(module)]
     if masked:
         raise CheckpointError(f"{masked[0]} has a mask on its weights; call dynnet.pruning.make_permanent(model) first")
-    if any(isinstance(module, Int8Layer) for module in model.modules()):
-        raise CheckpointError("an int8 copy takes seconds to make: save the model that it is of, and quantize again")
     backbone = model.backbone if isinstance(model, DynamicModel) else model
     config = getattr(backbone, "pretrained_cfg", None) or {}
     classes = getattr(model, "num_classes", None)
@@ -100,6 +109,8 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
         "backbone": title(backbone),
         "create": create,
         "shape": _shape(backbone, create),
+        "folded": folded_norms(model),
+        "int8": int8_layers(model),
         "versions": {"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
     }
     if isinstance(model, DynamicModel):
@@ -155,6 +166,7 @@ def load(
             f"{str(path)!r} was saved for {about['backbone']}, which does not fit the given backbone: {error}"
         ) from error
     try:
+        _as_saved(model, tensors, about, path)
         load_weights(model, tensors, path)
         if about.get("regions", _regions(model)) != _regions(model):
             raise CheckpointError(
@@ -181,6 +193,7 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
     """
     tensors, about = _read(path, "backbone")
     built = _built(path, about, backbone)
+    _as_saved(built, tensors, about, path)
     load_weights(built, tensors, path)
     return built.eval()
 
@@ -224,6 +237,19 @@ def _built(path: str | Path, about: Mapping[str, Any], given: nn.Module | None) 
             f"{error}; it was saved with {about['versions']}, this is timm {timm.__version__}"
         ) from error
     return backbone
+
+
+def _as_saved(model: nn.Module, tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: str | Path) -> None:
+    """Fold what was folded, and make int8 what was, in place."""
+    try:
+        if about.get("folded"):
+            fold_again(model, about["folded"], tensors.keys())
+        put_int8(model, dict.fromkeys(about.get("int8", ()), (0.0, 1.0)))
+    except (KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} was saved folded or in int8, which this {about['backbone']} cannot be: {error}; it was "
+            f"saved with {about['versions']}"
+        ) from error
 
 
 def _shape(backbone: nn.Module, create: Mapping[str, Any]) -> Shape | None:

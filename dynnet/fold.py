@@ -7,6 +7,7 @@ themselves. What a dry run shows to be read by the norm alone is folded; everyth
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import torch
@@ -49,11 +50,52 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
         )
         if layout is not None:
             conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
-        parent, _, name = norm_name.rpartition(".")
-        # timm's norm may hold the activation that follows it.
-        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-        setattr(folded.get_submodule(parent), name, rest)
+        _leave_out(folded, norm_name, norm)
     return folded
+
+
+class FoldedNorm(nn.Sequential):
+    """What stands where a batch norm was: the activation that timm's may hold, or nothing.
+
+    Attributes:
+        num_features: channels that pass.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(*((norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else ()))
+        self.num_features = norm.num_features
+
+
+def folded_norms(model: nn.Module) -> list[str]:
+    """Names of the batch norms that `fold` has left out."""
+    return [name for name, module in model.named_modules() if isinstance(module, FoldedNorm)]
+
+
+def fold_again(model: nn.Module, norms: Sequence[str], tensors: Collection[str]) -> None:
+    """Give a model the shape of a folded one, in place; its numbers mean nothing until they are loaded.
+
+    Args:
+        model: not folded yet.
+        norms: as `folded_norms` gave them for the other.
+        tensors: names in the other's state.
+
+    Raises:
+        KeyError: it has no such batch norm.
+    """
+    modules = dict(model.named_modules())
+    for name in norms:
+        norm = modules.get(name)
+        if not isinstance(norm, nn.BatchNorm2d):
+            raise KeyError(f"no batch norm {name!r}")
+        _leave_out(model, name, norm)
+    for name, module in modules.items():
+        if isinstance(module, nn.Conv2d) and module.bias is None and f"{name}.bias" in tensors:
+            module.bias = nn.Parameter(module.weight.new_zeros(module.out_channels))
+
+
+def _leave_out(model: nn.Module, name: str, norm: nn.BatchNorm2d) -> None:
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, FoldedNorm(norm))
 
 
 def _pairs(seen: Trace, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:

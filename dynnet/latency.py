@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynnet.errors import InputError
 from dynnet.model import DynamicModel
-from dynnet.probe import evaluating
+from dynnet.probe import device_of, evaluating
 
 # Samples that a percentile needs for its estimate to be an upper bound with 99% confidence in rank statistics.
 NEEDED = {50: 1, 90: 64, 99: 662}
@@ -111,7 +111,7 @@ def latency(
     rows = torch.cat(
         [torch.randperm(len(images), generator=order) for _ in range(math.ceil(count * batch_size / len(images)))]
     )[: count * batch_size].view(count, batch_size)
-    parameter = next(model.parameters())
+    device, dtype = device_of(model), next((p.dtype for p in model.parameters()), torch.int8)
     with evaluating(model):
         # The plain model, without hooks, on the same weights.
         bare = copy.deepcopy(model).unwrap()
@@ -119,18 +119,18 @@ def latency(
 
         def batches() -> Iterator[Tensor]:
             for i in range(-warmup, count):
-                batch = images[rows[i % count]].to(parameter.device)
-                yield batch.contiguous(memory_format=_memory_format(model))
+                batch = images[rows[i % count]].to(device)
+                yield batch.contiguous(memory_format=memory_format(model))
                 if i >= 0:
                     exits.append(model.predict(batch).exit.cpu().numpy())
 
         times = take_turns({"dense": bare, "dynamic": model}, batches(), warmup)
     setting = {
-        "device": str(parameter.device),
-        "device_name": torch.cuda.get_device_name(parameter.device) if parameter.device.type == "cuda" else "CPU",
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "channels_last": _memory_format(model) is torch.channels_last,
+        "dtype": str(dtype).removeprefix("torch."),
+        "channels_last": memory_format(model) is torch.channels_last,
     }
     return Latency(batch_size, rows.numpy(), np.stack(exits), times["dense"], times["dynamic"], setting)
 
@@ -174,14 +174,12 @@ def _synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _memory_format(model: DynamicModel) -> torch.memory_format:
-    for weight in _conv_weights(model):
-        return (
-            torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        )
+def memory_format(model: nn.Module) -> torch.memory_format:
+    """In which a model's weights are, and its images should be."""
+    backbone = model.backbone if isinstance(model, DynamicModel) else model
+    for weight in backbone.parameters():
+        # A kernel of one pixel is contiguous in both formats and tells nothing.
+        if weight.ndim == 4 and weight.shape[2] * weight.shape[3] > 1:
+            last = weight.is_contiguous(memory_format=torch.channels_last)
+            return torch.channels_last if last else torch.contiguous_format
     return torch.contiguous_format
-
-
-def _conv_weights(model: DynamicModel) -> Iterator[Tensor]:
-    # A kernel of one pixel is contiguous in both formats and tells nothing.
-    return (p for p in model.backbone.parameters() if p.ndim == 4 and p.shape[2] * p.shape[3] > 1)

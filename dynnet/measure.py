@@ -17,7 +17,7 @@ from torch import Tensor
 from dynnet.answers import Answers, BatchAnswers, ask, join
 from dynnet.cost import Ledger
 from dynnet.model import DynamicModel, Prediction
-from dynnet.probe import evaluating
+from dynnet.probe import device_of, evaluating
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def measure(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Measurem
     Raises:
         DataError, NonFiniteError: see `dynnet.answers.ask` and `join`.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     said: list[BatchAnswers] = []
     parts: list[Prediction] = []
     with evaluating(model):

@@ -13,6 +13,7 @@ size. Two readings come from it:
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -328,6 +329,12 @@ def on_meta(model: nn.Module) -> Iterator[None]:
     finally:
         for slots, key, value in replaced:
             slots[key] = value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; in int8 it may have no parameters."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 @contextlib.contextmanager

@@ -153,7 +153,14 @@ class Int8Linear(Int8Layer):
         return cast(Tensor, torch.ops.onednn.qlinear_prepack(self.weight, None))
 
 
-def quantize(model: M, loader: Loader, *, batches: int = 10, exclude: Sequence[str] = ()) -> M:
+def quantize(
+    model: M,
+    loader: Loader,
+    *,
+    batches: int = 10,
+    exclude: Sequence[str] = (),
+    input_size: tuple[int, int, int] | None = None,
+) -> M:
     """A copy for inference on a CPU, with batch norms folded and layers in int8.
 
     Args:
@@ -161,10 +168,11 @@ def quantize(model: M, loader: Loader, *, batches: int = 10, exclude: Sequence[s
         loader: batches of (images, ...), on which the range of every layer's inputs is measured.
         batches: how many of them, at most.
         exclude: modules, by name, that stay in floating point.
+        input_size: (C, H, W); by default what the model was made for.
 
     Returns:
-        The copy, in eval mode; it cannot be trained. Depthwise convolutions, and layers of other kinds than plain
-        convolutions and linear layers, stay as they are.
+        The copy, in eval mode; it can be saved, but not trained. Depthwise convolutions, and layers of other kinds than
+        plain convolutions and linear layers, stay as they are.
 
     Raises:
         QuantizeError: gates, another device or type, an unknown module, or nothing to quantize.
@@ -176,24 +184,38 @@ def quantize(model: M, loader: Loader, *, batches: int = 10, exclude: Sequence[s
         raise QuantizeError("gates choose among floating-point weights; quantize a model without gates")
     if first is None or first.device.type != "cpu" or first.dtype != torch.float32:
         raise QuantizeError("int8 kernels are for CPUs, from float32: move the model with .cpu().float() first")
-    small = fold(model)
+    small = fold(model, input_size)
     modules = dict(small.named_modules())
     whole = small.backbone if isinstance(small, DynamicModel) else small
     check_excluded(exclude, modules, title(whole), QuantizeError)
     layers = {name: module for name, module in modules.items() if _is_plain(module) and not is_inside(name, exclude)}
     if not layers:
         raise QuantizeError("there are no plain convolutions or linear layers to quantize")
-    ranges = _ranges(small, layers, loader, batches)
+    put_int8(small, _ranges(small, layers, loader, batches))
+    return small
+
+
+def int8_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that are in int8."""
+    return [name for name, module in model.named_modules() if isinstance(module, Int8Layer)]
+
+
+def put_int8(model: nn.Module, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Put int8 layers where floating-point ones are, in place.
+
+    Args:
+        model: in eval mode.
+        ranges: the least and the largest input of each layer, by name.
+    """
     for name, (low, high) in ranges.items():
-        layer = layers[name]
+        layer = model.get_submodule(name)
         kind: Any = Int8Conv2d if isinstance(layer, nn.Conv2d) else Int8Linear
         replacement = kind(layer, low, high).eval()
         for attribute in ("in_features", "out_features", "in_channels", "out_channels"):
             if hasattr(layer, attribute):
                 setattr(replacement, attribute, getattr(layer, attribute))
         parent, _, key = name.rpartition(".")
-        setattr(small.get_submodule(parent), key, replacement)
-    return small
+        setattr(model.get_submodule(parent), key, replacement)
 
 
 def _is_plain(module: nn.Module) -> bool:

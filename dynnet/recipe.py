@@ -102,6 +102,7 @@ class PruningConfig:
             "fpgm", "random") for whole channels; "layers" for whole residual blocks; "scratch" for the shape that "l1"
             leaves, trained from new weights; "magnitude", "lottery" or "n:m" for single weights.
         macs: share of the MACs that is left, where channels or blocks go.
+        latency: in its place, share of the time of one image that is left, measured here, where channels go.
         sparsity: share of the weights that are zero at the end, where single weights go.
         steps: reach it in so many cuts, with a part of the fine-tuning after each.
         schedule: of the sparsity over the steps.
@@ -114,10 +115,12 @@ class PruningConfig:
         slimming: weight of the L1 norm of batch norm scales in the first half of the fine-tuning, for "slimming".
         rewind: epochs of the dense stage after which "lottery" keeps the weights that it goes back to; 0 for the very
             first ones.
+        int8: at the end also make, save and measure an int8 copy, for CPUs.
     """
 
     method: str = "taylor"
     macs: float = 0.5
+    latency: float | None = None
     sparsity: float = 0.8
     steps: int = 1
     schedule: Literal["linear", "cubic"] = "cubic"
@@ -133,6 +136,7 @@ class PruningConfig:
     temperature: float = 4.0
     slimming: float = 1e-4
     rewind: int = 0
+    int8: bool = False
 
 
 @dataclass(frozen=True)

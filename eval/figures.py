@@ -95,14 +95,14 @@ def trade_off(table: Table, static: Sequence[Mapping[str, Any]] = ()) -> Figure:
 
 
 def time_trade_off(results: Mapping[str, Any]) -> Figure:
-    """Accuracy against the median time of one image, as shares of the bare backbone's."""
+    """Accuracy against the mean time of one image, as shares of the bare backbone's."""
     figure, axes = plt.subplots(figsize=(7.2, 4.6))
     _pruned(axes, [(100 / row["speedup"], row) for row in results["static"]])
-    dynamic = 100 * results["latency"]["median_ratio"], 100 * results["accuracy"]
+    dynamic = 100 / results["static_timing"]["speedup"], 100 * results["accuracy"]
     axes.plot(*dynamic, "o", color=DYNAMIC, ms=10, label="this model", zorder=4)
     axes.plot(100, 100 * results["dense_accuracy"], "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
     axes.axhline(100 * results["dense_accuracy"], color=DENSE, lw=0.8, ls=":")
-    axes.set(xlabel="time of one image (% of the bare backbone's, median)", ylabel="accuracy (%)")
+    axes.set(xlabel="mean time of one image (% of the bare backbone's)", ylabel="accuracy (%)")
     axes.set(title="Accuracy against measured time")
     axes.set_xlim(left=0)
     axes.legend(loc="lower right")
@@ -113,7 +113,8 @@ def _pruned(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any]]]) -> No
     """Pruned backbones, by name: (position, row of `eval.static`)."""
     for i, (x, row) in enumerate(points):
         y = 100 * row["accuracy"]
-        axes.plot(x, y, "s", color=MUTED, ms=5, label="pruned backbones" if i == 0 else None, zorder=3)
+        kind, colour = ("P", DYNAMIC) if row["dynamic"] else ("s", MUTED)
+        axes.plot(x, y, kind, color=colour, ms=5, label="pruned backbones" if i == 0 else None, zorder=3)
         axes.annotate(row["method"], (x, y), (5, 3), textcoords="offset points", color=MUTED, fontsize=8)
 
 

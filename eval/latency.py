@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dynnet import DynamicModel, Latency, fold, latency, wrap
 from dynnet.allocator import keep_freed_memory
+from dynnet.probe import device_of
 from eval.programs import errors_told, timm_model, write_json
 from eval.runs import Run, open_run, test_images
 
@@ -136,7 +137,7 @@ def _scenarios(model: DynamicModel, images: Tensor) -> dict[str, list[float]]:
     """Thresholds by name. The heads of untrained exits answer at random, but what they cost is real."""
     off = float("inf")
     with torch.no_grad():
-        logits = model.forward_exits(images.to(next(model.parameters()).device)).logits
+        logits = model.forward_exits(images.to(device_of(model))).logits
     count = len(model.exits)
     found = {"nobody leaves": [2.0] * count}
     for i, name in enumerate(model.exits):

@@ -29,7 +29,7 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 from torch import nn
 
-from dynnet import DynamicModel, latency, measure
+from dynnet import DynamicModel, fold, latency, measure
 from dynnet.allocator import keep_freed_memory
 from dynnet.answers import Answers, collect
 from dynnet.calibrate import trade_off
@@ -39,11 +39,12 @@ from dynnet.errors import DynnetError
 from dynnet.gates import Gates, mean_masks
 from dynnet.measure import Measurement, read_table, write_table
 from dynnet.policy import active, to_json
+from dynnet.probe import device_of
 from dynnet.regions import GatePlan
 from eval import figures
 from eval.programs import errors_told, write_json
 from eval.runs import Run, open_run, test_images
-from eval.static import beside, read_static
+from eval.static import beside, read_static, time_beside
 
 POINTS = 14
 GALLERIES = ("easiest", "hardest", "overthought")
@@ -65,22 +66,26 @@ def main(
         data: folder of the dataset, where it is not the recipe's.
         latency_samples: test images to time one at a time; p99 needs 662.
         batch_size: of the evaluation.
-        static: pattern of folders that `training.prune` has finished, to be shown beside; of the same model and data.
+        static: pattern of folders that `training.prune` has finished, to be shown and timed beside; of the same model
+            and data. Runs of `training.train` on a pruned backbone that have a report may be among them.
         device: by default a GPU where there is one.
         redraw: draw again from an existing table, without the model; the galleries stay as they are.
     """
     out = run / "report"
     with errors_told():
-        if redraw:
-            if not (out / "table.csv").is_file():
-                raise DynnetError(f"no table to draw from in {str(out)!r}; write the report first")
+        if redraw and not (out / "table.csv").is_file():
+            raise DynnetError(f"no table to draw from in {str(out)!r}; write the report first")
+        keep_freed_memory()
+        opened = open_run(run, data, device) if static is not None or not redraw else None
+        if redraw or opened is None:
             results = json.loads((out / "results.json").read_text())
         else:
-            keep_freed_memory()
-            results = _evaluate(open_run(run, data, device), out, latency_samples, batch_size)
+            results = _evaluate(opened, out, latency_samples, batch_size)
         table = read_table(out / "table.csv")
-        if static is not None:
-            results["static"] = beside(read_static(static, results), table)
+        if static is not None and opened is not None:
+            rows = read_static(static, results)
+            results["static_timing"] = time_beside(rows, opened.model, test_images(opened.data, latency_samples)[1])
+            results["static"] = beside(rows, table)
             write_json(results, out / "results.json")
     shown = figures.drawable(table, results)
     with plt.rc_context(figures.STYLE):
@@ -120,7 +125,7 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
     gates = None if model.gates is None else _gates(model, model.gates, measured, held_out, test, table)
 
     rows, images = test_images(data, latency_samples)
-    timed = latency(model, images)
+    timed = latency(fold(model), images)
     for name, values in (("latency_ms", timed.dynamic_ms), ("dense_latency_ms", timed.dense_ms)):
         column = np.full(len(measured.exit), np.nan)
         column[rows[timed.rows[:, 0]].numpy()] = values
@@ -219,7 +224,7 @@ def gate_use(masks: Sequence[np.ndarray], plan: GatePlan) -> list[dict[str, Any]
 @torch.no_grad()
 def _dense_correct(dense: nn.Module, data: Data, batch_size: int) -> np.ndarray:
     """(N,) int: was the bare backbone right?"""
-    device = next(dense.parameters()).device
+    device = device_of(dense)
     return np.concatenate(
         [
             (dense(images.to(device)).argmax(1).cpu() == labels).int().numpy()

@@ -2,56 +2,130 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from dynnet import DynamicModel, fold, load, load_backbone
 from dynnet.errors import CheckpointError
+from dynnet.latency import memory_format, take_turns
+from dynnet.probe import device_of
+from dynnet.quantize import int8_layers
 from eval.figures import Table, operating_points
+
+_WARMUP = 10  # images
 
 
 def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What `training.prune` found.
+    """What `training.prune` found, and `eval.report` of models that were trained on a pruned backbone.
 
     Args:
-        pattern: of the folders of its runs, with * in the last part.
+        pattern: of the folders of runs, with * in the last part.
         results: of the dynamic model.
 
     Returns:
-        One row a run, the most accurate first: "name", "method", "accuracy", "macs_share", "sparsity", "size_bytes",
-        "speedup" (over the bare backbone, one image at a time), "epochs" (after the dense stage), "dense_accuracy".
+        One row a model, the most accurate first: "name", "method", "accuracy", "macs_share" of the bare backbone,
+        "sparsity", "size_bytes", "epochs" (after the dense stage), "dynamic": does it decide by the input?, and "file".
 
     Raises:
         CheckpointError: no finished run, or one of another model or other images.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for path in sorted(Path(pattern).parent.glob(Path(pattern).name)):
-        if not (path / "results.json").is_file():
-            raise CheckpointError(f"{str(path)!r} holds no finished pruning; finish it with `python -m training.prune`")
-        found = json.loads((path / "results.json").read_text())
-        for key in ("model", "dataset", "test_images"):
-            if found.get(key) != results[key]:
-                raise CheckpointError(f"{str(path)!r} is of {key}={found.get(key)!r}, this run of {results[key]!r}")
-        pruned, dense = found["pruned"], found["dense"]
-        rows.append(
-            {
-                "name": path.name,
-                "method": found["pruning"]["method"],
-                "accuracy": pruned["accuracy"],
-                "macs_share": pruned["macs"] / dense["macs"],
-                "sparsity": pruned["sparsity"],
-                "size_bytes": pruned["size_bytes"],
-                "speedup": found["speedup"],
-                "epochs": found["epochs"],
-                "dense_accuracy": dense["accuracy"],
-            }
-        )
+        for read, place in ((_pruned, path / "results.json"), (_hybrid, path / "report" / "results.json")):
+            if place.is_file():
+                found = json.loads(place.read_text())
+                for key in ("model", "dataset", "test_images"):
+                    if found.get(key) != results[key]:
+                        raise CheckpointError(
+                            f"{str(path)!r} is of {key}={found.get(key)!r}, this run of {results[key]!r}"
+                        )
+                rows += read(path, found, results["dense_macs"])
+                break
+        else:
+            raise CheckpointError(
+                f"{str(path)!r} holds no finished pruning; finish it with `python -m training.prune`, or, where a "
+                f"dynamic model was trained on a pruned backbone, write its report"
+            )
     if not rows:
         raise CheckpointError(f"no folder matches {pattern!r}; prune with `python -m training.prune --out ...`")
     return sorted(rows, key=lambda row: -row["accuracy"])
+
+
+def _pruned(path: Path, found: Mapping[str, Any], dense_macs: float) -> list[dict[str, Any]]:
+    method = found["pruning"]["method"] + (", taught by the dense one" if found["pruning"]["distill"] else "")
+    kinds = {"pruned": (method, "model.safetensors"), "int8": (f"{method}, int8", "int8.safetensors")}
+    return [
+        {
+            "name": path.name,
+            "method": told,
+            "accuracy": found[kind]["accuracy"],
+            "macs_share": found[kind]["macs"] / dense_macs,
+            "sparsity": found[kind]["sparsity"],
+            "size_bytes": found[kind]["size_bytes"],
+            "epochs": found["epochs"],
+            "dynamic": False,
+            "file": str(path / file),
+        }
+        for kind, (told, file) in kinds.items()
+        if kind in found
+    ]
+
+
+def _hybrid(path: Path, found: Mapping[str, Any], dense_macs: float) -> list[dict[str, Any]]:
+    file = path / "model.safetensors"
+    return [
+        {
+            "name": path.name,
+            "method": "dynamic on a pruned backbone",
+            "accuracy": found["accuracy"],
+            "macs_share": found["mean_macs"] / dense_macs,
+            "sparsity": 0.0,
+            "size_bytes": file.stat().st_size,
+            "epochs": found["epochs"],
+            "dynamic": True,
+            "file": str(file),
+        }
+    ]
+
+
+def time_beside(rows: Sequence[dict[str, Any]], model: DynamicModel, images: Tensor) -> dict[str, Any]:
+    """Time the dynamic model, its bare backbone and all others in turns, one image at a time, batch norms folded.
+
+    Args:
+        rows: from `read_static`; each gets "p50_ms" and "speedup" over the bare backbone, by total time.
+        model: in eval mode, with thresholds set. With int8 models among the rows all run on the CPU.
+        images: (M, C, H, W) test images.
+
+    Returns:
+        The same two figures of the dynamic model, as "p50_ms" and "speedup", and "dense_ms": the p50 of its backbone.
+    """
+    others = [(load if row["dynamic"] else load_backbone)(row["file"]) for row in rows]
+    device = torch.device("cpu") if any(int8_layers(other) for other in others) else device_of(model)
+    dynamic = fold(copy.deepcopy(model).to(device))
+    size = dynamic.config.input_size
+    runs: dict[str, nn.Module] = {"dense": fold(copy.deepcopy(model).unwrap().to(device), size), "dynamic": dynamic}
+    for number, other in enumerate(others):
+        runs[str(number)] = other.to(device) if int8_layers(other) else fold(other.to(device), size)
+    layout = memory_format(dynamic)
+    for other in runs.values():
+        other.to(memory_format=layout)
+    singles = [images[i : i + 1].to(device).contiguous(memory_format=layout) for i in range(len(images))]
+    warmup = min(_WARMUP, len(singles))
+    times = take_turns(runs, [*singles[:warmup], *singles], warmup)
+    for number, row in enumerate(rows):
+        row |= _told(times[str(number)], times["dense"])
+    return {**_told(times["dynamic"], times["dense"]), "dense_ms": float(np.median(times["dense"]))}
+
+
+def _told(times: np.ndarray, dense: np.ndarray) -> dict[str, float]:
+    return {"p50_ms": float(np.median(times)), "speedup": float(dense.sum() / times.sum())}
 
 
 def beside(rows: Sequence[dict[str, Any]], table: Table) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 import dynnet
 from dynnet import checkpoint, flow
 from dynnet.errors import CheckpointError
-from tests.cases import FEW, Case, leave_one_by_one, tiny
+from tests.cases import FEW, Case, enliven, leave_one_by_one, tiny
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
@@ -28,6 +28,20 @@ def test_a_model_comes_back_whole(case: Case, tmp_path: Path) -> None:
     assert loaded.config == model.config
     assert not loaded.training
     for a, b in zip(loaded.predict(case.images()), model.predict(case.images()), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gates", [None, "channel"])
+@pytest.mark.parametrize("case", [FEW[0], FEW[2]], ids=str)
+@torch.no_grad()
+def test_a_folded_model_comes_back_whole(case: Case, gates: str | None, tmp_path: Path) -> None:
+    model = case.wrapped(gates=gates)
+    enliven(model)
+    leave_one_by_one(model, case.images())
+    folded = dynnet.fold(model)
+    dynnet.save(folded, tmp_path / "m.safetensors", {"model_name": case.name, "num_classes": 7, **case.kwargs})
+    loaded = dynnet.load(tmp_path / "m.safetensors")
+    for a, b in zip(loaded.predict(case.images()), folded.predict(case.images()), strict=True):
         assert torch.equal(a, b)
 
 

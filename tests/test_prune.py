@@ -13,9 +13,10 @@ import dynnet
 from dynnet.checkpoint import read_bundle
 from dynnet.data import load_data
 from dynnet.probe import trace
-from dynnet.pruning import sparsity
+from dynnet.pruning import sparsity, structured
+from dynnet.quantize import int8_layers
 from dynnet.recipe import read_recipe
-from training import prune
+from training import prune, train
 
 RECIPE = """\
 data: {name: digits, crop: 1}
@@ -59,7 +60,7 @@ def test_channels_go_and_the_rest_learns(method: str, dense: tuple[Path, str], t
     assert 0.45 < share <= 0.5
     assert results["pruned"]["macs"] / results["dense"]["macs"] == pytest.approx(share)
     assert results["pruned"]["parameters"] < results["dense"]["parameters"]
-    assert results["compression"] > 1
+    assert results["pruned"]["compression"] > 1
     cut = records(tmp_path / "run", "change")[-1]["accuracy"][0]
     tuned = records(tmp_path / "run", "epoch")[-1]["accuracy"][0]
     assert tuned > cut
@@ -92,7 +93,7 @@ def test_weights_go_step_by_step(dense: tuple[Path, str], tmp_path: Path) -> Non
     shares = [r["sparsity"] for r in records(out, "change")]
     assert shares == pytest.approx([0, 0.7, 0.8], abs=1e-3)
     assert results["pruned"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
-    assert results["compression"] > 2
+    assert results["pruned"]["compression"] > 2
     assert results["pruned"]["macs"] == results["dense"]["macs"]  # nothing is skipped
     assert sparsity(dynnet.load_backbone(out / "model.safetensors"))[""] == pytest.approx(0.8, abs=1e-3)
 
@@ -130,6 +131,64 @@ def test_the_dense_model_teaches(dense: tuple[Path, str], tmp_path: Path) -> Non
             return float((dynnet.load_backbone(out / "model.safetensors")(images) - whole(images)).square().mean())
 
     assert distance(taught) < distance(alone)
+
+
+def test_an_int8_copy_comes_along(dense: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    results = pruned(dense, out, "--method=l1", "--macs=0.6", "--pruning.int8=true")
+    small = dynnet.load_backbone(out / "int8.safetensors")
+    assert int8_layers(small)
+    assert results["int8"]["accuracy"] > results["pruned"]["accuracy"] - 0.02
+    assert results["int8"]["macs"] == results["pruned"]["macs"]
+    assert results["int8"]["size_bytes"] < results["pruned"]["size_bytes"]
+    assert results["int8"]["parameters"] < results["pruned"]["parameters"]  # norms are folded
+
+
+def test_a_target_in_time(dense: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def share(model: Any, other: Any, size: tuple[int, int, int]) -> float:
+        return trace(model, size, 1).macs / trace(other, size, 1).macs
+
+    monkeypatch.setattr(structured, "time_share", share)
+    results = pruned(dense, tmp_path / "run", "--method=l1", "--pruning.latency=0.5", "--pruning.steps=2")
+    assert 0.4 < results["pruned"]["macs"] / results["dense"]["macs"] <= 0.5
+
+
+def test_exits_are_trained_on_what_is_left(
+    dense: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned(dense, tmp_path / "thin", "--method=l1", "--pruning.int8=true", "--finetune.epochs=0")
+    thin = tmp_path / "thin" / "model.safetensors"
+    argv = ["--recipe", str(dense[0]), "--dense.epochs=0", "--exits.at=[layer1]", "--joint.epochs=2"]
+    assert train.main([*argv, "--out", str(tmp_path / "whole"), f"--backbone.weights={thin}"]) == 0
+    model = dynnet.load(tmp_path / "whole" / "model.safetensors")
+    assert model.ledger().dense == trace(dynnet.load_backbone(thin), SIZE, 1).macs
+
+    whole, steps = train.exit_losses, 0
+
+    def mortal(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 10:
+            raise Killed
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(train, "exit_losses", mortal)
+    with pytest.raises(Killed):
+        train.main([*argv, "--out", str(tmp_path / "mortal"), f"--backbone.weights={thin}"])
+    thin.unlink()  # the checkpoint knows its shape
+    assert train.main(["--out", str(tmp_path / "mortal"), "--resume"]) == 0
+    a, b = (read_bundle(tmp_path / name / "model.safetensors")[0] for name in ("whole", "mortal"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_nothing_is_trained_on_an_int8_copy(
+    dense: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruned(dense, tmp_path / "thin", "--method=l1", "--pruning.int8=true", "--finetune.epochs=0")
+    weights = f"--backbone.weights={tmp_path / 'thin' / 'int8.safetensors'}"
+    assert prune.main(["--recipe", str(dense[0]), "--out", str(tmp_path / "run"), weights]) == 2
+    assert "is folded or in int8, for inference" in capsys.readouterr().err
 
 
 class Killed(BaseException):
@@ -174,6 +233,7 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
         (["--method=l3"], "pruning.method='l3': choose from l1, l2, "),
         (["--method=l1", "--macs=0.001"], "macs=0.001 is out of reach"),
         (["--method=l1", "--pruning.steps=0"], "pruning.steps=0"),
+        (["--method=layers", "--pruning.latency=0.5"], "pruning.latency=0.5: it is measured while channels go"),
         (["--method=n:m", "--pruning.steps=2"], "goes in one step"),
         (["--method=lottery", "--dense.epochs=0"], "lottery tickets go back to early weights"),
         (["--method=lottery", "--pruning.rewind=3"], "pruning.rewind=3"),

@@ -12,7 +12,7 @@ from torch import nn
 import dynnet
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
 from dynnet.probe import trace
-from dynnet.quantize import Int8Conv2d, Int8Layer, Int8Linear
+from dynnet.quantize import Int8Conv2d, Int8Layer, Int8Linear, int8_layers
 from tests.cases import CASES, Case, enliven, leave_one_by_one, tiny
 
 NAMES = {"cifar_resnet20", "mobilenetv3_small_050", "test_efficientnet", "test_convnext", "test_vit", "regnetx_002"}
@@ -62,13 +62,48 @@ def test_a_dynamic_model_goes_on_deciding() -> None:
     assert any(isinstance(m, Int8Layer) for m in small.heads.modules())
 
 
+@pytest.mark.parametrize("case", SOME, ids=str)
+@torch.no_grad()
+def test_a_file_holds_it_pruned_or_not(case: Case, tmp_path: Path) -> None:
+    create = {"model_name": case.name, "num_classes": 7, **case.kwargs}
+    images = case.images(4)
+    for model in (case.backbone(), dynnet.prune(case.backbone(), macs=0.6, criterion="l1", input_size=case.size)):
+        enliven(model)
+        small = dynnet.quantize(model, [images], input_size=case.size)
+        dynnet.save(model, tmp_path / "float.safetensors", create)
+        dynnet.save(small, tmp_path / "int8.safetensors", create)
+        loaded = dynnet.load_backbone(tmp_path / "int8.safetensors")
+        assert int8_layers(loaded) == int8_layers(small) != []
+        assert torch.equal(loaded(images), small(images))
+        sizes = [(tmp_path / f"{kind}.safetensors").stat().st_size for kind in ("float", "int8")]
+        assert sizes[1] < 0.8 * sizes[0]
+
+
+@torch.no_grad()
+def test_a_file_holds_a_dynamic_model(tmp_path: Path) -> None:
+    model, images = CASES[0].wrapped(), CASES[0].images(9)
+    leave_one_by_one(model, images)
+    small = dynnet.quantize(model, [images])
+    dynnet.save(small, tmp_path / "x.safetensors", {"model_name": CASES[0].name, "num_classes": 7, **CASES[0].kwargs})
+    for a, b in zip(dynnet.load(tmp_path / "x.safetensors").predict(images), small.predict(images), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_file_for_another_backbone_is_refused(tmp_path: Path) -> None:
+    dynnet.save(dynnet.quantize(tiny(), [torch.randn(2, 3, 32, 32)]), tmp_path / "x.safetensors")
+    other = nn.Sequential(*tiny().children())
+    other[1] = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
+    with pytest.raises(CheckpointError, match=r"no batch norm '1\.1'"):
+        dynnet.load_backbone(tmp_path / "x.safetensors", backbone=other)
+
+
 def test_what_is_excluded_stays() -> None:
     small = dynnet.quantize(tiny(), [torch.randn(2, 3, 32, 32)], exclude=["0", "5"])
     kinds = [type(small.get_submodule(name)) for name in ("0.0", "1.0", "2.0", "5")]
     assert kinds == [nn.Conv2d, Int8Conv2d, Int8Conv2d, nn.Linear]
 
 
-def test_bad_input(tmp_path: Path) -> None:
+def test_bad_input() -> None:
     images = torch.randn(2, 3, 32, 32)
     with pytest.raises(QuantizeError, match="without gates"):
         dynnet.quantize(CASES[0].wrapped(gates="channel"), [images])
@@ -78,8 +113,6 @@ def test_bad_input(tmp_path: Path) -> None:
         dynnet.quantize(tiny(), [images], exclude=["9"])
     with pytest.raises(QuantizeError, match="no plain convolutions"):
         dynnet.quantize(nn.Sequential(nn.Flatten(), nn.PReLU()), [images])
-    with pytest.raises(CheckpointError, match="save the model that it is of"):
-        dynnet.save(dynnet.quantize(tiny(), [images]), tmp_path / "x.safetensors")
     with pytest.raises(DataError, match="no batches"):
         dynnet.quantize(tiny(), [])
     with pytest.raises(NonFiniteError, match=r"0\.0 is given NaN"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dynnet
+from dynnet import checkpoint
 from dynnet.errors import InputError
 from dynnet.measure import read_table
 from dynnet.regions import GatePlan, Region
@@ -19,6 +20,8 @@ from eval import coverage, report, speed
 from eval.figures import classifiers
 from eval.static import beside
 from tests.cases import FEW, leave_one_by_one, tiny
+
+SIZE = (1, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -181,20 +184,32 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     report.main(copied, latency_samples=5)
     results = json.loads((copied / "report" / "results.json").read_text())
     same = {key: results[key] for key in ("model", "dataset", "test_images")}
-    for name, macs, accuracy in (("thin", 50, 0.2), ("wide", 100, 1.0)):
+    macs = results["dense_macs"]
+    backbone = dynnet.load_backbone(run / "backbone.safetensors")
+    create = checkpoint.read_bundle(run / "backbone.safetensors")[1]["create"]
+    images = torch.randn(4, *SIZE)
+    for name, share, accuracy in (("thin", 0.5, 0.2), ("wide", 1.0, 1.0)):
         (tmp_path / name).mkdir()
-        found = {
-            "dense": {"accuracy": 0.9, "macs": 100},
-            "pruned": {"accuracy": accuracy, "macs": macs, "sparsity": 0.0, "size_bytes": 1000},
-            "pruning": {"method": "l1"},
-            "epochs": 3,
-            "speedup": 1.5,
-        }
+        left = dynnet.prune(backbone, macs=share, criterion="l1", multiple=1, input_size=SIZE)
+        dynnet.save(left, tmp_path / name / "model.safetensors", create)
+        row = {"accuracy": accuracy, "macs": share * macs, "sparsity": 0.0, "size_bytes": 1000}
+        found = {"pruned": row, "pruning": {"method": "l1", "distill": 0.0}, "epochs": 3}
+        if name == "thin":
+            found["int8"] = {**row, "accuracy": 0.1}
+            small = dynnet.quantize(left, [images], input_size=SIZE)
+            dynnet.save(small, tmp_path / name / "int8.safetensors", create)
         (tmp_path / name / "results.json").write_text(json.dumps(same | found))
-    report.main(copied, redraw=True, static=str(tmp_path / "[tw]*"))
+    shutil.copytree(run, tmp_path / "two")
+    (tmp_path / "two" / "report").mkdir(exist_ok=True)
+    hybrid = {"accuracy": 0.15, "mean_macs": 0.3 * macs, "epochs": 2}
+    (tmp_path / "two" / "report" / "results.json").write_text(json.dumps(same | hybrid))
+    report.main(copied, redraw=True, static=str(tmp_path / "[tw]*"), latency_samples=5)
     results = json.loads((copied / "report" / "results.json").read_text())
-    wide, thin = results["static"]
+    wide, thin, two, small = results["static"]
     assert (wide["name"], wide["macs_share"], thin["macs_share"]) == ("wide", 1.0, 0.5)
+    assert (two["method"], two["macs_share"]) == ("dynamic on a pruned backbone", pytest.approx(0.3))
+    assert small["method"] == "l1, int8"
+    assert all(row["p50_ms"] > 0 and row["speedup"] > 0 for row in results["static"])
     assert wide["dynamic_macs_share"] is None  # never as accurate as that
     assert thin["dynamic_macs_share"] is None or 0 < thin["dynamic_macs_share"] <= 1.2
     assert "l1 · thin" in (copied / "report" / "index.html").read_text()

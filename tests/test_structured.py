@@ -18,8 +18,9 @@ import dynnet
 from dynnet.channels import find_groups
 from dynnet.errors import CheckpointError, DataError, PruneError
 from dynnet.probe import trace
-from dynnet.pruning import recalibrate, sparsify
+from dynnet.pruning import recalibrate, sparsify, structured
 from dynnet.pruning.structured import Costs, narrow
+from dynnet.pruning.timed import time_share
 from tests.cases import CASES, CLASSES, Case, enliven
 from tests.generated import PARTS, Generated
 from tests.zeroing import assert_cut_is_zeroed
@@ -214,8 +215,9 @@ def test_a_dynamic_model_on_a_pruned_backbone_is_saved_with_its_shape(tmp_path: 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "macs=None, params=None: give one of the two"),
-        ({"macs": 0.5, "params": 0.5}, "give one of the two"),
+        ({}, "got no target: give one of macs, params, latency"),
+        ({"macs": 0.5, "params": 0.5}, "got macs=0.5, params=0.5: give one of"),
+        ({"latency": 2.0}, r"latency=2.0: give a share of the model's in \(0, 1\]"),
         ({"macs": 0.0}, r"macs=0.0: give a share of the model's in \(0, 1\]"),
         ({"macs": 1.5}, r"in \(0, 1\]"),
         ({"macs": 0.01}, "macs=0.01 is out of reach for Sequential: .* still costs 0.0"),
@@ -233,6 +235,29 @@ def test_bad_input_leaves_the_model_untouched(settings: dict[str, Any], message:
     with pytest.raises(PruneError, match=message):
         dynnet.prune(model, **{"criterion": "l1", "input_size": CHAIN, **settings})
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_target_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def share(model: nn.Module, other: nn.Module, size: tuple[int, int, int]) -> float:
+        """A machine on which half of the time does not depend on the channels."""
+        asked.append(trace(model, size, 1).macs)
+        return 0.5 + 0.5 * asked[-1] / trace(other, size, 1).macs
+
+    monkeypatch.setattr(structured, "time_share", share)
+    model = chain()
+    pruned = dynnet.prune(model, latency=0.7, criterion="l1", multiple=1, input_size=CHAIN)
+    whole, left = (trace(m, CHAIN, 1).macs for m in (model, pruned))
+    fits = [macs for macs in asked if macs <= 0.4 * whole]
+    assert left == max(fits)  # the best of those tried
+    assert left / whole > 0.3
+    with pytest.raises(PruneError, match=r"latency=0.4 is out of reach for Sequential: .* takes 0.5\d\d of the time"):
+        dynnet.prune(model, latency=0.4, criterion="l1", multiple=1, input_size=CHAIN)
+
+
+def test_time_is_measured_as_models_run() -> None:
+    assert 0 < time_share(chain().float(), chain().float(), CHAIN) < 100
 
 
 def test_wrapped_and_masked_models_are_refused() -> None:

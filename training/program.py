@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dynnet.checkpoint import load_weights
+from dynnet.checkpoint import is_bundle, load_backbone, load_weights
 from dynnet.data import Data, load_data
 from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
+from dynnet.fold import folded_norms
+from dynnet.pruning.shape import Shape, bring_into_shape, shape_of
+from dynnet.quantize import int8_layers
 from dynnet.recipe import BackboneConfig, Recipe, read_recipe, recipe_parser
 from training.distributed import World, world
 
@@ -74,20 +78,37 @@ def open_data(recipe: Recipe, here: World) -> tuple[Data, dict[str, Any]]:
     return data, create
 
 
-def make_backbone(config: BackboneConfig, create: dict[str, Any], fresh: bool) -> nn.Module:
-    """The backbone; a `fresh` one takes the weights that its configuration names.
+def make_backbone(config: BackboneConfig, create: dict[str, Any], shape: Shape | None = None) -> nn.Module:
+    """The backbone, with the weights that its configuration names, in whose shape it is if it was pruned.
+
+    Args:
+        config: of the backbone.
+        create: what `timm.create_model` is called with.
+        shape: of a backbone whose numbers will be restored: none are read here.
 
     Raises:
         RecipeError: timm cannot create it.
         CheckpointError: the weights cannot be read, or are of another model.
     """
     try:
-        backbone = timm.create_model(pretrained=config.pretrained and fresh, **create)
+        backbone = timm.create_model(pretrained=config.pretrained and shape is None, **create)
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise RecipeError(f"timm cannot create {create} (pretrained={config.pretrained}): {error}") from error
-    if config.weights and fresh:
+    if shape is not None:
+        bring_into_shape(backbone, shape)
+    elif config.weights and is_bundle(config.weights):
+        backbone = load_backbone(config.weights, backbone)
+        if folded_norms(backbone) or int8_layers(backbone):
+            raise CheckpointError(f"{config.weights!r} is folded or in int8, for inference; give what it was made from")
+    elif config.weights:
         load_weights(backbone, _read_weights(config.weights), config.weights)
     return backbone
+
+
+def pruned_shape(backbone: nn.Module, create: dict[str, Any]) -> Shape:
+    """How a backbone differs from the one that timm builds, for checkpoints."""
+    with torch.device("meta"):
+        return shape_of(backbone, timm.create_model(**create))
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:

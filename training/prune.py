@@ -6,7 +6,7 @@
 
 Begins with the recipe's backbone, trained by its dense stage or from the weights that it names. The folder of a run
 holds recipe.yaml (resolved), log.jsonl, state.safetensors (for --resume), backbone.safetensors (dense) and, at the end,
-model.safetensors (`dynnet.load_backbone` reads it) and results.json.
+model.safetensors (`dynnet.load_backbone` reads it), with --pruning.int8 true also int8.safetensors, and results.json.
 
     B batch, K classes
 """
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
@@ -32,11 +31,9 @@ from torch.nn import functional as F
 from dynnet.allocator import keep_freed_memory
 from dynnet.checkpoint import load_backbone, read_bundle, save, write_atomically, write_bundle
 from dynnet.data import Data
-from dynnet.errors import PruneError, RecipeError
-from dynnet.fold import fold
-from dynnet.latency import take_turns
+from dynnet.errors import RecipeError
 from dynnet.losses import distillation
-from dynnet.probe import evaluating, trace
+from dynnet.probe import trace
 from dynnet.pruning import (
     CRITERIA,
     make_permanent,
@@ -49,19 +46,20 @@ from dynnet.pruning import (
     sparsify_n_m,
     sparsity,
 )
-from dynnet.pruning.shape import bring_into_shape, shape_of
+from dynnet.pruning.shape import bring_into_shape
 from dynnet.pruning.unstructured import is_masked, set_masks
 from dynnet.pruning.weights import weight_of
+from dynnet.quantize import quantize
 from dynnet.recipe import PruningConfig, Recipe, StageConfig, recipe_to_yaml
+from training.compare import accuracy, compare, table
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools, run_stage
-from training.program import make_backbone, open_data, run_program
+from training.program import make_backbone, open_data, pruned_shape, run_program
 from training.state import Log, Position, State
 
 SINGLE_WEIGHTS = ("magnitude", "lottery", "n:m")
 METHODS = (*CRITERIA, "layers", "scratch", *SINGLE_WEIGHTS)
 SHORT = {"method": "pruning.method", "macs": "pruning.macs", "sparsity": "pruning.sparsity"}
-TIMED = 200  # images, one at a time
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,17 +88,18 @@ def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
     data, create = open_data(recipe, here)
+    state = State.read(out / "state.safetensors") if resume else None
     with here.first_goes_first():
-        model = make_backbone(recipe.backbone, create, fresh=not resume)
+        model = make_backbone(recipe.backbone, create, None if state is None else state.shape)
     pipeline = Pipeline(recipe, data, create, out, here)
-    pipeline.check(model)
+    if state is None:
+        pipeline.check(model)
     if here.first:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "recipe.yaml", recipe_to_yaml(recipe).encode())
-    state = State.read(out / "state.safetensors") if resume else None
     start = state.position if state else Position()
     if state is not None:
-        model = pipeline.restored(model, state)
+        pipeline.restore(model, state)
     model = pipeline.placed(model)
     with Log(out, state.log_bytes if state else 0, here) as log:
         desk = Desk(recipe, data, log, out, here)
@@ -119,9 +118,7 @@ def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
             pipeline.checkpoint(Position(number + 1), model, desk)
         if here.first:
             make_permanent(model)
-            single = recipe.pruning.method in SINGLE_WEIGHTS
-            save(model.eval(), out / "model.safetensors", create, sparse=single)
-            results = pipeline.report(model)
+            results = pipeline.results(model.eval())
             write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
             print(table(results))
         here.wait()
@@ -161,6 +158,11 @@ class Pipeline:
             raise RecipeError(f"pruning.steps={config.steps}: give a number of 1 or more")
         if config.method in ("slimming", "scratch", "n:m") and config.steps > 1:
             raise RecipeError(f"pruning.steps={config.steps}: {config.method!r} goes in one step")
+        if config.latency is not None and (config.method in ("layers", *SINGLE_WEIGHTS) or self.here.size > 1):
+            raise RecipeError(
+                f"pruning.latency={config.latency}: it is measured while channels go, in one process; "
+                f"{config.method!r} in {self.here.size} cannot aim at it"
+            )
         if config.method == "lottery" and not 0 <= config.rewind < max(1, self.recipe.dense.epochs):
             raise RecipeError(
                 f"pruning.rewind={config.rewind}: a ticket goes back to weights of the dense stage, of "
@@ -172,7 +174,8 @@ class Pipeline:
             if step.epochs:
                 make_tools(model, self.config(step), step.name, self.recipe, self.data, self.here)
         if config.method not in SINGLE_WEIGHTS and config.method != "layers":  # can the target be reached?
-            prune(model, macs=config.macs, criterion="random", **self._structured(), input_size=self.size)
+            kind = "macs" if config.latency is None else "latency"
+            prune(model, **{**self._structured(0), "criterion": "random", kind: getattr(config, kind)})
 
     def config(self, step: Step) -> StageConfig:
         base = self.recipe.dense if step.name == "dense" else self.recipe.finetune
@@ -210,17 +213,10 @@ class Pipeline:
                 if config.method == "lottery":
                     rewind(model, read_bundle(self.out / "early.safetensors")[0])
             else:
-                criterion = "l1" if config.method == "scratch" else config.method
-                model = prune(
-                    model,
-                    self.data.loader("train", 128),
-                    macs=self._left(model, share),
-                    criterion=criterion,
-                    batches=config.batches,
-                    input_size=self.size,
-                    seed=self.recipe.seed + number,
-                    **self._structured(),
-                )
+                aim: dict[str, Any] = {"macs": self._left(model, share)}
+                if config.latency is not None:  # beside the model as it is now
+                    aim = {"latency": config.latency ** (1 / config.steps)}
+                model = prune(model, self.data.loader("train", 128), **self._structured(number), **aim)
                 if config.method == "scratch":
                     model = self._anew(model)
             recalibrate(model, self.data.loader("train", 128), config.recalibrate)
@@ -248,24 +244,24 @@ class Pipeline:
         """The share of this model's MACs that is left when so much of the way is gone."""
         return min(1.0, self._dense_macs * self.recipe.pruning.macs**share / self._macs(model))
 
-    def _structured(self) -> dict[str, Any]:
+    def _structured(self, number: int) -> dict[str, Any]:
+        """Settings of one cut."""
         config = self.recipe.pruning
-        return {key: getattr(config, key) for key in ("scope", "floor", "multiple", "exclude")}
-
-    @functools.cached_property
-    def _fresh(self) -> nn.Module:
-        """The backbone as timm builds it, without numbers."""
-        with torch.device("meta"):
-            return timm.create_model(**self.create)
+        return {
+            **{key: getattr(config, key) for key in ("scope", "floor", "multiple", "exclude", "batches")},
+            "criterion": "l1" if config.method == "scratch" else config.method,
+            "input_size": self.size,
+            "seed": self.recipe.seed + number,
+        }
 
     @functools.cached_property
     def _dense_macs(self) -> int:
-        return self._macs(self._fresh)
+        return self._macs(self._teacher)
 
     def _anew(self, model: nn.Module) -> nn.Module:
         """New weights in the same shape."""
         fresh = timm.create_model(**self.create)
-        bring_into_shape(fresh, shape_of(model, self._fresh))
+        bring_into_shape(fresh, pruned_shape(model, self.create))
         for module in fresh.modules():  # timm initialises by the width of a layer
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.reset_parameters()
@@ -325,84 +321,43 @@ class Pipeline:
     def about(self, model: nn.Module) -> dict[str, Any]:
         """What has become of the model, for its checkpoints."""
         masked = [name for name, module in model.named_modules() if is_masked(module)]
-        return {"shape": shape_of(model, self._fresh), "masked": masked}
+        return {"shape": pruned_shape(model, self.create), "masked": masked}
 
     def checkpoint(self, position: Position, model: nn.Module, desk: Desk) -> None:
         State.write(self.out, position, model, None, None, desk.log, self.here, self.about(model))
 
-    def restored(self, model: nn.Module, state: State) -> nn.Module:
-        """The model of a checkpoint, from a fresh one."""
-        bring_into_shape(model, state.about["shape"])
+    def restore(self, model: nn.Module, state: State) -> None:
+        """Make a model of the right shape that of a checkpoint."""
         masked = {name: weight_of(model.get_submodule(name)) for name in state.about["masked"]}
         set_masks(model, {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in masked.items()})
         state.restore(model, None, None)
-        return model
 
-    # The report.
+    # The end.
 
-    def report(self, model: nn.Module) -> dict[str, Any]:
-        """Before and after, on the test split, which nothing was chosen by."""
-        dense = load_backbone(self.out / "backbone.safetensors").to(self.here.device)
-        rows = {"dense": dense, "pruned": model}
-        images = next(iter(self.data.loader("test", TIMED))).images.to(self.here.device)
-        layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        singles = [images[i : i + 1].contiguous(memory_format=layout) for i in range(len(images))]
-        folded = {name: self.placed(fold(copy.deepcopy(m), self.size)) for name, m in rows.items()}
-        times = take_turns(folded, [*singles[:5], *singles], 5)
-        found: dict[str, Any] = {
+    def results(self, model: nn.Module) -> dict[str, Any]:
+        """Save what has come out, and compare it with what it began as."""
+        config = self.recipe.pruning
+        sparse = config.method in SINGLE_WEIGHTS
+        save(model, self.out / "model.safetensors", self.create, sparse=sparse)
+        paths = {"dense": self.out / "backbone.safetensors", "pruned": self.out / "model.safetensors"}
+        models = {"dense": self._teacher, "pruned": model}
+        if config.int8:
+            models["int8"] = quantize(
+                copy.deepcopy(model).cpu(),
+                self.data.loader("train", 128),
+                batches=config.batches,
+                input_size=self.size,
+            )
+            paths["int8"] = self.out / "int8.safetensors"
+            save(models["int8"], paths["int8"], self.create, sparse=sparse)
+        return {
             "model": self.recipe.backbone.name,
             "dataset": self.data.label,
             "test_images": len(self.data.test),
-            "pruning": dataclasses.asdict(self.recipe.pruning),
+            "pruning": dataclasses.asdict(config),
             "epochs": sum(step.epochs for step in self.steps if step.name != "dense"),
+            **compare(models, paths, self.data),
         }
-        for name, each in rows.items():
-            path = self.out / ("backbone.safetensors" if name == "dense" else "model.safetensors")
-            macs = self._macs(each)
-            found[name] = {
-                "accuracy": accuracy(each, self.data, "test"),
-                "macs": macs,
-                "flops": 2 * macs,
-                "parameters": sum(p.numel() for p in each.parameters()),
-                "sparsity": sparsity(each)[""],
-                "size_bytes": path.stat().st_size,
-                "p50_ms": float(np.median(times[name])),
-            }
-        before, after = found["dense"], found["pruned"]
-        found["compression"] = before["size_bytes"] / after["size_bytes"]
-        found["accuracy_retention"] = after["accuracy"] / before["accuracy"]
-        found["speedup"] = float(np.median(times["dense"] / times["pruned"]))
-        return found
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Data, split: Any) -> float:
-    """The share of a split's images that a model names right."""
-    device = next(model.parameters()).device
-    right = count = 0
-    with evaluating(model):
-        for images, labels, _ in data.loader(split, 256):
-            right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
-            count += len(labels)
-    if not count:
-        raise PruneError(f"the {split} split has no images")
-    return right / count
-
-
-def table(results: dict[str, Any]) -> str:
-    """Before and after, in a few lines."""
-    lines = [f"{'':8}{'accuracy':>9}{'MACs':>10}{'parameters':>12}{'zeros':>8}{'size':>10}{'batch-1 p50':>13}"]
-    for name in ("dense", "pruned"):
-        r = results[name]
-        lines.append(
-            f"{name:8}{r['accuracy']:9.2%}{r['macs'] / 1e6:8.2f} M{r['parameters'] / 1e6:10.3f} M{r['sparsity']:8.1%}"
-            f"{r['size_bytes'] / 1e6:7.2f} MB{r['p50_ms']:10.2f} ms"
-        )
-    lines.append(
-        f"{results['accuracy_retention']:.1%} of the accuracy kept, file {results['compression']:.2f}x smaller, "
-        f"{results['speedup']:.2f}x as fast one image at a time"
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.utils import ModelEmaV3
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dynnet.checkpoint import load_weights, read_bundle, write_bundle
 from dynnet.errors import CheckpointError
+from dynnet.pruning.shape import UNCHANGED, Shape
 from training.distributed import World
 
 
@@ -44,6 +45,11 @@ class State:
     @property
     def log_bytes(self) -> int:
         return int(self.about["log_bytes"])
+
+    @property
+    def shape(self) -> Shape:
+        """Of the backbone: what pruning had made of it."""
+        return cast(Shape, self.about.get("shape", UNCHANGED))
 
     @classmethod
     def read(cls, path: Path) -> State:

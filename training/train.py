@@ -32,7 +32,7 @@ from dynnet.losses import budget_loss, exit_losses, exit_weights, expected_macs,
 from dynnet.recipe import Recipe, StageConfig, recipe_to_yaml
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools, run_stage
-from training.program import make_backbone, open_data, run_program
+from training.program import make_backbone, open_data, pruned_shape, run_program
 from training.state import Log, Position, State
 
 STAGES = ("dense", "heads", "joint")
@@ -47,8 +47,10 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
     data, create = open_data(recipe, here)
+    state = State.read(out / "state.safetensors") if resume else None
     with here.first_goes_first():
-        model = _build(recipe, data, create, fresh=not resume)
+        model = _build(recipe, data, create, state)
+    about = {"shape": pruned_shape(model.backbone, create)}
     model.to(here.device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -59,15 +61,13 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
         print(f"{model.config.exits} on {recipe.backbone.name}, {data.label}: {len(data.train)} training images, "
               f"{len(data.calibration)} for calibration, {len(data.test)} for testing")  # fmt: skip
     start = Position()
-    state: State | None = None
-    if resume:
-        state = State.read(out / "state.safetensors")
+    if state is not None:
         start = state.position
         state.restore(model, None, None)
     with Log(out, state.log_bytes if state else 0, here) as log:
-        desk = Desk(recipe, data, log, out, here)
+        desk = Desk(recipe, data, log, out, here, about)
         if state is None:
-            State.write(out, start, model, None, None, log, here)  # from here on --resume works
+            State.write(out, start, model, None, None, log, here, about)  # from here on --resume works
         for stage in range(start.stage, len(STAGES)):
             if _runs(model, STAGES[stage], getattr(recipe, STAGES[stage])):
                 resumed = stage == start.stage
@@ -75,7 +75,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
                 run_stage(_stage(STAGES[stage], model, desk), desk, begin, state if resumed else None)
             if stage == 0 and here.first:
                 save(model.backbone, out / "backbone.safetensors", create)
-            State.write(out, Position(stage + 1), model, None, None, log, here)
+            State.write(out, Position(stage + 1), model, None, None, log, here, about)
         model.eval()
         if here.first:
             if model.exits:
@@ -197,10 +197,10 @@ def _runs(model: DynamicModel, stage: str, config: StageConfig) -> bool:
     return config.epochs > 0 and (bool(model.exits) or stage != "heads")
 
 
-def _build(recipe: Recipe, data: Data, create: dict[str, Any], fresh: bool) -> DynamicModel:
-    """The wrapped backbone; `fresh` models take the weights that the recipe names."""
+def _build(recipe: Recipe, data: Data, create: dict[str, Any], state: State | None) -> DynamicModel:
+    """The wrapped backbone, with the weights that the recipe names or in the shape that a checkpoint has."""
     return wrap(
-        make_backbone(recipe.backbone, create, fresh),
+        make_backbone(recipe.backbone, create, None if state is None else state.shape),
         recipe.exits.at,
         gates=recipe.gates,
         head_share=recipe.exits.head_share,

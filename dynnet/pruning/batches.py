@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynnet.errors import DataError
+from dynnet.probe import device_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Loader = Iterable[Sequence[Tensor]]
@@ -43,7 +44,7 @@ class Batches:
             raise DataError(f"this criterion looks at {'labelled ' * labelled}images; give a loader of them")
         if self.count < 1:
             raise DataError(f"batches={self.count}: give a number of 1 or more")
-        device = next(model.parameters()).device
+        device = device_of(model)
         number = -1
         for number, batch in enumerate(self.loader):
             if number >= self.count:

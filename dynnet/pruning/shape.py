@@ -39,7 +39,7 @@ def shape_of(model: nn.Module, fresh: nn.Module) -> Shape:
     widths = {
         name: list(_widths(modules[name]))
         for name, module in fresh.named_modules()
-        if name in modules and layer_kind(module) and layer_kind(modules[name])
+        if layer_kind(module) and name in modules and not isinstance(modules[name], Skipped)
         if _widths(module) != _widths(modules[name])
     }
     stated = {
@@ -137,18 +137,19 @@ def _features(model: nn.Module) -> list[int]:
 
 
 def _widths(layer: nn.Module) -> tuple[int, int]:
-    """Channels that it makes and reads; what passes channels on makes those that it reads."""
-    if isinstance(layer, nn.Conv2d):
-        return layer.out_channels, layer.in_channels
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
+    """Channels that it makes and reads; what passes channels on makes those that it reads.
+
+    By attributes: a folded norm or an int8 layer states the same as what it stands for.
+    """
     timms: Any = layer
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        width = layer.num_features
-    elif isinstance(layer, nn.GroupNorm):
-        width = layer.num_channels
-    else:
-        width = layer.normalized_shape[0] if isinstance(layer, nn.LayerNorm) else timms.weight.numel()
+    if hasattr(layer, "out_channels"):
+        return timms.out_channels, timms.in_channels
+    if hasattr(layer, "out_features"):
+        return timms.out_features, timms.in_features
+    for key in ("num_features", "num_channels"):
+        if hasattr(layer, key):
+            return getattr(layer, key), getattr(layer, key)
+    width = layer.normalized_shape[0] if isinstance(layer, nn.LayerNorm) else timms.weight.numel()
     return width, width
 
 

@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from dynnet.names import check_excluded, is_inside
 from dynnet.probe import BATCH, trace
 from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.shape import restate
+from dynnet.pruning.timed import time_share
 from dynnet.pruning.units import Scores, find_criterion, score
 from dynnet.slicing import Subset, cut, subset
 
@@ -37,6 +38,8 @@ Scope = Literal["global", "group"]
 Side = tuple[str, Role]  # of a layer
 
 _TINY = torch.finfo(torch.float64).tiny
+TARGETS = ("macs", "params", "latency")
+_TRIALS = 6  # cuts that are timed, to find the one that is fast enough
 _FEWEST = 4  # steps in which a group can be narrowed, where its units allow
 
 
@@ -47,7 +50,8 @@ class PruneConfig:
     Attributes:
         criterion: a name from `dynnet.pruning.CRITERIA`.
         macs: target, as a share of the model's MACs; or
-        params: as a share of its parameters. One of the two.
+        params: as a share of its parameters; or
+        latency: as a share of the time that it takes for one image, folded, measured here and now. One of the three.
         scope: "global" ranks the units of all groups together, "group" takes the same share of each.
         floor: share of its units that every group keeps.
         multiple: widths stay multiples of this, in groups that are wide enough.
@@ -57,10 +61,20 @@ class PruneConfig:
     criterion: str = "taylor"
     macs: float | None = None
     params: float | None = None
+    latency: float | None = None
     scope: Scope = "global"
     floor: float = 0.1
     multiple: int = 8
     exclude: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> tuple[str, float]:
+        """What is aimed at, and its share."""
+        given = [(key, share) for key in TARGETS if (share := getattr(self, key)) is not None]
+        if len(given) != 1:
+            told = ", ".join(f"{key}={share:g}" for key, share in given) or "no target"
+            raise PruneError(f"got {told}: give one of {', '.join(TARGETS)}")
+        return cast(tuple[str, float], given[0])
 
 
 def prune(
@@ -69,6 +83,7 @@ def prune(
     *,
     macs: float | None = None,
     params: float | None = None,
+    latency: float | None = None,
     criterion: str = "taylor",
     scope: Scope = "global",
     floor: float = 0.1,
@@ -86,7 +101,8 @@ def prune(
     Args:
         model: any timm classifier, or module from (B, C, H, W) images to (B, K) logits; left as it was.
         loader: batches of (images, labels), for criteria that look at data.
-        macs, params: target, as a share of the model's; give one of the two.
+        macs, params, latency: target, as a share of the model's; give one of the three. Latency is that of one image on
+            the device where the model is; what fits is found by cutting copies and timing them beside the model.
         criterion, scope, floor, multiple, exclude: see `PruneConfig`.
         batches: how many of the loader's are looked at.
         loss: of logits (B, K) and labels (B,), a mean; by default cross-entropy.
@@ -103,25 +119,28 @@ def prune(
         DataError: a loader that is missing, empty or without labels.
         NonFiniteError: scores that are NaN or infinite.
     """
-    config = PruneConfig(criterion, macs, params, scope, floor, multiple, tuple(exclude))
+    config = PruneConfig(criterion, macs, params, latency, scope, floor, multiple, tuple(exclude))
     given = Batches(loader, batches, loss or nn.functional.cross_entropy, seed)
     size = _check(model, config, steps, input_size)
     pruned = copy.deepcopy(model)
-    unit, target = ("params", params) if macs is None else ("macs", macs)
-    assert target is not None
-    goals = [Costs(pruned, [], size, unit).whole * target ** (step / steps) for step in range(1, steps + 1)]
-    for step, goal in enumerate(goals):
+    kind, target = config.target
+    unit = "macs" if kind == "latency" else kind
+    whole = Costs(pruned, [], size, unit).whole
+    for step in range(1, steps + 1):
         groups = _groups(pruned, config, size)
         costs = Costs(pruned, groups, size, unit)
-        scores = score(pruned, groups, criterion, given)
-        chunks = _chunks(pruned, groups, scores, config)
-        if step == 0 and (least := costs.without(_gone(groups, chunks))) > goals[-1]:
+        chunks = _chunks(pruned, groups, score(pruned, groups, criterion, given), config)
+        if kind == "latency":
+            stay = _choose_by_time(model, pruned, groups, chunks, costs, target ** (step / steps))
+        elif step == 1 and (least := costs.without(_gone(groups, chunks)) / whole) > target:
             raise PruneError(
-                f"{unit}={target:g} is out of reach for {title(model)}: with all channels gone that may go, it still "
-                f"costs {least / costs.whole:.3f}"
+                f"{kind}={target:g} is out of reach for {title(model)}: with all channels gone that may go, it still "
+                f"costs {least:.3f}"
             )
-        narrow(pruned, groups, _choose(groups, chunks, costs, goal))
-        if step < len(goals) - 1 and between is not None:
+        else:
+            stay = _choose(groups, chunks, costs, whole * target ** (step / steps))
+        narrow(pruned, groups, stay)
+        if step < steps and between is not None:
             between(pruned)
     restate(pruned, model, size)
     return pruned
@@ -136,12 +155,9 @@ def _check(
     if masked:
         raise PruneError(f"{masked[0]} has a mask on its weights; call make_permanent(model) first")
     find_criterion(config.criterion)
-    if (config.macs is None) == (config.params is None):
-        raise PruneError(f"macs={config.macs}, params={config.params}: give one of the two as a target")
-    for key in ("macs", "params"):
-        share = getattr(config, key)
-        if share is not None and not 0 < share <= 1:
-            raise PruneError(f"{key}={share}: give a share of the model's in (0, 1]")
+    kind, share = config.target
+    if not 0 < share <= 1:
+        raise PruneError(f"{kind}={share}: give a share of the model's in (0, 1]")
     if not 0 <= config.floor < 1:
         raise PruneError(f"floor={config.floor}: give the share of its units that every group keeps, in [0, 1)")
     if config.multiple < 1 or steps < 1:
@@ -179,9 +195,10 @@ class Costs:
 
     Attributes:
         whole: with all of them.
+        size: (C, H, W) of the images.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], size: tuple[int, ...], unit: str) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[Group], size: tuple[int, int, int], unit: str) -> None:
         """The costs of a model.
 
         Args:
@@ -190,7 +207,7 @@ class Costs:
             unit: "macs" of one sample, or "params".
         """
         modules = dict(model.named_modules())
-        macs = trace(model, size, BATCH)
+        macs, self.size = trace(model, size, BATCH), size
         self.whole = macs.macs // BATCH if unit == "macs" else sum(p.numel() for p in model.parameters())
         self._widths = {(m.layer, m.role): m.width for group in groups for m in group.members}
         self._terms: list[tuple[int, list[Side]]] = []
@@ -277,6 +294,40 @@ def _choose(groups: Sequence[Group], chunks: Sequence[_Chunk], costs: Costs, goa
     for chunk in taken:
         stay[chunk.group][chunk.units] = False
     return stay
+
+
+def _choose_by_time(
+    model: nn.Module,
+    pruned: nn.Module,
+    groups: Sequence[Group],
+    chunks: Sequence[_Chunk],
+    costs: Costs,
+    goal: float,
+) -> list[np.ndarray]:
+    """As `_choose`: the units that stay in `pruned` so that one image takes no more than this share of the time that it
+    takes in `model`."""
+
+    def tried(macs: float) -> tuple[list[np.ndarray], float]:
+        stay = _choose(groups, chunks, costs, macs)
+        narrower = copy.deepcopy(pruned)
+        narrow(narrower, groups, stay)
+        return stay, time_share(narrower, model, costs.size)
+
+    low, high = costs.without(_gone(groups, chunks)), float(costs.whole)
+    best, share = tried(low)
+    if share > goal:
+        raise PruneError(
+            f"latency={goal:g} is out of reach for {title(model)}: with all channels gone that may go, one image still "
+            f"takes {share:.3f} of the time"
+        )
+    for _ in range(_TRIALS):
+        middle = (low + high) / 2
+        stay, share = tried(middle)
+        if share <= goal:
+            best, low = stay, middle
+        else:
+            high = middle
+    return best
 
 
 def _gone(groups: Sequence[Group], chunks: Sequence[_Chunk]) -> dict[Side, int]:

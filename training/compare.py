@@ -1,0 +1,118 @@
+"""A dense model, and what pruning has made of it: accuracy, compute, size and time of both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynnet.data import Data
+from dynnet.errors import PruneError
+from dynnet.fold import fold, folded_norms
+from dynnet.latency import memory_format, take_turns
+from dynnet.probe import device_of, evaluating, trace
+from dynnet.quantize import Int8Layer
+
+TIMED, WARMUP = 200, 5  # images, one at a time
+
+
+def compare(models: Mapping[str, nn.Module], paths: Mapping[str, Path], data: Data) -> dict[str, Any]:
+    """Measure on the test split, which nothing was chosen by.
+
+    Args:
+        models: "dense", "pruned" and perhaps "int8", in eval mode; with int8 all are timed on the CPU.
+        paths: of their files.
+        data: the splits.
+
+    Returns:
+        By name "accuracy", "macs" of one image, "flops", "parameters", "sparsity", "size_bytes" and "p50_ms", one image
+        at a time; for all but the dense one also "compression" of the file, "accuracy_retention" and "speedup", a
+        median of ratios.
+    """
+    times = _times(models, data)
+    found: dict[str, Any] = {}
+    for name, model in models.items():
+        macs = trace(model, data.input_size, 1).macs
+        size = paths[name].stat().st_size
+        found[name] = {
+            "accuracy": accuracy(model, data, "test"),
+            "macs": macs,
+            "flops": 2 * macs,
+            "parameters": _parameters(model),
+            "sparsity": _zeros(model),
+            "size_bytes": size,
+            "p50_ms": float(np.median(times[name])),
+        }
+    before = found["dense"]
+    for name, after in found.items():
+        if name != "dense":
+            after["compression"] = before["size_bytes"] / after["size_bytes"]
+            after["accuracy_retention"] = after["accuracy"] / before["accuracy"]
+            after["speedup"] = float(np.median(times["dense"] / times[name]))
+    return found
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data, split: Any) -> float:
+    """The share of a split's images that a model names right."""
+    device = device_of(model)
+    right = count = 0
+    with evaluating(model):
+        for images, labels, _ in data.loader(split, 256):
+            right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
+            count += len(labels)
+    if not count:
+        raise PruneError(f"the {split} split has no images")
+    return right / count
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """What `compare` found, in a few lines."""
+    lines = [f"{'':8}{'accuracy':>9}{'MACs':>10}{'parameters':>12}{'zeros':>8}{'size':>10}{'batch-1 p50':>13}"]
+    names = [name for name in ("dense", "pruned", "int8") if name in results]
+    for name in names:
+        r = results[name]
+        lines.append(
+            f"{name:8}{r['accuracy']:9.2%}{r['macs'] / 1e6:8.2f} M{r['parameters'] / 1e6:10.3f} M{r['sparsity']:8.1%}"
+            f"{r['size_bytes'] / 1e6:7.2f} MB{r['p50_ms']:10.2f} ms"
+        )
+    for name in names[1:]:
+        r = results[name]
+        lines.append(
+            f"{name}: {r['accuracy_retention']:.1%} of the accuracy kept, file {r['compression']:.2f}x smaller, "
+            f"{r['speedup']:.2f}x as fast one image at a time"
+        )
+    return "\n".join(lines)
+
+
+def _times(models: Mapping[str, nn.Module], data: Data) -> dict[str, np.ndarray]:
+    """Milliseconds of every call, by model; batch norms are folded, and all take turns on the same images."""
+    cpu = any(isinstance(module, Int8Layer) for model in models.values() for module in model.modules())
+    dense = models["dense"]
+    device = torch.device("cpu") if cpu else device_of(dense)
+    ready = {}
+    for name, model in models.items():
+        twin = copy.deepcopy(model).to(device)
+        ready[name] = twin if folded_norms(twin) else fold(twin, data.input_size)
+    images = next(iter(data.loader("test", TIMED))).images.to(device)
+    layout = memory_format(dense)
+    singles = [images[i : i + 1].contiguous(memory_format=layout) for i in range(len(images))]
+    return take_turns(ready, [*singles[:WARMUP], *singles], WARMUP)
+
+
+def _parameters(model: nn.Module) -> int:
+    """Weights and biases, in bytes as well."""
+    small = [layer for layer in model.modules() if isinstance(layer, Int8Layer)]
+    return sum(p.numel() for p in model.parameters()) + sum(s.weight.numel() + s.bias.numel() for s in small)
+
+
+def _zeros(model: nn.Module) -> float:
+    """Share of zeros among the weights of convolutions and linear layers."""
+    layers = (nn.Conv2d, nn.Linear, Int8Layer)
+    weights: list[Tensor] = [layer.weight for layer in model.modules() if isinstance(layer, layers)]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
