@@ -313,7 +313,7 @@ def _rehearse(
     if error is None:
         return broken
     if broken:
-        return broken | _alike(broken, tracer, free, kinds)
+        return _alike(broken, tracer, free, kinds) | broken
     if not free:
         raise error
     # Something that is not an operator counts channels. The groups before the culprit do no harm without it.
@@ -324,7 +324,7 @@ def _rehearse(
         works, fails = (middle, fails) if error is None else (works, middle)
         tracer = tracer if error is None else last
     broken = dict.fromkeys(free[fails - 1].units, _needed(tracer))
-    return broken | _alike(broken, tracer, free, kinds)
+    return _alike(broken, tracer, free, kinds) | broken
 
 
 def _alike(

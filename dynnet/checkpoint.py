@@ -272,10 +272,16 @@ def _gates(settings: Mapping[str, Any] | None) -> GateConfig | None:
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Strict loading: same names, same shapes.
+    """Strict loading; raises as `check_weights`, and leaves the model untouched then."""
+    check_weights(model, tensors, source)
+    model.load_state_dict(dict(tensors))
+
+
+def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Have tensors the names and shapes that a model has?
 
     Raises:
-        CheckpointError: a name that is missing or unknown, or a shape that differs; the model is left untouched.
+        CheckpointError: a name that is missing or unknown, or a shape that differs.
     """
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -289,7 +295,6 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | 
             else "",
         ]
         raise CheckpointError(f"{str(source)!r} is of another model: {'; '.join(p for p in problems if p)}")
-    model.load_state_dict(dict(tensors))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

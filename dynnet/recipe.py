@@ -115,6 +115,7 @@ class PruningConfig:
         slimming: weight of the L1 norm of batch norm scales in the first half of the fine-tuning, for "slimming".
         rewind: epochs of the dense stage after which "lottery" keeps the weights that it goes back to; 0 for the very
             first ones.
+        early: file of such weights from another run of the same dense stage, in their place (its early.safetensors).
         int8: at the end also make, save and measure an int8 copy, for CPUs.
     """
 
@@ -136,6 +137,7 @@ class PruningConfig:
     temperature: float = 4.0
     slimming: float = 1e-4
     rewind: int = 0
+    early: str | None = None
     int8: bool = False
 
 

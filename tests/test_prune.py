@@ -112,6 +112,27 @@ def test_tickets_go_back_to_early_weights(dense: tuple[Path, str], tmp_path: Pat
     assert not torch.equal(early[f"{name}.weight"], last[f"{name}.weight"])
 
 
+def test_a_ticket_of_another_runs_dense_stage(
+    dense: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--recipe", str(dense[0]), "--method=lottery", "--sparsity=0.5"]
+    trained = [*argv, "--out", str(tmp_path / "one"), "--dense.epochs=2", "--pruning.rewind=1"]
+    assert prune.main(trained) == 0
+    reused = [
+        *argv,
+        "--dense.epochs=0",
+        f"--backbone.weights={tmp_path / 'one' / 'backbone.safetensors'}",
+        f"--pruning.early={tmp_path / 'one' / 'early.safetensors'}",
+    ]
+    assert prune.main([*reused, "--out", str(tmp_path / "two")]) == 0
+    a, b = (read_bundle(tmp_path / name / "model.safetensors")[0] for name in ("one", "two"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    wrong = [*reused[:-1], f"--pruning.early={tmp_path / 'one' / 'backbone.safetensors'}"]
+    assert prune.main([*wrong, "--out", str(tmp_path / "three")]) == 2
+    assert "holds a backbone, not the early weights of a dense stage" in capsys.readouterr().err
+
+
 def test_two_of_four_weights_stay(dense: tuple[Path, str], tmp_path: Path) -> None:
     pruned(dense, tmp_path / "run", "--method=n:m")
     weight = dynnet.load_backbone(tmp_path / "run" / "model.safetensors").get_parameter("layer3.1.conv1.weight")

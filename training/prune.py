@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynnet.allocator import keep_freed_memory
-from dynnet.checkpoint import load_backbone, read_bundle, save, write_atomically, write_bundle
+from dynnet.checkpoint import check_weights, load_backbone, read_bundle, save, write_atomically, write_bundle
 from dynnet.data import Data
-from dynnet.errors import RecipeError
+from dynnet.errors import CheckpointError, RecipeError
 from dynnet.losses import distillation
 from dynnet.probe import trace
 from dynnet.pruning import (
@@ -125,6 +125,19 @@ def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
     return model
 
 
+def read_early(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
+    """The weights that a lottery ticket goes back to.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another kind, or of another model.
+    """
+    tensors, about = read_bundle(path)
+    if about.get("kind") != "early weights":
+        raise CheckpointError(f"{str(path)!r} holds a {about.get('kind')}, not the early weights of a dense stage")
+    check_weights(model, tensors, path)
+    return tensors
+
+
 class Pipeline:
     """The steps of a run, and what they need.
 
@@ -163,13 +176,17 @@ class Pipeline:
                 f"pruning.latency={config.latency}: it is measured while channels go, in one process; "
                 f"{config.method!r} in {self.here.size} cannot aim at it"
             )
-        if config.method == "lottery" and not 0 <= config.rewind < max(1, self.recipe.dense.epochs):
+        if config.method == "lottery" and config.early is not None:
+            read_early(config.early, model)
+        elif config.method == "lottery" and not self.recipe.dense.epochs:
+            raise RecipeError(
+                "lottery tickets go back to early weights: give dense.epochs, and no trained weights, or pruning.early"
+            )
+        elif config.method == "lottery" and not 0 <= config.rewind < self.recipe.dense.epochs:
             raise RecipeError(
                 f"pruning.rewind={config.rewind}: a ticket goes back to weights of the dense stage, of "
-                f"dense.epochs={self.recipe.dense.epochs}; train it here"
+                f"dense.epochs={self.recipe.dense.epochs}"
             )
-        if config.method == "lottery" and not self.recipe.dense.epochs:
-            raise RecipeError("lottery tickets go back to early weights: give dense.epochs, and no trained weights")
         for step in self.steps:
             if step.epochs:
                 make_tools(model, self.config(step), step.name, self.recipe, self.data, self.here)
@@ -211,7 +228,7 @@ class Pipeline:
                 goal = scheduled(config.schedule, config.sparsity, number, config.steps)
                 sparsify(model, goal, exclude=config.exclude)
                 if config.method == "lottery":
-                    rewind(model, read_bundle(self.out / "early.safetensors")[0])
+                    rewind(model, read_early(config.early or self.out / "early.safetensors", self._teacher))
             else:
                 aim: dict[str, Any] = {"macs": self._left(model, share)}
                 if config.latency is not None:  # beside the model as it is now
@@ -301,7 +318,7 @@ class Pipeline:
 
         def begins(epoch: int) -> None:
             if early and epoch == config.rewind and self.here.first:
-                write_bundle(self.out / "early.safetensors", model.state_dict(), {"kind": "early"})
+                write_bundle(self.out / "early.safetensors", model.state_dict(), {"kind": "early weights"})
 
         def shown(found: dict[str, Any]) -> str:
             return f"{found['accuracy'][0]:.2%}"
