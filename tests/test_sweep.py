@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynnet
@@ -94,3 +99,29 @@ def test_cut_is_zeroed_at_full_size(name: str) -> None:
     except (RuntimeError, AssertionError, ValueError, TypeError):
         size = input_size_of(model)
     assert assert_cut_is_zeroed(model.double(), size) > 0
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ["resnet50", "mobilenetv3_large_100", "convnext_tiny", "vit_small_patch16_224"])
+@torch.no_grad()
+def test_a_pruned_file_answers_the_same_in_a_new_process(name: str, tmp_path: Path) -> None:
+    model = timm.create_model(name, num_classes=10).eval()
+    enliven(model)
+    images = torch.randn(2, *input_size_of(model))
+    pruned = dynnet.prune(model, macs=0.5, criterion="l1")
+    small = dynnet.quantize(pruned, [images])
+    save_file({"images": images, "pruned": pruned(images), "int8": small(images)}, tmp_path / "expected.safetensors")
+    dynnet.save(pruned, tmp_path / "pruned.safetensors")
+    dynnet.save(small, tmp_path / "int8.safetensors")
+    code = (
+        "import sys, torch, dynnet\n"
+        "from pathlib import Path\n"
+        "from safetensors.torch import load_file\n"
+        "here = Path(sys.argv[1])\n"
+        "expected = load_file(here / 'expected.safetensors')\n"
+        "with torch.no_grad():\n"
+        "    for kind in ('pruned', 'int8'):\n"
+        "        found = dynnet.load_backbone(here / f'{kind}.safetensors')(expected['images'])\n"
+        "        assert torch.equal(found, expected[kind]), kind\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
