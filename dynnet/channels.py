@@ -330,7 +330,8 @@ def _rehearse(
 def _alike(
     broken: Mapping[int, str], tracer: Tracer, free: Sequence[_Narrowed], kinds: Mapping[str, type]
 ) -> dict[int, str]:
-    """Units at the same layers of other modules of the class whose forward failed: the same code needs their number.
+    """Units at the same layers of other modules that are built like the one whose forward failed, class by class: the
+    same code needs their number.
 
     It would be found out one by one, but a deep network has dozens of them, and every rehearsal runs the whole of it.
     """
@@ -340,11 +341,17 @@ def _alike(
     lost = {_inside(one.group, where) for one in free if not one.units.isdisjoint(broken)} - {frozenset()}
     found: dict[int, str] = {}
     for name, kind in kinds.items() if lost else ():
-        if kind is kinds[where] and name != where:
+        if kind is kinds[where] and _parts(kinds, name) == _parts(kinds, where):
             for one in free:
                 if _inside(one.group, name) in lost:
                     found |= dict.fromkeys(one.units, f"the forward of {name} needs their number")
     return found
+
+
+def _parts(kinds: Mapping[str, type], module: str) -> dict[str, type]:
+    """The classes of a module's own modules."""
+    start = module + "."
+    return {name.removeprefix(start): kind for name, kind in kinds.items() if name.startswith(start)}
 
 
 def _inside(group: Group, module: str) -> frozenset[tuple[str, Role]]:
