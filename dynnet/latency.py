@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.errors import InputError
+from dynnet.fold import folded_norms
 from dynnet.model import DynamicModel
 from dynnet.probe import device_of, evaluating
 
@@ -38,7 +39,7 @@ class Latency:
         exits: (N, B) int64, where each left.
         dense_ms: (N,) of the bare backbone.
         dynamic_ms: (N,) of the dynamic model.
-        setting: device, threads, dtype and memory format.
+        setting: device, threads, dtype, memory format, and whether batch norms are folded.
     """
 
     batch_size: int
@@ -131,6 +132,7 @@ def latency(
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "channels_last": memory_format(model) is torch.channels_last,
+        "folded": bool(folded_norms(model)),
     }
     return Latency(batch_size, rows.numpy(), np.stack(exits), times["dense"], times["dynamic"], setting)
 
