@@ -19,7 +19,8 @@ from dynnet.channels import find_groups
 from dynnet.errors import CheckpointError, DataError, PruneError
 from dynnet.probe import trace
 from dynnet.pruning import recalibrate, sparsify, structured
-from dynnet.pruning.structured import Costs, narrow
+from dynnet.pruning.costs import Costs
+from dynnet.pruning.structured import narrow
 from dynnet.pruning.timed import time_share
 from tests.cases import CASES, CLASSES, Case, enliven
 from tests.generated import PARTS, Generated

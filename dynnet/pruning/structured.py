@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -22,20 +22,19 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from dynnet.channels import Group, Role, find_groups
+from dynnet.channels import Group, find_groups
 from dynnet.errors import PruneError
 from dynnet.exits import input_size_of, title
 from dynnet.model import DynamicModel
 from dynnet.names import check_excluded, is_inside
-from dynnet.probe import BATCH, trace
 from dynnet.pruning.batches import Batches, Loader, Loss
+from dynnet.pruning.costs import Costs, Side
 from dynnet.pruning.shape import restate
 from dynnet.pruning.timed import time_share
 from dynnet.pruning.units import Scores, find_criterion, score
 from dynnet.slicing import Subset, cut, subset
 
 Scope = Literal["global", "group"]
-Side = tuple[str, Role]  # of a layer
 
 _TINY = torch.finfo(torch.float64).tiny
 TARGETS = ("macs", "params", "latency")
@@ -188,56 +187,6 @@ def _groups(model: nn.Module, config: PruneConfig, size: tuple[int, ...]) -> lis
         why = "; ".join(list(dict.fromkeys(told))[:4]) or "no layer reads what another one makes"
         raise PruneError(f"{title(model)} has no channels to take away: {why}")
     return found
-
-
-class Costs:
-    """What a model costs with some of its channels gone.
-
-    Attributes:
-        whole: with all of them.
-        size: (C, H, W) of the images.
-    """
-
-    def __init__(self, model: nn.Module, groups: Sequence[Group], size: tuple[int, int, int], unit: str) -> None:
-        """The costs of a model.
-
-        Args:
-            groups: whose units will go.
-            size: (C, H, W) of the images.
-            unit: "macs" of one sample, or "params".
-        """
-        modules = dict(model.named_modules())
-        macs, self.size = trace(model, size, BATCH), size
-        self.whole = macs.macs // BATCH if unit == "macs" else sum(p.numel() for p in model.parameters())
-        self._widths = {(m.layer, m.role): m.width for group in groups for m in group.members}
-        self._terms: list[tuple[int, list[Side]]] = []
-        for layer in dict.fromkeys(layer for layer, _ in self._widths):
-            module = modules[layer]
-            sides = [side for side in self._widths if side[0] == layer]
-            # What makes group by group from what it reads shrinks once, with the number of groups.
-            both = sides[:1] if getattr(module, "groups", 1) > 1 else sides
-            made = [side for side in sides if side[1] != "reads"]
-            if unit == "macs":
-                self._terms.append((macs.layers[layer] // BATCH, both))
-                continue
-            for name, parameter in module.named_parameters(recurse=False):
-                self._terms.append((parameter.numel(), both if name == "weight" else made))
-        for module_name, producer in _attention(groups).items():
-            if unit == "macs":  # products of queries, keys and values
-                self._terms.append((macs.layers[module_name] // BATCH, [producer]))
-
-    def without(self, gone: Mapping[Side, int]) -> float:
-        """The cost where so many channels of some sides of layers are gone."""
-        total = float(self.whole)
-        for cost, sides in self._terms:
-            total -= cost * (1 - math.prod(1 - gone.get(side, 0) / self._widths[side] for side in sides))
-        return total
-
-
-def _attention(groups: Sequence[Group]) -> dict[str, Side]:
-    """Modules that work head by head, and a side whose channels are these heads'."""
-    first = ((group, group.members[0]) for group in groups)
-    return {number.module: (member.layer, member.role) for group, member in first for number in group.numbers}
 
 
 class _Chunk(NamedTuple):
