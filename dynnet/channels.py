@@ -1,6 +1,6 @@
 """Channel groups: which channels of which layers live and die together.
 
-Channels that a dry run finds tied (`labels.py`) form a *unit* that can only be taken away as a whole, and all units
+Channels that a dry run finds tied (`tracer.py`) form a *unit* that can only be taken away as a whole, and all units
 that touch the same layers form a *group*. A group that cannot be narrowed says why. The others have been rehearsed: the
 model ran with most of their units gone, and every channel arrived where it belongs.
 
@@ -313,7 +313,8 @@ def _rehearse(
     if error is None:
         return broken
     if broken:
-        return _alike(broken, tracer, free, kinds) | broken
+        read = frozenset(int(unit) for atoms in tracer.suspects for unit in parent[atoms.numpy()])
+        return _alike(read, tracer, free, kinds) | broken
     if not free:
         raise error
     # Something that is not an operator counts channels. The groups before the culprit do no harm without it.
@@ -323,27 +324,27 @@ def _rehearse(
         last, error = follow(free[:middle])
         works, fails = (middle, fails) if error is None else (works, middle)
         tracer = tracer if error is None else last
-    broken = dict.fromkeys(free[fails - 1].units, _needed(tracer))
-    return _alike(broken, tracer, free, kinds) | broken
+    culprit = free[fails - 1].units
+    return _alike(culprit, tracer, free, kinds) | dict.fromkeys(culprit, _needed(tracer))
 
 
 def _alike(
-    broken: Mapping[int, str], tracer: Tracer, free: Sequence[_Narrowed], kinds: Mapping[str, type]
+    read: frozenset[int], tracer: Tracer, free: Sequence[_Narrowed], kinds: Mapping[str, type]
 ) -> dict[int, str]:
-    """Units at the same layers of other modules that are built like the one whose forward failed, class by class: the
-    same code needs their number.
+    """Units at the same layers of other modules that are built like the one whose forward failed on what it read, class
+    by class: the same code needs their number.
 
     It would be found out one by one, but a deep network has dozens of them, and every rehearsal runs the whole of it.
     """
     where = tracer.labels.where()
     if where not in kinds:
         return {}
-    lost = {_inside(one.group, where) for one in free if not one.units.isdisjoint(broken)} - {frozenset()}
+    lost = {_inside(one.group, where) for one in free if not one.units.isdisjoint(read)} - {frozenset()}
     found: dict[int, str] = {}
     for name, kind in kinds.items() if lost else ():
         if kind is kinds[where] and _parts(kinds, name) == _parts(kinds, where):
             for one in free:
-                if _inside(one.group, name) in lost:
+                if one.units.isdisjoint(read) and _inside(one.group, name) in lost:
                     found |= dict.fromkeys(one.units, f"the forward of {name} needs their number")
     return found
 

@@ -245,7 +245,7 @@ def _as_saved(model: nn.Module, tensors: Mapping[str, Tensor], about: Mapping[st
         if about.get("folded"):
             fold_again(model, about["folded"], tensors.keys())
         put_int8(model, dict.fromkeys(about.get("int8", ()), (0.0, 1.0)))
-    except (KeyError, AttributeError) as error:
+    except CheckpointError as error:
         raise CheckpointError(
             f"{str(path)!r} was saved folded or in int8, which this {about['backbone']} cannot be: {error}; it was "
             f"saved with {about['versions']}"

@@ -15,6 +15,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from dynnet.errors import CheckpointError
 from dynnet.exits import input_size_of
 from dynnet.model import DynamicModel
 from dynnet.probe import BATCH, Trace, trace
@@ -80,13 +81,13 @@ def fold_again(model: nn.Module, norms: Sequence[str], tensors: Collection[str])
         tensors: names in the other's state.
 
     Raises:
-        KeyError: it has no such batch norm.
+        CheckpointError: it has no such batch norm; nothing has changed then.
     """
     modules = dict(model.named_modules())
-    for name in norms:
-        norm = modules.get(name)
-        if not isinstance(norm, nn.BatchNorm2d):
-            raise KeyError(f"no batch norm {name!r}")
+    found = {name: norm for name in norms if isinstance(norm := modules.get(name), nn.BatchNorm2d)}
+    if missing := [name for name in norms if name not in found]:
+        raise CheckpointError(f"it has no batch norm {missing[0]!r}")
+    for name, norm in found.items():
         _leave_out(model, name, norm)
     for name, module in modules.items():
         if isinstance(module, nn.Conv2d) and module.bias is None and f"{name}.bias" in tensors:
@@ -95,7 +96,7 @@ def fold_again(model: nn.Module, norms: Sequence[str], tensors: Collection[str])
 
 def _leave_out(model: nn.Module, name: str, norm: nn.BatchNorm2d) -> None:
     parent, _, key = name.rpartition(".")
-    setattr(model.get_submodule(parent), key, FoldedNorm(norm))
+    setattr(model.get_submodule(parent), key, FoldedNorm(norm).train(norm.training))
 
 
 def _pairs(seen: Trace, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:

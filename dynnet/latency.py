@@ -180,8 +180,8 @@ def memory_format(model: nn.Module) -> torch.memory_format:
     """In which a model's weights are, and its images should be."""
     backbone = model.backbone if isinstance(model, DynamicModel) else model
     for weight in backbone.parameters():
-        # A kernel of one pixel is contiguous in both formats and tells nothing.
-        if weight.ndim == 4 and weight.shape[2] * weight.shape[3] > 1:
+        # A kernel of one pixel or one channel is contiguous in both formats and tells nothing.
+        if weight.ndim == 4 and weight.shape[1] > 1 and weight.shape[2] * weight.shape[3] > 1:
             last = weight.is_contiguous(memory_format=torch.channels_last)
             return torch.channels_last if last else torch.contiguous_format
     return torch.contiguous_format

@@ -20,7 +20,7 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynnet.errors import DataError, NonFiniteError, QuantizeError
+from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
 from dynnet.exits import title
 from dynnet.fold import fold
 from dynnet.layers import layer_kind
@@ -206,9 +206,15 @@ def put_int8(model: nn.Module, ranges: Mapping[str, tuple[float, float]]) -> Non
     Args:
         model: in eval mode.
         ranges: the least and the largest input of each layer, by name.
+
+    Raises:
+        CheckpointError: it has no such plain layer; nothing has changed then.
     """
+    modules = dict(model.named_modules())
+    if missing := [name for name in ranges if not isinstance(modules.get(name), (nn.Conv2d, nn.Linear))]:
+        raise CheckpointError(f"it has no convolution or linear layer {missing[0]!r}")
     for name, (low, high) in ranges.items():
-        layer = model.get_submodule(name)
+        layer = modules[name]
         kind: Any = Int8Conv2d if isinstance(layer, nn.Conv2d) else Int8Linear
         replacement = kind(layer, low, high).eval()
         for attribute in ("in_features", "out_features", "in_channels", "out_channels"):

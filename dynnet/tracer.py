@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dynnet.labels import FREE, Labels, varies
+from dynnet.labels import FREE, Labels
 from dynnet.layers import channel_dim, layer_kind
 from dynnet.operators import rule_of
 
@@ -132,18 +132,6 @@ class Tracer(TorchDispatchMode):
         kind, dim = layer_kind(module), channel_dim(module, x)
         weight = getattr(module, "weight", None)
         self.macs.append(weight[0].numel() * output.numel() if kind == "weighs" and weight is not None else 0)
-        label = self.labels.of(x)
-        if (
-            kind == "mixes"
-            and label is not None
-            and varies(label) > 1
-            and label.shape[dim] > 1
-            and self.labels.in_heads()
-        ):
-            # Over each head by itself; the norm is of a head's width, and stays.
-            self.labels.tie(label, label.narrow(dim, 0, 1))
-            self.labels.set(output, label)
-            return
         incoming = self._along(x, dim)
         if kind != "weighs":
             if (incoming >= 0).any():

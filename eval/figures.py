@@ -111,10 +111,13 @@ def time_trade_off(results: Mapping[str, Any]) -> Figure:
 
 def _pruned(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any]]]) -> None:
     """Pruned backbones, by name: (position, row of `eval.static`)."""
-    for i, (x, row) in enumerate(points):
+    told = set()
+    for x, row in points:
         y = 100 * row["accuracy"]
         kind, colour = ("P", DYNAMIC) if row["dynamic"] else ("s", MUTED)
-        axes.plot(x, y, kind, color=colour, ms=5, label="pruned backbones" if i == 0 else None, zorder=3)
+        label = "dynamic models on them" if row["dynamic"] else "pruned backbones"
+        axes.plot(x, y, kind, color=colour, ms=5, label=None if label in told else label, zorder=3)
+        told.add(label)
         axes.annotate(row["method"], (x, y), (5, 3), textcoords="offset points", color=MUTED, fontsize=8)
 
 
@@ -230,7 +233,7 @@ def _regions(table: Table) -> list[str]:
 
 def drawable(table: Table, results: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
     """Figures that need nothing but the table and the results, by file name."""
-    static = results.get("static") or ()
+    static = results["static"] if "static_timing" in results else ()
     figures: dict[str, Callable[[], Figure]] = {
         "trade_off": lambda: trade_off(table, static),
         "latency_by_exit": lambda: latency_by_exit(table),

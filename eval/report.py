@@ -69,7 +69,8 @@ def main(
         static: pattern of folders that `training.prune` has finished, to be shown and timed beside; of the same model
             and data. Runs of `training.train` on a pruned backbone that have a report may be among them.
         device: by default a GPU where there is one.
-        redraw: draw again from an existing table, without the model; the galleries stay as they are.
+        redraw: draw again from an existing table; without the model, unless others are timed beside it. The galleries
+            stay as they are.
     """
     out = run / "report"
     with errors_told():

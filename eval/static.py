@@ -38,7 +38,7 @@ def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]
     """
     rows: list[dict[str, Any]] = []
     for path in sorted(Path(pattern).parent.glob(Path(pattern).name)):
-        for read, place in ((_pruned, path / "results.json"), (_hybrid, path / "report" / "results.json")):
+        for place in (path / "results.json", path / "report" / "results.json"):
             if place.is_file():
                 found = json.loads(place.read_text())
                 for key in ("model", "dataset", "test_images"):
@@ -46,7 +46,7 @@ def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]
                         raise CheckpointError(
                             f"{str(path)!r} is of {key}={found.get(key)!r}, this run of {results[key]!r}"
                         )
-                rows += read(path, found, results["dense_macs"])
+                rows += (_pruned if "pruning" in found else _hybrid)(path, found, results["dense_macs"])
                 break
         else:
             raise CheckpointError(
@@ -83,7 +83,7 @@ def _hybrid(path: Path, found: Mapping[str, Any], dense_macs: float) -> list[dic
     return [
         {
             "name": path.name,
-            "method": "dynamic on a pruned backbone",
+            "method": "dynamic" + " on a pruned backbone" * (found["dense_macs"] < dense_macs),
             "accuracy": found["accuracy"],
             "macs_share": found["mean_macs"] / dense_macs,
             "sparsity": 0.0,

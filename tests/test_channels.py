@@ -206,3 +206,37 @@ def test_finding_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert net.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_what_breaks_elsewhere_is_no_reason_against_modules_built_alike() -> None:
+    class Stubborn(nn.Module):
+        """Has a width written down; what it adds to is free."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(width, 8, 1), nn.Conv2d(8, width, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return x + self.second(y.reshape(len(x), 8, -1).relu().view_as(y))
+
+    class Counting(nn.Module):
+        """Computes with the width of its first stage, not with that of its second."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 16, 3), Stubborn(16), Stubborn(16)
+            self.down, self.c, self.d = nn.Conv2d(16, 24, 3), Stubborn(24), Stubborn(24)
+            self.head = nn.Linear(24, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = self.b(self.a(x * x.shape[1] ** -0.5))
+            return self.head(self.d(self.c(self.down(x))).mean((2, 3)))
+
+    groups = find_groups(Counting().eval(), (3, 16, 16))
+    first = {group.members[0].layer: group for group in groups}
+    assert "computes with their number" in str(first["stem"].pinned)
+    assert first["down"].pinned is None
+    for name in "abcd":
+        assert f"the forward of {name} needs their number" in str(first[f"{name}.first"].pinned)

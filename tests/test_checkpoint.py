@@ -158,6 +158,16 @@ def test_a_crash_while_writing_leaves_the_old_file(saved: Path, monkeypatch: pyt
     assert list(saved.parent.iterdir()) == [saved]
 
 
+def test_a_backbone_with_a_classifier_of_its_own_is_written(tmp_path: Path) -> None:
+    model = timm.create_model("resnet18", num_classes=4).eval()
+    model.fc = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(512, 4))
+    dynnet.save(model, tmp_path / "m.safetensors")
+    other = timm.create_model("resnet18", num_classes=4)
+    other.fc = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(512, 4))
+    loaded = dynnet.load_backbone(tmp_path / "m.safetensors", backbone=other)
+    assert torch.equal(loaded.fc[1].weight, model.fc[1].weight)
+
+
 def test_tied_and_strided_tensors_are_written(tmp_path: Path) -> None:
     shared = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     checkpoint.write_bundle(tmp_path / "f", {"a": shared, "b": shared[1:], "n": torch.tensor(3)}, {"kind": "test"})

@@ -139,6 +139,22 @@ def test_two_of_four_weights_stay(dense: tuple[Path, str], tmp_path: Path) -> No
     assert bool(((weight.movedim(1, -1).unflatten(-1, (-1, 4)) != 0).sum(-1) <= 2).all())
 
 
+def test_new_weights_do_not_depend_on_how_the_run_got_there(
+    dense: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned(dense, tmp_path / "a", "--method=scratch", "--finetune.epochs=0")
+    keep = prune.Pipeline.keep
+
+    def drawing(self: prune.Pipeline, model: torch.nn.Module) -> torch.nn.Module:
+        torch.rand(1)
+        return keep(self, model)
+
+    monkeypatch.setattr(prune.Pipeline, "keep", drawing)
+    pruned(dense, tmp_path / "b", "--method=scratch", "--finetune.epochs=0")
+    a, b = (read_bundle(tmp_path / name / "model.safetensors")[0] for name in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_the_dense_model_teaches(dense: tuple[Path, str], tmp_path: Path) -> None:
     alone, taught = (tmp_path / name for name in ("alone", "taught"))
     pruned(dense, alone, "--method=l1")
@@ -170,6 +186,7 @@ def test_a_target_in_time(dense: tuple[Path, str], tmp_path: Path, monkeypatch: 
         return trace(model, size, 1).macs / trace(other, size, 1).macs
 
     monkeypatch.setattr(structured, "time_share", share)
+    monkeypatch.setattr(prune, "time_share", share)
     results = pruned(dense, tmp_path / "run", "--method=l1", "--pruning.latency=0.5", "--pruning.steps=2")
     assert 0.4 < results["pruned"]["macs"] / results["dense"]["macs"] <= 0.5
 

@@ -12,7 +12,7 @@ from torch import nn
 import dynnet
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
 from dynnet.probe import trace
-from dynnet.quantize import Int8Conv2d, Int8Layer, Int8Linear, int8_layers
+from dynnet.quantize import Int8Conv2d, Int8Layer, Int8Linear, int8_layers, put_int8
 from tests.cases import CASES, Case, enliven, leave_one_by_one, tiny
 
 NAMES = {"cifar_resnet20", "mobilenetv3_small_050", "test_efficientnet", "test_convnext", "test_vit", "regnetx_002"}
@@ -93,8 +93,11 @@ def test_a_file_for_another_backbone_is_refused(tmp_path: Path) -> None:
     dynnet.save(dynnet.quantize(tiny(), [torch.randn(2, 3, 32, 32)]), tmp_path / "x.safetensors")
     other = nn.Sequential(*tiny().children())
     other[1] = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
-    with pytest.raises(CheckpointError, match=r"no batch norm '1\.1'"):
+    with pytest.raises(CheckpointError, match=r"it has no batch norm '1\.1'"):
         dynnet.load_backbone(tmp_path / "x.safetensors", backbone=other)
+    assert type(other[0][1]) is nn.BatchNorm2d  # untouched
+    with pytest.raises(CheckpointError, match=r"it has no convolution or linear layer '1\.0'"):
+        put_int8(nn.Sequential(nn.ReLU()), {"1.0": (0.0, 1.0)})
 
 
 def test_what_is_excluded_stays() -> None:

@@ -201,7 +201,7 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
         (tmp_path / name / "results.json").write_text(json.dumps(same | found))
     shutil.copytree(run, tmp_path / "two")
     (tmp_path / "two" / "report").mkdir(exist_ok=True)
-    hybrid = {"accuracy": 0.15, "mean_macs": 0.3 * macs, "epochs": 2}
+    hybrid = {"accuracy": 0.15, "mean_macs": 0.3 * macs, "dense_macs": 0.5 * macs, "epochs": 2}
     (tmp_path / "two" / "report" / "results.json").write_text(json.dumps(same | hybrid))
     report.main(copied, redraw=True, static=str(tmp_path / "[tw]*"), latency_samples=5)
     results = json.loads((copied / "report" / "results.json").read_text())

@@ -47,6 +47,7 @@ from dynnet.pruning import (
     sparsity,
 )
 from dynnet.pruning.shape import bring_into_shape
+from dynnet.pruning.timed import time_share
 from dynnet.pruning.unstructured import is_masked, set_masks
 from dynnet.pruning.weights import weight_of
 from dynnet.quantize import quantize
@@ -92,6 +93,7 @@ def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
     with here.first_goes_first():
         model = make_backbone(recipe.backbone, create, None if state is None else state.shape)
     pipeline = Pipeline(recipe, data, create, out, here)
+    model = pipeline.placed(model)
     if state is None:
         pipeline.check(model)
     if here.first:
@@ -100,7 +102,7 @@ def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
     start = state.position if state else Position()
     if state is not None:
         pipeline.restore(model, state)
-    model = pipeline.placed(model)
+        model = pipeline.placed(model)
     with Log(out, state.log_bytes if state else 0, here) as log:
         desk = Desk(recipe, data, log, out, here)
         if state is None:
@@ -191,6 +193,8 @@ class Pipeline:
             if step.epochs:
                 make_tools(model, self.config(step), step.name, self.recipe, self.data, self.here)
         if config.method not in SINGLE_WEIGHTS and config.method != "layers":  # can the target be reached?
+            if config.int8:
+                quantize(copy.deepcopy(model).cpu(), self.data.loader("train", 2), batches=1, input_size=self.size)
             kind = "macs" if config.latency is None else "latency"
             prune(model, **{**self._structured(0), "criterion": "random", kind: getattr(config, kind)})
 
@@ -231,11 +235,12 @@ class Pipeline:
                     rewind(model, read_early(config.early or self.out / "early.safetensors", self._teacher))
             else:
                 aim: dict[str, Any] = {"macs": self._left(model, share)}
-                if config.latency is not None:  # beside the model as it is now
-                    aim = {"latency": config.latency ** (1 / config.steps)}
+                if config.latency is not None:
+                    now = time_share(model, self._teacher, self.size)
+                    aim = {"latency": min(1.0, config.latency**share / now)}
                 model = prune(model, self.data.loader("train", 128), **self._structured(number), **aim)
                 if config.method == "scratch":
-                    model = self._anew(model)
+                    model = self._anew(model, self.recipe.seed + number)
             recalibrate(model, self.data.loader("train", 128), config.recalibrate)
             return model
 
@@ -275,8 +280,9 @@ class Pipeline:
     def _dense_macs(self) -> int:
         return self._macs(self._teacher)
 
-    def _anew(self, model: nn.Module) -> nn.Module:
-        """New weights in the same shape."""
+    def _anew(self, model: nn.Module, seed: int) -> nn.Module:
+        """New weights in the same shape, however the run got here."""
+        torch.manual_seed(seed)
         fresh = timm.create_model(**self.create)
         bring_into_shape(fresh, pruned_shape(model, self.create))
         for module in fresh.modules():  # timm initialises by the width of a layer

@@ -37,10 +37,9 @@ def shape_of(model: nn.Module, fresh: nn.Module) -> Shape:
     modules = dict(model.named_modules())
     removed = [name for name, module in fresh.named_modules() if isinstance(modules.get(name), Skipped)]
     widths = {
-        name: list(_widths(modules[name]))
+        name: list(_widths(modules[name]) or ())
         for name, module in fresh.named_modules()
-        if layer_kind(module) and name in modules and not isinstance(modules[name], Skipped)
-        if _widths(module) != _widths(modules[name])
+        if layer_kind(module) and name in modules and _widths(modules[name]) not in (None, _widths(module))
     }
     stated = {
         name: {
@@ -74,7 +73,7 @@ def bring_into_shape(model: nn.Module, shape: Mapping[str, Any]) -> None:
         layer = modules[name]
         if layer_kind(layer) is None:
             raise PruneError(f"its {name!r} is a {type(layer).__name__}, which has no width")
-        wide_made, wide_read = _widths(layer)
+        wide_made, wide_read = _widths(layer) or (0, 0)
         if not (0 < made <= wide_made and 0 < read <= wide_read):
             raise PruneError(f"its {name!r} is {wide_made} x {wide_read} channels wide, {made} x {read} are wanted")
         cut(layer, _first(read, wide_read), _first(made, wide_made))
@@ -136,8 +135,8 @@ def _features(model: nn.Module) -> list[int]:
     return [entry.get("num_chs", 0) for entry in info] if isinstance(info, list) else []
 
 
-def _widths(layer: nn.Module) -> tuple[int, int]:
-    """Channels that it makes and reads; what passes channels on makes those that it reads.
+def _widths(layer: nn.Module) -> tuple[int, int] | None:
+    """Channels that it makes and reads; what passes channels on makes those that it reads. None for other modules.
 
     By attributes: a folded norm or an int8 layer states the same as what it stands for.
     """
@@ -149,6 +148,8 @@ def _widths(layer: nn.Module) -> tuple[int, int]:
     for key in ("num_features", "num_channels"):
         if hasattr(layer, key):
             return getattr(layer, key), getattr(layer, key)
+    if layer_kind(layer) is None:
+        return None
     width = layer.normalized_shape[0] if isinstance(layer, nn.LayerNorm) else timms.weight.numel()
     return width, width
 

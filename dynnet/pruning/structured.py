@@ -263,6 +263,9 @@ def _choose_by_time(
         return stay, time_share(narrower, model, costs.size)
 
     low, high = costs.without(_gone(groups, chunks)), float(costs.whole)
+    best, share = tried(high)
+    if share <= goal:
+        return best
     best, share = tried(low)
     if share > goal:
         raise PruneError(

@@ -22,7 +22,7 @@ def time_share(model: nn.Module, other: nn.Module, size: tuple[int, int, int]) -
         size: (C, H, W) of the image.
     """
     dtype = next(other.parameters()).dtype
-    image = torch.rand(1, *size, device=device_of(other), dtype=dtype)
+    image = torch.zeros(1, *size, device=device_of(other), dtype=dtype)
     image = image.contiguous(memory_format=memory_format(other))
     times = take_turns({"model": fold(model, size), "other": fold(other, size)}, [image] * (_CALLS + _WARMUP), _WARMUP)
     return float(np.median(times["model"] / times["other"]))
