@@ -108,7 +108,7 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
         "kind": "backbone",
         "backbone": title(backbone),
         "create": create,
-        "shape": _shape(backbone, create),
+        "shape": pruned_shape(backbone, create),
         "folded": folded_norms(model),
         "int8": int8_layers(model),
         "versions": {"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
@@ -252,13 +252,13 @@ def _as_saved(model: nn.Module, tensors: Mapping[str, Tensor], about: Mapping[st
         ) from error
 
 
-def _shape(backbone: nn.Module, create: Mapping[str, Any]) -> Shape | None:
-    """What pruning has made of it; None where timm cannot tell what it was before."""
+def pruned_shape(backbone: nn.Module, create: Mapping[str, Any]) -> Shape:
+    """How a backbone differs from the one that timm builds; not at all where timm cannot tell."""
     try:
         with torch.device("meta"):
             fresh = timm.create_model(**create)
     except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None
+        return UNCHANGED
     return shape_of(backbone, fresh)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from dynnet.checkpoint import is_bundle, load_backbone, load_weights
 from dynnet.data import Data, load_data
 from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
 from dynnet.fold import folded_norms
-from dynnet.pruning.shape import Shape, bring_into_shape, shape_of
+from dynnet.pruning.shape import Shape, bring_into_shape
 from dynnet.quantize import int8_layers
 from dynnet.recipe import BackboneConfig, Recipe, read_recipe, recipe_parser
 from training.distributed import World, world
@@ -103,12 +102,6 @@ def make_backbone(config: BackboneConfig, create: dict[str, Any], shape: Shape |
     elif config.weights:
         load_weights(backbone, _read_weights(config.weights), config.weights)
     return backbone
-
-
-def pruned_shape(backbone: nn.Module, create: dict[str, Any]) -> Shape:
-    """How a backbone differs from the one that timm builds, for checkpoints."""
-    with torch.device("meta"):
-        return shape_of(backbone, timm.create_model(**create))
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:

@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynnet.allocator import keep_freed_memory
-from dynnet.checkpoint import check_weights, load_backbone, read_bundle, save, write_atomically, write_bundle
+from dynnet.checkpoint import (
+    check_weights,
+    load_backbone,
+    pruned_shape,
+    read_bundle,
+    save,
+    write_atomically,
+    write_bundle,
+)
 from dynnet.data import Data
 from dynnet.errors import CheckpointError, RecipeError
 from dynnet.losses import distillation
@@ -55,7 +63,7 @@ from dynnet.recipe import PruningConfig, Recipe, StageConfig, recipe_to_yaml
 from training.compare import accuracy, compare, table
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools, run_stage
-from training.program import make_backbone, open_data, pruned_shape, run_program
+from training.program import make_backbone, open_data, run_program
 from training.state import Log, Position, State
 
 SINGLE_WEIGHTS = ("magnitude", "lottery", "n:m")

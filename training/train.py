@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from dynnet import DynamicModel, ExitOutputs, calibrate, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.calibrate import check_budget
-from dynnet.checkpoint import save, write_atomically
+from dynnet.checkpoint import pruned_shape, save, write_atomically
 from dynnet.data import Data
 from dynnet.errors import CalibrationError, RecipeError
 from dynnet.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise
 from dynnet.recipe import Recipe, StageConfig, recipe_to_yaml
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools, run_stage
-from training.program import make_backbone, open_data, pruned_shape, run_program
+from training.program import make_backbone, open_data, run_program
 from training.state import Log, Position, State
 
 STAGES = ("dense", "heads", "joint")
