@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynnet.cost import Ledger
 from dynnet.errors import DataError, NonFiniteError
@@ -186,3 +186,22 @@ def collect(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Answers:
         for batch in loader:
             parts.append(ask(model, batch[0].to(device), batch[1], sum(len(p.labels) for p in parts)))
     return join(parts, model.exits)
+
+
+@torch.no_grad()
+def named_right(model: nn.Module, loader: Iterable[Sequence[Tensor]]) -> np.ndarray:
+    """(N,) bool: the samples of a dataset that a plain model names right.
+
+    Args:
+        model: gives logits (B, K); is put into eval mode for the time.
+        loader: as for `collect`.
+
+    Raises:
+        DataError: the loader is empty.
+    """
+    device = device_of(model)
+    with evaluating(model):
+        parts = [(model(batch[0].to(device)).argmax(1).cpu() == batch[1].cpu()).numpy() for batch in loader]
+    if not parts:
+        raise DataError("the loader gave no batches; give it at least one labelled image")
+    return np.concatenate(parts)

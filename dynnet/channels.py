@@ -340,9 +340,10 @@ def _alike(
     if where not in kinds:
         return {}
     lost = {_inside(one.group, where) for one in free if not one.units.isdisjoint(read)} - {frozenset()}
+    parts = _parts(kinds, where)
     found: dict[int, str] = {}
     for name, kind in kinds.items() if lost else ():
-        if kind is kinds[where] and _parts(kinds, name) == _parts(kinds, where):
+        if kind is kinds[where] and _parts(kinds, name) == parts:
             for one in free:
                 if one.units.isdisjoint(read) and _inside(one.group, name) in lost:
                     found |= dict.fromkeys(one.units, f"the forward of {name} needs their number")

@@ -51,7 +51,7 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
         )
         if layout is not None:
             conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
-        _leave_out(folded, norm_name, norm)
+        folded.set_submodule(norm_name, FoldedNorm(norm))
     return folded
 
 
@@ -65,6 +65,7 @@ class FoldedNorm(nn.Sequential):
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__(*((norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else ()))
         self.num_features = norm.num_features
+        self.train(norm.training)
 
 
 def folded_norms(model: nn.Module) -> list[str]:
@@ -88,15 +89,10 @@ def fold_again(model: nn.Module, norms: Sequence[str], tensors: Collection[str])
     if missing := [name for name in norms if name not in found]:
         raise CheckpointError(f"it has no batch norm {missing[0]!r}")
     for name, norm in found.items():
-        _leave_out(model, name, norm)
+        model.set_submodule(name, FoldedNorm(norm))
     for name, module in modules.items():
         if isinstance(module, nn.Conv2d) and module.bias is None and f"{name}.bias" in tensors:
             module.bias = nn.Parameter(module.weight.new_zeros(module.out_channels))
-
-
-def _leave_out(model: nn.Module, name: str, norm: nn.BatchNorm2d) -> None:
-    parent, _, key = name.rpartition(".")
-    setattr(model.get_submodule(parent), key, FoldedNorm(norm).train(norm.training))
 
 
 def _pairs(seen: Trace, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:

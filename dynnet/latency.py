@@ -163,6 +163,27 @@ def take_turns(
     return {name: np.array(times) for name, times in found.items()}
 
 
+def one_at_a_time(models: Mapping[str, nn.Module], images: Tensor, warmup: int = 10) -> dict[str, np.ndarray]:
+    """Time several models on single images, as `take_turns` does.
+
+    Args:
+        models: by name, as they run; on one device. Weights are laid out as those of the first, in place.
+        images: (N, C, H, W).
+        warmup: images that are run before any of them counts.
+
+    Returns:
+        By name, milliseconds (N,).
+    """
+    first = next(iter(models.values()))
+    layout = memory_format(first)
+    for model in models.values():
+        model.to(memory_format=layout)
+    device = device_of(first)
+    singles = [images[i : i + 1].to(device).contiguous(memory_format=layout) for i in range(len(images))]
+    warm = [singles[i % len(singles)] for i in range(warmup)]
+    return take_turns(models, warm + singles, warmup)
+
+
 def _timed(run: Callable[[Tensor], Any], batch: Tensor) -> float:
     _synchronise(batch.device)
     began = time.perf_counter()

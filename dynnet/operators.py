@@ -99,7 +99,7 @@ def _in_order(labels: Labels, label: Tensor, parts: Sequence[Tensor]) -> bool:
     if len(parts) > 1 and _alike(parts):
         # A forward that asks for halves gets halves of what is left, if both lose the same.
         _tie_all(labels, parts)
-        return torch.equal(torch.cat([part.flatten() for part in parts]) if varies(label) == 1 else order, order)
+        return varies(label) != 1 or torch.equal(torch.cat([part.flatten() for part in parts]), order)
     return not any(varies(part) > 1 or not torch.equal(part.flatten(), order) for part in parts)
 
 

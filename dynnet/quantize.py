@@ -220,8 +220,7 @@ def put_int8(model: nn.Module, ranges: Mapping[str, tuple[float, float]]) -> Non
         for attribute in ("in_features", "out_features", "in_channels", "out_channels"):
             if hasattr(layer, attribute):
                 setattr(replacement, attribute, getattr(layer, attribute))
-        parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, replacement)
+        model.set_submodule(name, replacement)
 
 
 def _is_plain(module: nn.Module) -> bool:

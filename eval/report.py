@@ -23,15 +23,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from jinja2 import Environment, FileSystemLoader
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
-from torch import nn
 
 from dynnet import DynamicModel, fold, latency, measure
 from dynnet.allocator import keep_freed_memory
-from dynnet.answers import Answers, collect
+from dynnet.answers import Answers, collect, named_right
 from dynnet.calibrate import trade_off
 from dynnet.checkpoint import write_atomically
 from dynnet.data import Data
@@ -39,7 +37,6 @@ from dynnet.errors import DynnetError
 from dynnet.gates import Gates, mean_masks
 from dynnet.measure import Measurement, read_table, write_table
 from dynnet.policy import active, to_json
-from dynnet.probe import device_of
 from dynnet.regions import GatePlan
 from eval import figures
 from eval.programs import errors_told, write_json
@@ -77,11 +74,11 @@ def main(
         if redraw and not (out / "table.csv").is_file():
             raise DynnetError(f"no table to draw from in {str(out)!r}; write the report first")
         keep_freed_memory()
-        opened = open_run(run, data, device) if static is not None or not redraw else None
-        if redraw or opened is None:
-            results = json.loads((out / "results.json").read_text())
-        else:
+        opened = None if redraw and static is None else open_run(run, data, device)
+        if opened is not None and not redraw:
             results = _evaluate(opened, out, latency_samples, batch_size)
+        else:
+            results = json.loads((out / "results.json").read_text())
         table = read_table(out / "table.csv")
         if static is not None and opened is not None:
             rows = read_static(static, results)
@@ -110,7 +107,7 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
     table["class"] = np.array(data.classes)[measured.answers.labels]
     table["file"] = np.array([data.test.name(i) for i in range(len(data.test))])
     table["dense_macs"] = np.full(len(measured.exit), measured.ledger.dense)
-    table["dense_correct"] = _dense_correct(run.dense, data, batch_size)
+    table["dense_correct"] = named_right(run.dense, test).astype(int)
     bills = measured.answers.bills(measured.ledger, [True] * len(model.exits))
     for e in range(len(model.exits) + 1):
         table[f"macs_{e}"] = bills[:, e]
@@ -220,18 +217,6 @@ def gate_use(masks: Sequence[np.ndarray], plan: GatePlan) -> list[dict[str, Any]
             }
         )
     return found
-
-
-@torch.no_grad()
-def _dense_correct(dense: nn.Module, data: Data, batch_size: int) -> np.ndarray:
-    """(N,) int: was the bare backbone right?"""
-    device = device_of(dense)
-    return np.concatenate(
-        [
-            (dense(images.to(device)).argmax(1).cpu() == labels).int().numpy()
-            for images, labels, _ in data.loader("test", batch_size)
-        ]
-    )
 
 
 def _galleries(table: dict[str, np.ndarray], data: Data, out: Path) -> None:

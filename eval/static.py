@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynnet import DynamicModel, fold, load, load_backbone
 from dynnet.errors import CheckpointError
-from dynnet.latency import memory_format, take_turns
+from dynnet.latency import one_at_a_time
 from dynnet.probe import device_of
 from dynnet.quantize import int8_layers
 from eval.figures import Table, operating_points
-
-_WARMUP = 10  # images
 
 
 def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -108,17 +106,10 @@ def time_beside(rows: Sequence[dict[str, Any]], model: DynamicModel, images: Ten
     """
     others = [(load if row["dynamic"] else load_backbone)(row["file"]) for row in rows]
     device = torch.device("cpu") if any(int8_layers(other) for other in others) else device_of(model)
-    dynamic = fold(copy.deepcopy(model).to(device))
-    size = dynamic.config.input_size
-    runs: dict[str, nn.Module] = {"dense": fold(copy.deepcopy(model).unwrap().to(device), size), "dynamic": dynamic}
-    for number, other in enumerate(others):
-        runs[str(number)] = other.to(device) if int8_layers(other) else fold(other.to(device), size)
-    layout = memory_format(dynamic)
-    for other in runs.values():
-        other.to(memory_format=layout)
-    singles = [images[i : i + 1].to(device).contiguous(memory_format=layout) for i in range(len(images))]
-    warmup = min(_WARMUP, len(singles))
-    times = take_turns(runs, [*singles[:warmup], *singles], warmup)
+    runs = {"dense": copy.deepcopy(model).unwrap(), "dynamic": model}
+    runs |= {str(number): other for number, other in enumerate(others)}
+    size = model.config.input_size
+    times = one_at_a_time({name: fold(run, size).to(device) for name, run in runs.items()}, images)
     for number, row in enumerate(rows):
         row |= _told(times[str(number)], times["dense"])
     return {**_told(times["dynamic"], times["dense"]), "dense_ms": float(np.median(times["dense"]))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynnet.answers import named_right
 from dynnet.data import Data
-from dynnet.errors import PruneError
-from dynnet.fold import fold, folded_norms
-from dynnet.latency import memory_format, take_turns
-from dynnet.probe import device_of, evaluating, trace
+from dynnet.fold import fold
+from dynnet.latency import one_at_a_time
+from dynnet.probe import device_of, trace
 from dynnet.quantize import Int8Layer
 
-TIMED, WARMUP = 200, 5  # images, one at a time
+TIMED = 200  # images, one at a time
 
 
 def compare(models: Mapping[str, nn.Module], paths: Mapping[str, Path], data: Data) -> dict[str, Any]:
@@ -57,18 +56,9 @@ def compare(models: Mapping[str, nn.Module], paths: Mapping[str, Path], data: Da
     return found
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, data: Data, split: Any) -> float:
     """The share of a split's images that a model names right."""
-    device = device_of(model)
-    right = count = 0
-    with evaluating(model):
-        for images, labels, _ in data.loader(split, 256):
-            right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
-            count += len(labels)
-    if not count:
-        raise PruneError(f"the {split} split has no images")
-    return right / count
+    return float(named_right(model, data.loader(split, 256)).mean())
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -93,16 +83,9 @@ def table(results: Mapping[str, Any]) -> str:
 def _times(models: Mapping[str, nn.Module], data: Data) -> dict[str, np.ndarray]:
     """Milliseconds of every call, by model; batch norms are folded, and all take turns on the same images."""
     cpu = any(isinstance(module, Int8Layer) for model in models.values() for module in model.modules())
-    dense = models["dense"]
-    device = torch.device("cpu") if cpu else device_of(dense)
-    ready = {}
-    for name, model in models.items():
-        twin = copy.deepcopy(model).to(device)
-        ready[name] = twin if folded_norms(twin) else fold(twin, data.input_size)
-    images = next(iter(data.loader("test", TIMED))).images.to(device)
-    layout = memory_format(dense)
-    singles = [images[i : i + 1].contiguous(memory_format=layout) for i in range(len(images))]
-    return take_turns(ready, [*singles[:WARMUP], *singles], WARMUP)
+    device = torch.device("cpu") if cpu else device_of(models["dense"])
+    ready = {name: fold(model, data.input_size).to(device) for name, model in models.items()}
+    return one_at_a_time(ready, next(iter(data.loader("test", TIMED))).images)
 
 
 def _parameters(model: nn.Module) -> int:

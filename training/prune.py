@@ -40,6 +40,7 @@ from dynnet.checkpoint import (
 )
 from dynnet.data import Data
 from dynnet.errors import CheckpointError, RecipeError
+from dynnet.fold import fold
 from dynnet.losses import distillation
 from dynnet.probe import trace
 from dynnet.pruning import (
@@ -110,7 +111,6 @@ def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
     start = state.position if state else Position()
     if state is not None:
         pipeline.restore(model, state)
-        model = pipeline.placed(model)
     with Log(out, state.log_bytes if state else 0, here) as log:
         desk = Desk(recipe, data, log, out, here)
         if state is None:
@@ -244,7 +244,7 @@ class Pipeline:
             else:
                 aim: dict[str, Any] = {"macs": self._left(model, share)}
                 if config.latency is not None:
-                    now = time_share(model, self._teacher, self.size)
+                    now = time_share(fold(model, self.size), fold(self._teacher, self.size), self.size)
                     aim = {"latency": min(1.0, config.latency**share / now)}
                 model = prune(model, self.data.loader("train", 128), **self._structured(number), **aim)
                 if config.method == "scratch":

@@ -18,7 +18,6 @@ class Costs:
 
     Attributes:
         whole: with all of them.
-        size: (C, H, W) of the images.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], size: tuple[int, int, int], unit: str) -> None:
@@ -30,7 +29,7 @@ class Costs:
             unit: "macs" of one sample, or "params".
         """
         modules = dict(model.named_modules())
-        macs, self.size = trace(model, size, BATCH), size
+        macs = trace(model, size, BATCH)
         self.whole = macs.macs // BATCH if unit == "macs" else sum(p.numel() for p in model.parameters())
         self._widths = {(m.layer, m.role): m.width for group in groups for m in group.members}
         self._terms: list[tuple[int, list[Side]]] = []

@@ -37,9 +37,10 @@ def shape_of(model: nn.Module, fresh: nn.Module) -> Shape:
     modules = dict(model.named_modules())
     removed = [name for name, module in fresh.named_modules() if isinstance(modules.get(name), Skipped)]
     widths = {
-        name: list(_widths(modules[name]) or ())
+        name: list(now)
         for name, module in fresh.named_modules()
-        if layer_kind(module) and name in modules and _widths(modules[name]) not in (None, _widths(module))
+        if layer_kind(module) and name in modules
+        if (now := _widths(modules[name])) and now != _widths(module)
     }
     stated = {
         name: {
@@ -71,9 +72,10 @@ def bring_into_shape(model: nn.Module, shape: Mapping[str, Any]) -> None:
         remove(model, name)
     for name, (made, read) in shape["widths"].items():
         layer = modules[name]
-        if layer_kind(layer) is None:
+        wide = _widths(layer) if layer_kind(layer) else None
+        if wide is None:
             raise PruneError(f"its {name!r} is a {type(layer).__name__}, which has no width")
-        wide_made, wide_read = _widths(layer) or (0, 0)
+        wide_made, wide_read = wide
         if not (0 < made <= wide_made and 0 < read <= wide_read):
             raise PruneError(f"its {name!r} is {wide_made} x {wide_read} channels wide, {made} x {read} are wanted")
         cut(layer, _first(read, wide_read), _first(made, wide_made))
@@ -93,8 +95,7 @@ class Skipped(nn.Module):
 
 def remove(model: nn.Module, name: str) -> None:
     """Let a module pass on what it is given, in place."""
-    parent, _, key = name.rpartition(".")
-    setattr(model.get_submodule(parent), key, Skipped())
+    model.set_submodule(name, Skipped())
 
 
 def restate(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:

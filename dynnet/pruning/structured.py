@@ -25,6 +25,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from dynnet.channels import Group, find_groups
 from dynnet.errors import PruneError
 from dynnet.exits import input_size_of, title
+from dynnet.fold import fold
 from dynnet.model import DynamicModel
 from dynnet.names import check_excluded, is_inside
 from dynnet.pruning.batches import Batches, Loader, Loss
@@ -130,7 +131,7 @@ def prune(
         costs = Costs(pruned, groups, size, unit)
         chunks = _chunks(pruned, groups, score(pruned, groups, criterion, given), config)
         if kind == "latency":
-            stay = _choose_by_time(model, pruned, groups, chunks, costs, target ** (step / steps))
+            stay = _choose_by_time(pruned, groups, chunks, costs, target ** (step / steps), fold(model, size), size)
         elif step == 1 and (least := costs.without(_gone(groups, chunks)) / whole) > target:
             raise PruneError(
                 f"{kind}={target:g} is out of reach for {title(model)}: with all channels gone that may go, it still "
@@ -247,20 +248,21 @@ def _choose(groups: Sequence[Group], chunks: Sequence[_Chunk], costs: Costs, goa
 
 def _choose_by_time(
     model: nn.Module,
-    pruned: nn.Module,
     groups: Sequence[Group],
     chunks: Sequence[_Chunk],
     costs: Costs,
     goal: float,
+    dense: nn.Module,
+    size: tuple[int, int, int],
 ) -> list[np.ndarray]:
-    """As `_choose`: the units that stay in `pruned` so that one image takes no more than this share of the time that it
-    takes in `model`."""
+    """As `_choose`: the units that stay so that one image takes no more than this share of the time that it takes in a
+    dense model, which is folded."""
 
     def tried(macs: float) -> tuple[list[np.ndarray], float]:
         stay = _choose(groups, chunks, costs, macs)
-        narrower = copy.deepcopy(pruned)
+        narrower = copy.deepcopy(model)
         narrow(narrower, groups, stay)
-        return stay, time_share(narrower, model, costs.size)
+        return stay, time_share(fold(narrower, size), dense, size)
 
     low, high = costs.without(_gone(groups, chunks)), float(costs.whole)
     best, share = tried(high)

@@ -6,23 +6,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from dynnet.fold import fold
-from dynnet.latency import memory_format, take_turns
-from dynnet.probe import device_of
+from dynnet.latency import one_at_a_time
 
-_CALLS, _WARMUP = 40, 5
+_CALLS = 40
 
 
 def time_share(model: nn.Module, other: nn.Module, size: tuple[int, int, int]) -> float:
-    """Time that one image takes, as a share of what it takes in another model: the median over calls in turns, both
-    with their batch norms folded.
+    """Time that one image takes, as a share of what it takes in another model: the median over calls in turns.
 
     Args:
-        model, other: on one device, in one memory format.
+        model, other: as they run, folded; on one device, in one memory format.
         size: (C, H, W) of the image.
     """
-    dtype = next(other.parameters()).dtype
-    image = torch.zeros(1, *size, device=device_of(other), dtype=dtype)
-    image = image.contiguous(memory_format=memory_format(other))
-    times = take_turns({"model": fold(model, size), "other": fold(other, size)}, [image] * (_CALLS + _WARMUP), _WARMUP)
+    images = torch.zeros(_CALLS, *size, dtype=next(other.parameters()).dtype)
+    times = one_at_a_time({"other": other, "model": model}, images)
     return float(np.median(times["model"] / times["other"]))
