@@ -23,6 +23,8 @@ from dynnet.labels import HEADS, TOGETHER
 from dynnet.probe import evaluating, on_meta, watching
 from dynnet.tracer import Kept, Role, Tracer
 
+_FEWEST = 4  # bundles of a group, where its units allow
+
 
 @dataclass(frozen=True)
 class Member:
@@ -85,6 +87,14 @@ class Group:
 
     def layers(self, role: Role) -> tuple[str, ...]:
         return tuple(member.layer for member in self.members if member.role == role)
+
+
+def bundle(units: int, wanted: int) -> int:
+    """How many of a group's units are switched or taken away together: as many as wanted, or a half of that, a quarter
+    and so on in groups so narrow that there would be fewer than four bundles."""
+    while wanted > 1 and units // wanted < _FEWEST:
+        wanted //= 2
+    return max(1, wanted)
 
 
 def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[str] = ()) -> list[Group]:

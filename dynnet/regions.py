@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynnet.channels import Group, Member
+from dynnet.channels import Group, Member, bundle
 from dynnet.errors import GateError
 from dynnet.names import check_excluded, is_inside
 
-_FEWEST = 4  # units of a group, at least, where its channels allow
 _WORTHWHILE = 4.0  # times what its gate network costs: what a region must be able to save when half of it is closed
 _BLIND = 8  # channels that a gate network reads, at least: the mean colour of an image tells nothing
 _SMALLEST = 0.001  # of the backbone's MACs: smaller regions are left alone
@@ -35,8 +34,8 @@ class GateConfig:
     """How channels are gated.
 
     Attributes:
-        unit: neighbouring channels that are switched together: 1 for single channels, 8 or 16 for speed; fewer where a
-            layer is so narrow that it would have less than four units.
+        unit: neighbouring channels that are switched together: 1 for single channels, 8 or 16 for speed; a half of it,
+            a quarter, where a layer is so narrow that it would have less than four units.
         blocks: how many blocks, at most, one gate network decides on; 1 for a network of its own in each.
         exclude: modules, by name, inside of which nothing is gated.
     """
@@ -243,8 +242,7 @@ def _why_not(
 def _merge(group: Group, config: GateConfig) -> int:
     """How many of a group's units are switched together."""
     per_unit = group.members[0].channels.shape[1]
-    wanted = max(1, round(config.unit / per_unit))
-    return max(1, min(wanted, group.units // _FEWEST))
+    return bundle(group.units, round(config.unit / per_unit))
 
 
 def _units(group: Group, config: GateConfig) -> int:

@@ -118,6 +118,8 @@ def test_widths_stay_multiples_and_above_their_floor() -> None:
     for share in (0.7, 0.3, 0.1):
         pruned = dynnet.prune(model, macs=share, criterion="random", input_size=CHAIN)
         assert pruned[0].out_channels % 8 == pruned[3].out_channels % 8 == 0
+    narrow = dynnet.prune(chain(12), macs=0.5, criterion="random", input_size=CHAIN)
+    assert narrow[0].out_channels in (4, 6, 8, 10)  # the multiple is halved until it fits
     pruned = dynnet.prune(model, macs=0.35, criterion="l1", floor=0.5, multiple=1, input_size=CHAIN)
     assert (pruned[0].out_channels, pruned[3].out_channels) >= (32, 64)
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from dynnet.channels import Group, find_groups
+from dynnet.channels import Group, bundle, find_groups
 from dynnet.errors import PruneError
 from dynnet.exits import input_size_of, title
 from dynnet.fold import fold
@@ -40,7 +40,6 @@ Scope = Literal["global", "group"]
 _TINY = torch.finfo(torch.float64).tiny
 TARGETS = ("macs", "params", "latency")
 _TRIALS = 6  # cuts that are timed, to find the one that is fast enough
-_FEWEST = 4  # steps in which a group can be narrowed, where its units allow
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class PruneConfig:
         latency: as a share of the time that it takes for one image, folded, measured here and now. One of the three.
         scope: "global" ranks the units of all groups together, "group" takes the same share of each.
         floor: share of its units that every group keeps.
-        multiple: widths stay multiples of this, in groups that are wide enough.
+        multiple: widths stay multiples of this; of half of it, a quarter, where a group is too narrow for four steps.
         exclude: modules, by name, whose channels stay.
     """
 
@@ -210,7 +209,7 @@ def _chunks(model: nn.Module, groups: Sequence[Group], scores: Scores, config: P
         blocks = [np.flatnonzero(bound == b) for b in np.unique(bound)]
         blocks.sort(key=lambda units: float(values[units].mean()))
         made = next(m for m in group.members if m.role == "produces").channels.size // len(blocks)
-        step = max(1, min(config.multiple // made, len(blocks) // _FEWEST))
+        step = bundle(len(blocks), config.multiple // made)
         least = max(1, math.ceil(config.floor * len(blocks)))
         first = 0
         # The first may be a smaller one, after which the width is a multiple.
