@@ -5,6 +5,7 @@ N samples, E exits, P operating points
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,13 +16,13 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Table = Mapping[str, np.ndarray]
 
 INK, MUTED, GRID = "#1c2430", "#6b7684", "#e4e8ed"
 DYNAMIC, DENSE, WRONG, ACCENT = "#0f7b8a", "#c2410c", "#d9a28c", "#7a5195"
+PALETTE = ("#3b6fb6", "#8a5a2b", "#4d8b31", "#a23b72", "#6b7684", "#c79a1b")
 
 STYLE = {
     "font.family": "sans-serif",
@@ -57,8 +58,8 @@ def exit_name(table: Table, exit: int) -> str:
     return "end" if exit == classifiers(table) - 1 else f"exit {exit}"
 
 
-def trade_off(table: Table, static: Sequence[Mapping[str, Any]] = ()) -> Figure:
-    """Accuracy against mean MACs: exits for everybody, thresholds for many budgets, the bare and pruned backbones."""
+def trade_off(table: Table) -> Figure:
+    """Accuracy against mean MACs: exits for everybody, thresholds for many budgets, the bare backbone."""
     figure, axes = plt.subplots(figsize=(7.2, 4.6))
     last = classifiers(table) - 1
     anytime = [(table[f"macs_{e}"].mean() / 1e6, 100 * table[f"correct_{e}"].mean()) for e in range(last + 1)]
@@ -66,11 +67,9 @@ def trade_off(table: Table, static: Sequence[Mapping[str, Any]] = ()) -> Figure:
         axes.plot(*zip(*anytime, strict=True), "o--", color=MUTED, ms=5, lw=1, label="everybody leaves at one exit")
         for e, (x, y) in enumerate(anytime):
             axes.annotate(exit_name(table, e), (x, y), (6, -12), textcoords="offset points", color=MUTED, fontsize=9)
-    points = sorted(
-        (table[f"point{k}_macs"].mean() / 1e6, 100 * table[f"point{k}_correct"].mean()) for k in operating_points(table)
-    )
-    if len(points) > 1:
-        axes.plot(*zip(*points, strict=True), "-", color=DYNAMIC, lw=2, label="thresholds fitted on held-out images")
+    macs, accuracies = operating_line(table)
+    if len(macs) > 1:
+        axes.plot(macs / 1e6, 100 * accuracies, "-", color=DYNAMIC, lw=2, label="thresholds fitted on held-out images")
     axes.plot(
         table["macs"].mean() / 1e6,
         100 * table["correct"].mean(),
@@ -85,7 +84,6 @@ def trade_off(table: Table, static: Sequence[Mapping[str, Any]] = ()) -> Figure:
         axes.plot(*frozen, "D", color=ACCENT, ms=8, label="its gates frozen at their mean decision", zorder=4)
     dense_macs = table["dense_macs"].mean() / 1e6
     dense = 100 * table["dense_correct"].mean()
-    _pruned(axes, [(row["macs_share"] * dense_macs, row) for row in static if row["macs_share"] < 1])
     axes.plot(dense_macs, dense, "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
     axes.axhline(dense, color=DENSE, lw=0.8, ls=":")
     axes.set(xlabel="mean MMAC per image (MFLOP = 2 x MMAC)", ylabel="accuracy (%)", title="Accuracy against compute")
@@ -94,31 +92,38 @@ def trade_off(table: Table, static: Sequence[Mapping[str, Any]] = ()) -> Figure:
     return figure
 
 
-def time_trade_off(results: Mapping[str, Any]) -> Figure:
-    """Accuracy against the mean time of one image, as shares of the bare backbone's."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.6))
-    _pruned(axes, [(100 / row["speedup"], row) for row in results["static"]])
-    dynamic = 100 / results["static_timing"]["speedup"], 100 * results["accuracy"]
-    axes.plot(*dynamic, "o", color=DYNAMIC, ms=10, label="this model", zorder=4)
-    axes.plot(100, 100 * results["dense_accuracy"], "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
-    axes.axhline(100 * results["dense_accuracy"], color=DENSE, lw=0.8, ls=":")
-    axes.set(xlabel="mean time of one image (% of the bare backbone's)", ylabel="accuracy (%)")
-    axes.set(title="Accuracy against measured time")
-    axes.set_xlim(left=0)
-    axes.legend(loc="lower right")
+def beside_pruned(table: Table, results: Mapping[str, Any]) -> Figure:
+    """Accuracy against mean MACs, and against the mean time of one image: this model, the bare and pruned backbones."""
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.2), sharey=True)
+    static, dense = results["static"], 100 * results["dense_accuracy"]
+    line = operating_line(table)
+    panels[0].plot(100 * line[0] / results["dense_macs"], 100 * line[1], "-", color=DYNAMIC, lw=2)
+    shares = 100 * results["macs_share"], 100 / results["static_timing"]["speedup"]
+    for axes, share in zip(panels, shares, strict=True):
+        axes.plot(100, dense, "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
+        axes.axhline(dense, color=DENSE, lw=0.8, ls=":")
+        axes.plot(share, 100 * results["accuracy"], "o", color=DYNAMIC, ms=10, label="this model", zorder=4)
+        axes.set_xlim(left=0)
+    looks = itertools.product(("s", "^", "v", "D"), PALETTE)
+    for method in dict.fromkeys(row["method"] for row in static):
+        rows = sorted((row for row in static if row["method"] == method), key=lambda row: row["macs_share"])
+        marker, colour = ("P", DYNAMIC) if rows[0]["dynamic"] else next(looks)
+        accuracies = [100 * row["accuracy"] for row in rows]
+        for axes, along in (
+            (panels[0], [100 * row["macs_share"] for row in rows]),
+            (panels[1], [100 / row["speedup"] for row in rows]),
+        ):
+            axes.plot(along, accuracies, marker + "-", color=colour, ms=6, lw=0.7, alpha=0.9, label=method)
+    panels[0].set(xlabel="mean MACs (% of the bare backbone's)", ylabel="accuracy (%)", title="Accuracy and compute")
+    panels[1].set(xlabel="mean time of one image (% of the bare backbone's)", title="Accuracy and measured time")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     return figure
 
 
-def _pruned(axes: Axes, points: Sequence[tuple[float, Mapping[str, Any]]]) -> None:
-    """Pruned backbones, by name: (position, row of `eval.static`)."""
-    told = set()
-    for x, row in points:
-        y = 100 * row["accuracy"]
-        kind, colour = ("P", DYNAMIC) if row["dynamic"] else ("s", MUTED)
-        label = "dynamic models on them" if row["dynamic"] else "pruned backbones"
-        axes.plot(x, y, kind, color=colour, ms=5, label=None if label in told else label, zorder=3)
-        told.add(label)
-        axes.annotate(row["method"], (x, y), (5, 3), textcoords="offset points", color=MUTED, fontsize=8)
+def operating_line(table: Table) -> np.ndarray:
+    """(2, P) mean MACs and accuracies in [0, 1] of the operating points, from cheap to dear."""
+    points = [(table[f"point{k}_macs"].mean(), table[f"point{k}_correct"].mean()) for k in operating_points(table)]
+    return np.array(sorted(points)).reshape(-1, 2).T
 
 
 def exits_taken(table: Table) -> Figure:
@@ -233,9 +238,8 @@ def _regions(table: Table) -> list[str]:
 
 def drawable(table: Table, results: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
     """Figures that need nothing but the table and the results, by file name."""
-    static = results["static"] if "static_timing" in results else ()
     figures: dict[str, Callable[[], Figure]] = {
-        "trade_off": lambda: trade_off(table, static),
+        "trade_off": lambda: trade_off(table),
         "latency_by_exit": lambda: latency_by_exit(table),
         "compute_by_class": lambda: compute_by_class(table),
     }
@@ -243,8 +247,8 @@ def drawable(table: Table, results: Mapping[str, Any]) -> dict[str, Callable[[],
         figures["exits_taken"] = lambda: exits_taken(table)
     if _regions(table):
         figures["gate_map"] = lambda: gate_map(table)
-    if static:
-        figures["time_trade_off"] = lambda: time_trade_off(results)
+    if "static_timing" in results:
+        figures["beside_pruned"] = lambda: beside_pruned(table, results)
     return figures
 
 

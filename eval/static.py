@@ -17,7 +17,9 @@ from dynnet.errors import CheckpointError
 from dynnet.latency import one_at_a_time
 from dynnet.probe import device_of
 from dynnet.quantize import int8_layers
-from eval.figures import Table, operating_points
+from eval.figures import Table, operating_line
+
+_REPEATS = 3  # calls on one image, of which the median counts: a total is at the mercy of the slowest ones
 
 
 def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -57,8 +59,10 @@ def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]
 
 
 def _pruned(path: Path, found: Mapping[str, Any], dense_macs: float) -> list[dict[str, Any]]:
-    method = found["pruning"]["method"] + (", taught by the dense one" if found["pruning"]["distill"] else "")
-    kinds = {"pruned": (method, "model.safetensors"), "int8": (f"{method}, int8", "int8.safetensors")}
+    settings = found["pruning"]
+    method = settings["method"] + f" in {settings['steps']} steps" * (settings["steps"] > 1)
+    method += " + distillation" * bool(settings["distill"])
+    kinds = {"pruned": (method, "model.safetensors"), "int8": (f"{method} + int8", "int8.safetensors")}
     return [
         {
             "name": path.name,
@@ -109,7 +113,11 @@ def time_beside(rows: Sequence[dict[str, Any]], model: DynamicModel, images: Ten
     runs = {"dense": copy.deepcopy(model).unwrap(), "dynamic": model}
     runs |= {str(number): other for number, other in enumerate(others)}
     size = model.config.input_size
-    times = one_at_a_time({name: fold(run, size).to(device) for name, run in runs.items()}, images)
+    runs = {name: fold(run, size).to(device) for name, run in runs.items()}
+    times = {
+        name: np.median(calls.reshape(_REPEATS, -1), axis=0)
+        for name, calls in one_at_a_time(runs, images.repeat(_REPEATS, 1, 1, 1)).items()
+    }
     for number, row in enumerate(rows):
         row |= _told(times[str(number)], times["dense"])
     return {**_told(times["dynamic"], times["dense"]), "dense_ms": float(np.median(times["dense"]))}
@@ -125,13 +133,10 @@ def beside(rows: Sequence[dict[str, Any]], table: Table) -> list[dict[str, Any]]
     Read off the line through its operating points, whose thresholds are fitted on held-out images: "dynamic_accuracy"
     at the row's MACs, "dynamic_macs_share" at its accuracy; None outside of the line.
     """
-    dense = table["dense_macs"].mean()
-    points = sorted(
-        (float(table[f"point{k}_macs"].mean() / dense), float(table[f"point{k}_correct"].mean()))
-        for k in operating_points(table)
-    )
-    points = points or [(float(table["macs"].mean() / dense), float(table["correct"].mean()))]
-    shares, accuracies = (np.array(values) for values in zip(*points, strict=True))
+    shares, accuracies = operating_line(table)
+    if not len(shares):
+        shares, accuracies = table["macs"].mean(keepdims=True), table["correct"].mean(keepdims=True)
+    shares = shares / table["dense_macs"].mean()
     best = np.maximum.accumulate(accuracies)  # who can spend more can also spend less
     found = []
     for row in rows:

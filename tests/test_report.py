@@ -193,7 +193,7 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
         left = dynnet.prune(backbone, macs=share, criterion="l1", multiple=1, input_size=SIZE)
         dynnet.save(left, tmp_path / name / "model.safetensors", create)
         row = {"accuracy": accuracy, "macs": share * macs, "sparsity": 0.0, "size_bytes": 1000}
-        found = {"pruned": row, "pruning": {"method": "l1", "distill": 0.0}, "epochs": 3}
+        found = {"pruned": row, "pruning": {"method": "l1", "steps": 1, "distill": 0.0}, "epochs": 3}
         if name == "thin":
             found["int8"] = {**row, "accuracy": 0.1}
             small = dynnet.quantize(left, [images], input_size=SIZE)
@@ -208,12 +208,12 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     wide, thin, two, small = results["static"]
     assert (wide["name"], wide["macs_share"], thin["macs_share"]) == ("wide", 1.0, 0.5)
     assert (two["method"], two["macs_share"]) == ("dynamic on a pruned backbone", pytest.approx(0.3))
-    assert small["method"] == "l1, int8"
+    assert small["method"] == "l1 + int8"
     assert all(row["p50_ms"] > 0 and row["speedup"] > 0 for row in results["static"])
     assert wide["dynamic_macs_share"] is None  # never as accurate as that
     assert thin["dynamic_macs_share"] is None or 0 < thin["dynamic_macs_share"] <= 1.2
-    assert "l1 · thin" in (copied / "report" / "index.html").read_text()
-    assert (copied / "report" / "time_trade_off.png").is_file()
+    assert "l1<small>thin</small>" in (copied / "report" / "index.html").read_text()
+    assert (copied / "report" / "beside_pruned.png").is_file()
 
     (tmp_path / "thin" / "results.json").write_text(json.dumps(same | {"model": "resnet18"}))
     for pattern, message in (("nothing*", "no folder matches"), ("thin", "is of model='resnet18'")):
