@@ -17,6 +17,7 @@ from dynnet.errors import CheckpointError
 from dynnet.latency import one_at_a_time
 from dynnet.probe import device_of
 from dynnet.quantize import int8_layers
+from dynnet.recipe import read_recipe
 from eval.figures import Table, operating_line
 
 _REPEATS = 3  # calls on one image, of which the median counts: a total is at the mercy of the slowest ones
@@ -90,11 +91,18 @@ def _hybrid(path: Path, found: Mapping[str, Any], dense_macs: float) -> list[dic
             "macs_share": found["mean_macs"] / dense_macs,
             "sparsity": 0.0,
             "size_bytes": file.stat().st_size,
-            "epochs": found["epochs"],
+            "epochs": found["epochs"] + _epochs_before(path),
             "dynamic": True,
             "file": str(file),
         }
     ]
+
+
+def _epochs_before(path: Path) -> int:
+    """Of the pruning from which a run of `training.train` has its backbone; 0 where that is not there to be asked."""
+    weights = read_recipe(path / "recipe.yaml").backbone.weights
+    results = Path(weights or path).parent / "results.json"
+    return int(json.loads(results.read_text())["epochs"]) if weights and results.is_file() else 0
 
 
 def time_beside(rows: Sequence[dict[str, Any]], model: DynamicModel, images: Tensor) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import dynnet
 from dynnet import checkpoint
 from dynnet.errors import InputError
 from dynnet.measure import read_table
+from dynnet.recipe import read_recipe, recipe_to_yaml
 from dynnet.regions import GatePlan, Region
 from eval import coverage, report, speed
 from eval.figures import classifiers
@@ -201,6 +202,8 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
         (tmp_path / name / "results.json").write_text(json.dumps(same | found))
     shutil.copytree(run, tmp_path / "two")
     (tmp_path / "two" / "report").mkdir(exist_ok=True)
+    recipe = read_recipe(run / "recipe.yaml", [f"--backbone.weights={tmp_path / 'thin' / 'model.safetensors'}"])
+    (tmp_path / "two" / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     hybrid = {"accuracy": 0.15, "mean_macs": 0.3 * macs, "dense_macs": 0.5 * macs, "epochs": 2}
     (tmp_path / "two" / "report" / "results.json").write_text(json.dumps(same | hybrid))
     report.main(copied, redraw=True, static=str(tmp_path / "[tw]*"), latency_samples=5)
@@ -208,6 +211,7 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     wide, thin, two, small = results["static"]
     assert (wide["name"], wide["macs_share"], thin["macs_share"]) == ("wide", 1.0, 0.5)
     assert (two["method"], two["macs_share"]) == ("dynamic on a pruned backbone", pytest.approx(0.3))
+    assert two["epochs"] == 2 + 3  # with those of its backbone
     assert small["method"] == "l1 + int8"
     assert all(row["p50_ms"] > 0 and row["speedup"] > 0 for row in results["static"])
     assert wide["dynamic_macs_share"] is None  # never as accurate as that
