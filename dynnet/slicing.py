@@ -44,7 +44,7 @@ class Subset:
 
     def take(self, x: Tensor, dim: int) -> Tensor:
         """The chosen entries of a tensor along one dimension of size C."""
-        return pick(x, dim, self.blocks, self.size)
+        return pick(x, dim, self.blocks.to(x.device), self.size)
 
     def channels(self) -> Tensor:
         """(k,) int64."""

@@ -323,7 +323,7 @@ def narrow(model: nn.Module, groups: Sequence[Group], stay: Sequence[np.ndarray]
             side[member.channels[~mask].ravel()] = False
     modules = dict(model.named_modules())
     for layer in dict.fromkeys(layer for layer, _ in there):
-        left = {role: _subset(mask, modules[layer]) for (name, role), mask in there.items() if name == layer}
+        left = {role: _subset(mask) for (name, role), mask in there.items() if name == layer}
         through = left.get("passes") or left.get("mixes")
         cut(modules[layer], left.get("reads") or through, left.get("produces"))
     for group, mask in zip(groups, stay, strict=True):
@@ -331,8 +331,5 @@ def narrow(model: nn.Module, groups: Sequence[Group], stay: Sequence[np.ndarray]
             setattr(modules[number.module], number.key, int(mask.sum()) * number.per_unit)
 
 
-def _subset(there: np.ndarray, layer: nn.Module) -> Subset | None:
-    if there.all():
-        return None
-    device = next(layer.parameters(), torch.empty(0)).device
-    return subset(torch.from_numpy(np.flatnonzero(there)).to(device), len(there))
+def _subset(there: np.ndarray) -> Subset | None:
+    return None if there.all() else subset(torch.from_numpy(np.flatnonzero(there)), len(there))
