@@ -6,10 +6,12 @@ SHA-256 over all tensors and the description; a flipped bit is an error that nam
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,21 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from dynnet.errors import CheckpointError, DynnetError, PruneError
 from dynnet.exits import title
-from dynnet.fold import fold_again, folded_norms
+from dynnet.fold import FoldedNorm, fold_again, folded_norms
 from dynnet.heads import HeadFactory
 from dynnet.model import DynamicModel
+from dynnet.names import is_inside
 from dynnet.policy import to_json
+from dynnet.probe import on_meta
 from dynnet.pruning.packed import pack, unpack
-from dynnet.pruning.shape import UNCHANGED, Shape, bring_into_shape, shape_of
-from dynnet.quantize import int8_layers, put_int8
+from dynnet.pruning.shape import UNCHANGED, Shape, Skipped, bring_into_shape, shape_of
+from dynnet.quantize import Int8Layer, int8_layers, put_int8
 from dynnet.regions import GateConfig
 from dynnet.wrap import wrap
 
@@ -91,7 +96,8 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
             dynnet's own if the file is to be loaded without further arguments); or a plain one. Either may be pruned,
             folded, or in int8.
         path: of the file to write, usually named *.safetensors.
-        create: arguments of `timm.create_model` that make the backbone; by default its name and number of classes.
+        create: arguments of `timm.create_model` that make the backbone; by default its name and number of classes. A
+            warning says so where these make a model of other parts.
         sparse: write tensors with many zeros as bits and values; reading takes no option.
 
     Raises:
@@ -104,11 +110,19 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
     config = getattr(backbone, "pretrained_cfg", None) or {}
     classes = getattr(model, "num_classes", None)
     create = dict(create or {"model_name": config.get("architecture"), "num_classes": classes})
+    fresh = _fresh(create)
+    if fresh is not None and (other := _difference(backbone, fresh)):
+        warnings.warn(
+            f"timm.create_model(**{create}) makes another model than this {title(backbone)}: {other}. Save it with "
+            f"create=, the arguments that make it, or load it with backbone=",
+            stacklevel=2,
+        )
+        create = {"model_name": None}
     about: dict[str, Any] = {
         "kind": "backbone",
         "backbone": title(backbone),
         "create": create,
-        "shape": pruned_shape(backbone, create),
+        "shape": UNCHANGED if fresh is None else shape_of(backbone, fresh),
         "folded": folded_norms(model),
         "int8": int8_layers(model),
         "versions": {"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
@@ -145,6 +159,8 @@ def load(
         CheckpointError: the file is damaged, or of another model.
     """
     tensors, about = _read(path, "model")
+    if backbone is not None:
+        _rehearse(path, tensors, about, backbone, "backbone.")
     backbone = _built(path, about, backbone)
     settings = dict(about["wrap"])
     if settings["heads"] == "custom" and heads is None:
@@ -192,6 +208,8 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
         CheckpointError: the file is damaged, or of another model.
     """
     tensors, about = _read(path, "backbone")
+    if backbone is not None:
+        _rehearse(path, tensors, about, backbone)
     built = _built(path, about, backbone)
     _as_saved(built, tensors, about, path)
     load_weights(built, tensors, path)
@@ -212,6 +230,25 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{str(path)!r} is damaged: {error}; take another copy") from error
     return tensors, about
+
+
+def _rehearse(
+    path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], given: nn.Module, prefix: str = ""
+) -> None:
+    """Try on a copy without numbers what will be done to a backbone: one that does not fit is left untouched.
+
+    Args:
+        prefix: of its names in the file.
+    """
+    with on_meta(given):
+        twin = copy.deepcopy(given)
+    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    changed = {
+        key: [name.removeprefix(prefix) for name in about.get(key, ()) if name.startswith(prefix)]
+        for key in ("folded", "int8")
+    }
+    _as_saved(_built(path, about, twin), own, {**about, **changed}, path)
+    check_weights(twin, own, path)
 
 
 def _built(path: str | Path, about: Mapping[str, Any], given: nn.Module | None) -> nn.Module:
@@ -254,12 +291,37 @@ def _as_saved(model: nn.Module, tensors: Mapping[str, Tensor], about: Mapping[st
 
 def pruned_shape(backbone: nn.Module, create: Mapping[str, Any]) -> Shape:
     """How a backbone differs from the one that timm builds; not at all where timm cannot tell."""
+    fresh = _fresh(create)
+    return UNCHANGED if fresh is None else shape_of(backbone, fresh)
+
+
+def _fresh(create: Mapping[str, Any]) -> nn.Module | None:
+    """What timm builds, without numbers."""
     try:
         with torch.device("meta"):
-            fresh = timm.create_model(**create)
+            return timm.create_model(**create)
     except (RuntimeError, TypeError, ValueError, AttributeError):
-        return UNCHANGED
-    return shape_of(backbone, fresh)
+        return None
+
+
+def _difference(model: nn.Module, fresh: nn.Module) -> str | None:
+    """Where a model is of other parts than a fresh one, in words; None where it is only pruned, folded, in int8, or
+    trained with other dropout."""
+    mine, theirs = (dict(m.named_modules()) for m in (model, fresh))
+    replaced = [name for name, module in mine.items() if isinstance(module, (Skipped, FoldedNorm, Int8Layer))]
+    for name in [*theirs, *(name for name in mine if name not in theirs)]:
+        if is_inside(name, replaced):
+            continue
+        kinds = [_kind(modules[name]) if name in modules else None for modules in (mine, theirs)]
+        if kinds[0] is not kinds[1]:
+            told = ["nothing" if kind is None else f"a {kind.__name__}" for kind in kinds]
+            return f"{name!r} is {told[0]}, there {told[1]}"
+    return None
+
+
+def _kind(module: nn.Module) -> type:
+    """Its class; nothing happens in eval mode in any form of dropout."""
+    return nn.Identity if isinstance(module, (nn.modules.dropout._DropoutNd, DropPath)) else type(module)
 
 
 def _regions(model: DynamicModel) -> list[list[Any]]:

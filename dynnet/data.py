@@ -107,11 +107,18 @@ class Data:
         self, split: Literal["train", "calibration", "test"], batch_size: int, *, rank: int = 0, world: int = 1
     ) -> Loader:
         """The images of one split in order, each once, without augmentation; over `world` processes each has a part."""
-        return Loader(self, getattr(self, split), batch_size, augment=False, shuffle=False, rank=rank, world=world)
+        return Loader(self, getattr(self, split), batch_size, rank=rank, world=world)
+
+    def sample_loader(self, batch_size: int, *, seed: int) -> Loader:
+        """The training images shuffled, without augmentation: for whoever looks at the first few batches only. In their
+        own order they are those of one class, in many datasets."""
+        return Loader(self, self.train, batch_size, shuffle=True, seed=seed)
 
     def train_loader(self, batch_size: int, *, seed: int, rank: int = 0, world: int = 1) -> Loader:
         """Shuffled and augmented; `batch_size` is global, and incomplete batches are dropped."""
-        return Loader(self, self.train, batch_size, augment=True, shuffle=True, seed=seed, rank=rank, world=world)
+        return Loader(
+            self, self.train, batch_size, augment=True, shuffle=True, drop_last=True, seed=seed, rank=rank, world=world
+        )
 
 
 @dataclass
@@ -125,8 +132,9 @@ class Loader:
     data: Data
     source: Source
     batch_size: int
-    augment: bool
-    shuffle: bool
+    augment: bool = False
+    shuffle: bool = False
+    drop_last: bool = False
     seed: int = 0
     rank: int = 0
     world: int = 1
@@ -134,12 +142,12 @@ class Loader:
     def __post_init__(self) -> None:
         if len(self.source) == 0:
             raise DataError(f"a split of {self.data.label!r} is empty; give it at least one image")
-        if self.shuffle and self.batch_size > len(self.source):
+        if self.drop_last and self.batch_size > len(self.source):
             raise DataError(
                 f"batch size {self.batch_size} exceeds the {len(self.source)} training images of "
                 f"{self.data.label!r}; choose a smaller batch"
             )
-        if self.batch_size % self.world and self.shuffle:
+        if self.drop_last and self.batch_size % self.world:
             raise DataError(
                 f"global batch size {self.batch_size} does not divide among {self.world} processes; "
                 f"choose a multiple of {self.world}"
@@ -147,7 +155,7 @@ class Loader:
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.source), self.batch_size)
-        return whole if self.shuffle else whole + bool(rest)
+        return whole if self.drop_last else whole + bool(rest)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)

@@ -172,7 +172,7 @@ def quantize(
 
     Returns:
         The copy, in eval mode; it can be saved, but not trained. Depthwise convolutions, and layers of other kinds than
-        plain convolutions and linear layers, stay as they are.
+        plain convolutions and linear layers, stay as they are. A byte cannot be NaN: images with NaN get an answer.
 
     Raises:
         QuantizeError: gates, another device or type, an unknown module, or nothing to quantize.

@@ -112,7 +112,8 @@ class PruningConfig:
         recalibrate: batches for batch norms after every cut.
         distill: share of the loss that comes from the dense model's answers.
         temperature: of that distillation.
-        slimming: weight of the L1 norm of batch norm scales in the first half of the fine-tuning, for "slimming".
+        slimming: how far the L1 penalty pulls the scales of batch norms to zero in the first half of the fine-tuning,
+            in multiples of their mean, for "slimming": at 1 it closes channels that the loss does not defend.
         rewind: epochs of the dense stage after which "lottery" keeps the weights that it goes back to; 0 for the very
             first ones.
         early: file of such weights from another run of the same dense stage, in their place (its early.safetensors).
@@ -135,7 +136,7 @@ class PruningConfig:
     recalibrate: int = 50
     distill: float = 0.0
     temperature: float = 4.0
-    slimming: float = 1e-4
+    slimming: float = 0.4
     rewind: int = 0
     early: str | None = None
     int8: bool = False

@@ -105,15 +105,26 @@ def beside_pruned(table: Table, results: Mapping[str, Any]) -> Figure:
         axes.plot(share, 100 * results["accuracy"], "o", color=DYNAMIC, ms=10, label="this model", zorder=4)
         axes.set_xlim(left=0)
     looks = itertools.product(("s", "^", "v", "D"), PALETTE)
-    for method in dict.fromkeys(row["method"] for row in static):
-        rows = sorted((row for row in static if row["method"] == method), key=lambda row: row["macs_share"])
+    # Of one method and as many epochs of training: budgets that can be joined by a line.
+    for method, epochs in dict.fromkeys((row["method"], row["epochs"]) for row in static):
+        rows = [row for row in static if (row["method"], row["epochs"]) == (method, epochs)]
+        rows.sort(key=lambda row: row["macs_share"])
         marker, colour = ("P", DYNAMIC) if rows[0]["dynamic"] else next(looks)
         accuracies = [100 * row["accuracy"] for row in rows]
         for axes, along in (
             (panels[0], [100 * row["macs_share"] for row in rows]),
             (panels[1], [100 / row["speedup"] for row in rows]),
         ):
-            axes.plot(along, accuracies, marker + "-", color=colour, ms=6, lw=0.7, alpha=0.9, label=method)
+            axes.plot(
+                along,
+                accuracies,
+                marker + "-",
+                color=colour,
+                ms=6,
+                lw=0.7,
+                alpha=0.9,
+                label=f"{method}, {epochs} epochs",
+            )
     panels[0].set(xlabel="mean MACs (% of the bare backbone's)", ylabel="accuracy (%)", title="Accuracy and compute")
     panels[1].set(xlabel="mean time of one image (% of the bare backbone's)", title="Accuracy and measured time")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)

@@ -38,11 +38,11 @@ def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]
         CheckpointError: no finished run, or one of another model or other images.
     """
     rows: list[dict[str, Any]] = []
-    for path in sorted(Path(pattern).parent.glob(Path(pattern).name)):
+    for path in sorted(path for path in Path(pattern).parent.glob(Path(pattern).name) if path.is_dir()):
         for place in (path / "results.json", path / "report" / "results.json"):
             if place.is_file():
                 found = json.loads(place.read_text())
-                for key in ("model", "dataset", "test_images"):
+                for key in ("model", "backbone_kwargs", "dataset", "test_images"):
                     if found.get(key) != results[key]:
                         raise CheckpointError(
                             f"{str(path)!r} is of {key}={found.get(key)!r}, this run of {results[key]!r}"
@@ -139,7 +139,7 @@ def beside(rows: Sequence[dict[str, Any]], table: Table) -> list[dict[str, Any]]
     """The same rows with what the dynamic model does at equal compute and at equal accuracy.
 
     Read off the line through its operating points, whose thresholds are fitted on held-out images: "dynamic_accuracy"
-    at the row's MACs, "dynamic_macs_share" at its accuracy; None outside of the line.
+    at the row's MACs, "dynamic_macs_share" at its accuracy; None for less compute or more accuracy than the line has.
     """
     shares, accuracies = operating_line(table)
     if not len(shares):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import dynnet
 from dynnet import checkpoint, flow
 from dynnet.errors import CheckpointError
-from tests.cases import FEW, Case, enliven, leave_one_by_one, tiny
+from tests.cases import CLASSES, FEW, Case, enliven, leave_one_by_one, tiny
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
@@ -116,10 +117,37 @@ def test_another_backbone_is_refused_and_left_alone(saved: Path) -> None:
         dynnet.load(saved, backbone=wide)
     assert all(torch.equal(v, before[k]) for k, v in wide.state_dict().items())
     assert not flow.is_attached(wide)
-    with pytest.raises(
-        CheckpointError, match="was saved for cifar_resnet20, which does not fit .* no boundary 'layer1'"
-    ):
+    with pytest.raises(CheckpointError, match="is of another model: 'lacks|is of another model: lacks"):
         dynnet.load(saved, backbone=tiny())
+
+
+def test_a_backbone_that_a_pruned_file_does_not_fit_is_left_alone(tmp_path: Path) -> None:
+    case = FEW[0]
+    thin = dynnet.prune(case.backbone(), macs=0.5, criterion="l2", multiple=1, input_size=case.size)
+    dynnet.save(thin, tmp_path / "thin.safetensors", {"model_name": case.name, "num_classes": CLASSES, **case.kwargs})
+    wanted = {"cifar_resnet56": "is of another model", case.name: r"its 'fc' makes and reads \[8, 64\] channels"}
+    for name, classes in (("cifar_resnet56", CLASSES), (case.name, CLASSES + 1)):
+        other = timm.create_model(name, num_classes=classes, **case.kwargs).eval()
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(CheckpointError, match=wanted[name]):
+            dynnet.load_backbone(tmp_path / "thin.safetensors", other)
+        assert other.state_dict().keys() == before.keys()
+        assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_what_timm_would_build_otherwise_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    silu = timm.create_model("resnet18", act_layer="silu", num_classes=4).eval()
+    with pytest.warns(UserWarning, match="makes another model than this resnet18: 'act1' is a SiLU, there a ReLU"):
+        dynnet.save(silu, path)
+    with pytest.raises(CheckpointError, match="timm cannot create the backbone .* pass it as backbone="):
+        dynnet.load_backbone(path)
+    images = torch.randn(2, 3, 64, 64)
+    again = dynnet.load_backbone(path, timm.create_model("resnet18", act_layer="silu", num_classes=4))
+    assert torch.equal(again(images), silu(images))
+    dynnet.save(silu, path, {"model_name": "resnet18", "act_layer": "silu", "num_classes": 4})
+    assert torch.equal(dynnet.load_backbone(path)(images), silu(images))
+    dynnet.save(timm.create_model("resnet18", drop_rate=0.1, num_classes=4), path)  # dropout is no difference
 
 
 def test_unknown_backbones_and_custom_parts_are_asked_for(tmp_path: Path) -> None:
@@ -161,7 +189,8 @@ def test_a_crash_while_writing_leaves_the_old_file(saved: Path, monkeypatch: pyt
 def test_a_backbone_with_a_classifier_of_its_own_is_written(tmp_path: Path) -> None:
     model = timm.create_model("resnet18", num_classes=4).eval()
     model.fc = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(512, 4))
-    dynnet.save(model, tmp_path / "m.safetensors")
+    with pytest.warns(UserWarning, match="'fc' is a Sequential, there a Linear"):
+        dynnet.save(model, tmp_path / "m.safetensors")
     other = timm.create_model("resnet18", num_classes=4)
     other.fc = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(512, 4))
     loaded = dynnet.load_backbone(tmp_path / "m.safetensors", backbone=other)

@@ -183,3 +183,14 @@ def test_impossible_splits_and_batches_are_refused() -> None:
         load_data(dataclasses.replace(DIGITS, input_size=(1, 32, 32)))
     with pytest.raises(DataError, match="has images of 1 channels, but mean and std have 3 and 1 values"):
         load_data(dataclasses.replace(DIGITS, mean=(0.1, 0.2, 0.3)))
+
+
+def test_the_first_batches_of_a_sample_hold_all_classes(folder: Path) -> None:
+    data = load_data(DataConfig(name="", root=str(folder), calibration=0.25, seed=0))
+    in_order = next(iter(data.loader("train", 4))).labels
+    assert len(set(in_order.tolist())) == 1  # as folders lie
+    batches = list(data.sample_loader(5, seed=0))
+    assert len(set(batches[0].labels.tolist())) == 2
+    rows = torch.cat([batch.ids for batch in batches])
+    assert sorted(rows.tolist()) == list(range(len(data.train)))  # each once, the last incomplete batch as well
+    assert torch.equal(batches[0].images, next(iter(data.sample_loader(5, seed=0))).images)

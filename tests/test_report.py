@@ -185,7 +185,7 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     shutil.copytree(run, copied)
     report.main(copied, latency_samples=5)
     results = json.loads((copied / "report" / "results.json").read_text())
-    same = {key: results[key] for key in ("model", "dataset", "test_images")}
+    same = {key: results[key] for key in ("model", "backbone_kwargs", "dataset", "test_images")}
     macs = results["dense_macs"]
     backbone = dynnet.load_backbone(run / "backbone.safetensors")
     create = checkpoint.read_bundle(run / "backbone.safetensors")[1]["create"]

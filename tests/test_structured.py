@@ -121,7 +121,27 @@ def test_widths_stay_multiples_and_above_their_floor() -> None:
     narrow = dynnet.prune(chain(12), macs=0.5, criterion="random", input_size=CHAIN)
     assert narrow[0].out_channels in (4, 6, 8, 10)  # the multiple is halved until it fits
     pruned = dynnet.prune(model, macs=0.35, criterion="l1", floor=0.5, multiple=1, input_size=CHAIN)
-    assert (pruned[0].out_channels, pruned[3].out_channels) >= (32, 64)
+    assert pruned[0].out_channels >= 32
+    assert pruned[3].out_channels >= 64
+
+
+def test_a_floor_holds_over_several_cuts() -> None:
+    for steps in (1, 4):
+        pruned = dynnet.prune(chain(64), macs=0.4, criterion="l1", floor=0.5, multiple=1, steps=steps, input_size=CHAIN)
+        assert pruned[0].out_channels >= 32
+        assert pruned[3].out_channels >= 64
+
+
+def test_shares_may_be_of_another_model() -> None:
+    model = chain(64)
+    whole = trace(model, CHAIN, 1).macs
+    settings = {"criterion": "l1", "multiple": 1, "floor": 0.4, "input_size": CHAIN}
+    first = dynnet.prune(model, macs=0.5, **settings)
+    again = dynnet.prune(first, macs=0.3, of=model, **settings)
+    assert 0.28 < trace(again, CHAIN, 1).macs / whole <= 0.3
+    assert min(again[0].out_channels / 64, again[3].out_channels / 128) >= 0.4
+    same = dynnet.prune(first, macs=0.6, of=model, **settings)
+    assert trace(same, CHAIN, 1).macs == trace(first, CHAIN, 1).macs  # there already
 
 
 def test_parameters_are_a_target_too() -> None:
@@ -211,7 +231,7 @@ def test_a_dynamic_model_on_a_pruned_backbone_is_saved_with_its_shape(tmp_path: 
     with pytest.raises(CheckpointError, match="holds a backbone, not a model; dynnet.load_backbone reads it"):
         dynnet.load(tmp_path / "y.safetensors")
     narrow_one = timm.create_model("cifar_resnet20", num_classes=CLASSES, width=0.25)
-    with pytest.raises(CheckpointError, match=r"cannot be brought into its shape: its 'bn1' is 4 x 4 channels wide"):
+    with pytest.raises(CheckpointError, match=r"into its shape: its 'bn1' makes and reads \[4, 4\] channels"):
         dynnet.load_backbone(tmp_path / "y.safetensors", narrow_one)
 
 
@@ -287,4 +307,8 @@ def test_batch_norms_are_measured_anew() -> None:
     before = pruned[1].running_mean.clone()
     with pytest.raises(DataError, match="no batches"):
         recalibrate(pruned, [])
+    with pytest.raises(RuntimeError):  # three channels are expected
+        recalibrate(pruned, [images, images[:, :2]])
     assert torch.equal(pruned[1].running_mean, before)
+    recalibrate(pruned, [(images, ["no labels here"]), images[:1]])
+    assert torch.allclose(pruned[1].running_mean, expected.mean((0, 2, 3)))  # one image alone does not count

@@ -211,6 +211,7 @@ def empty() -> Iterator[tuple[Tensor, Tensor]]:
         ("tailor", None, PruneError, "no criterion 'tailor'; did you mean 'taylor'"),
         ("taylor", None, DataError, "looks at labelled images; give a loader"),
         ("activation", empty(), DataError, "gave no batches"),
+        ("taylor", [(torch.randn(2, *SIZE), torch.tensor([0, -1]))], DataError, "batch 0 has images without a label"),
         ("fisher", [torch.randn(2, *SIZE)], DataError, "batch 0 has no labels"),
         ("activation", [torch.full((2, *SIZE), np.nan)], NonFiniteError, "'activation' gave NaN .* made by stem"),
     ],

@@ -8,12 +8,22 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.layers import ScaledStdConv2d
 from torch import nn
 from torch.nn import functional as F
 
 import dynnet
 from dynnet.errors import CheckpointError, NonFiniteError, PruneError
-from dynnet.pruning import make_permanent, rewind, scheduled, sparsify, sparsify_n_m, sparsity, to_semi_structured
+from dynnet.pruning import (
+    make_permanent,
+    rewind,
+    scheduled,
+    sparsify,
+    sparsify_n_m,
+    sparsity,
+    to_semi_structured,
+    unstructured,
+)
 from dynnet.pruning.unstructured import weighted_layers
 from tests.cases import tiny
 
@@ -138,12 +148,31 @@ def test_n_of_every_m_neighbours_stay(n: int, m: int) -> None:
         sparsify_n_m(model, n, m)
 
 
-def test_sparse_cores_are_used_only_where_there_are_some() -> None:
-    model = tiny()
-    sparsify_n_m(model)
+def test_sparse_cores_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 10))
+    sparsify_n_m(model, exclude=["1"])
     make_permanent(model)
-    if not torch.cuda.is_available():
-        assert to_semi_structured(model) == []
+    assert torch.cuda.is_available() or to_semi_structured(model) == []
+
+    def converted(weight: torch.Tensor) -> torch.Tensor:
+        if len(weight) % 16:
+            raise RuntimeError("shape is not supported")
+        return weight + 0
+
+    monkeypatch.setattr(unstructured, "_has_sparse_cores", lambda weight: True)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", converted)
+    assert to_semi_structured(model) == ["0"]  # the second has too many weights, the third no shape for it
+    assert [layer.weight.requires_grad for layer in model] == [False, True, True]
+
+
+def test_standardised_weights_are_left_alone() -> None:
+    model = timm.create_model("test_nfnet", num_classes=4).eval()
+    sparsify(model, 0.9)
+    masked = {name for name, module in model.named_modules() if unstructured.is_masked(module)}
+    standardised = {name for name, module in model.named_modules() if isinstance(module, ScaledStdConv2d)}
+    assert standardised
+    assert masked
+    assert not masked & standardised
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "fisher", "hessian", "activation", "random"])

@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,9 +39,8 @@ from dynnet.checkpoint import (
     write_atomically,
     write_bundle,
 )
-from dynnet.data import Data
+from dynnet.data import Data, Loader
 from dynnet.errors import CheckpointError, RecipeError
-from dynnet.fold import fold
 from dynnet.losses import distillation
 from dynnet.probe import trace
 from dynnet.pruning import (
@@ -49,6 +49,8 @@ from dynnet.pruning import (
     prune,
     prune_layers,
     recalibrate,
+    removable_blocks,
+    remove_blocks,
     rewind,
     scheduled,
     sparsify,
@@ -56,7 +58,6 @@ from dynnet.pruning import (
     sparsity,
 )
 from dynnet.pruning.shape import bring_into_shape
-from dynnet.pruning.timed import time_share
 from dynnet.pruning.unstructured import is_masked, set_masks
 from dynnet.pruning.weights import weight_of
 from dynnet.quantize import quantize
@@ -84,13 +85,13 @@ class Step:
         name: for the log.
         epochs: of training; 0 for a change.
         change: gives the model that comes out.
-        penalty: weight of the L1 norm of batch norm scales.
+        slimming: how far batch norm scales are pulled to zero, in multiples of their mean in the dense model.
     """
 
     name: str
     epochs: int = 0
     change: Callable[[nn.Module], nn.Module] | None = None
-    penalty: float = 0.0
+    slimming: float = 0.0
 
 
 def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
@@ -148,6 +149,20 @@ def read_early(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def norm_scales(model: nn.Module) -> list[Tensor]:
+    """The scales of all batch norms."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [norm.weight for norm in norms if norm.weight is not None]
+
+
+@torch.no_grad()
+def shrink_scales(model: nn.Module, step: float) -> None:
+    """One step of the L1 penalty of network slimming (Liu et al., https://arxiv.org/abs/1708.06519), in place: scales
+    go towards zero by so much, and stop there. The proximal form does the same under any optimiser."""
+    for scale in norm_scales(model):
+        scale -= scale.clamp(-step, step)
+
+
 class Pipeline:
     """The steps of a run, and what they need.
 
@@ -164,7 +179,7 @@ class Pipeline:
     def _cuts(self, config: PruningConfig, epochs: int) -> list[Step]:
         if config.method == "slimming":
             first = epochs // 2
-            sparse = Step("slimming", first, penalty=config.slimming)
+            sparse = Step("slimming", first, slimming=config.slimming)
             return [sparse, Step("cut", change=self.cut(1)), Step("finetune", epochs - first)]
         found: list[Step] = []
         for number in range(1, config.steps + 1):
@@ -177,8 +192,14 @@ class Pipeline:
         config = self.recipe.pruning
         if config.method not in METHODS:
             raise RecipeError(f"pruning.method={config.method!r}: choose from {', '.join(METHODS)}")
-        if config.steps < 1:
-            raise RecipeError(f"pruning.steps={config.steps}: give a number of 1 or more")
+        for key in ("steps", "batches", "recalibrate"):
+            if getattr(config, key) < 1:
+                raise RecipeError(f"pruning.{key}={getattr(config, key)}: give a number of 1 or more")
+        if not 0 <= config.distill <= 1 or config.temperature <= 0 or config.slimming < 0:
+            raise RecipeError(
+                f"pruning.distill={config.distill}, temperature={config.temperature}, slimming={config.slimming}: give "
+                f"a share in [0, 1], a number above 0, and one of 0 or more"
+            )
         if config.method in ("slimming", "scratch", "n:m") and config.steps > 1:
             raise RecipeError(f"pruning.steps={config.steps}: {config.method!r} goes in one step")
         if config.latency is not None and (config.method in ("layers", *SINGLE_WEIGHTS) or self.here.size > 1):
@@ -200,11 +221,31 @@ class Pipeline:
         for step in self.steps:
             if step.epochs:
                 make_tools(model, self.config(step), step.name, self.recipe, self.data, self.here)
-        if config.method not in SINGLE_WEIGHTS and config.method != "layers":  # can the target be reached?
-            if config.int8:
-                quantize(copy.deepcopy(model).cpu(), self.data.loader("train", 2), batches=1, input_size=self.size)
-            kind = "macs" if config.latency is None else "latency"
-            prune(model, **{**self._structured(0), "criterion": "random", kind: getattr(config, kind)})
+        if config.method == "slimming" and self.recipe.finetune.epochs < 2:
+            raise RecipeError(
+                f"finetune.epochs={self.recipe.finetune.epochs}: 'slimming' trains before and after its cut; give 2 or "
+                f"more"
+            )
+        if config.int8:
+            quantize(copy.deepcopy(model).cpu(), self.data.sample_loader(2, seed=0), batches=1, input_size=self.size)
+        self._try_the_cut(model)
+
+    def _try_the_cut(self, model: nn.Module) -> None:
+        """Can the target be reached?"""
+        config = self.recipe.pruning
+        if config.method == "layers":
+            shortest = remove_blocks(model, removable_blocks(model, self.size))
+            least = self._macs(shortest) / self._macs(model)
+            if not least <= config.macs <= 1:
+                raise RecipeError(f"pruning.macs={config.macs}: without any of its blocks the model costs {least:.3f}")
+        elif config.method == "n:m":
+            sparsify_n_m(copy.deepcopy(model), config.n, config.m, exclude=config.exclude)
+        elif config.method in SINGLE_WEIGHTS:
+            sparsify(copy.deepcopy(model), config.sparsity, exclude=config.exclude)
+        else:
+            kind, target = self._target
+            looks = "slimming" if config.method == "slimming" else "random"  # neither looks at images
+            prune(model, **{**self._structured(0), "criterion": looks, kind: target})
 
     def config(self, step: Step) -> StageConfig:
         base = self.recipe.dense if step.name == "dense" else self.recipe.finetune
@@ -242,14 +283,12 @@ class Pipeline:
                 if config.method == "lottery":
                     rewind(model, read_early(config.early or self.out / "early.safetensors", self._teacher))
             else:
-                aim: dict[str, Any] = {"macs": self._left(model, share)}
-                if config.latency is not None:
-                    now = time_share(fold(model, self.size), fold(self._teacher, self.size), self.size)
-                    aim = {"latency": min(1.0, config.latency**share / now)}
-                model = prune(model, self.data.loader("train", 128), **self._structured(number), **aim)
+                kind, target = self._target
+                aim: dict[str, Any] = {kind: target**share, "of": self._teacher}
+                model = prune(model, self._sample(), **self._structured(number), **aim)
                 if config.method == "scratch":
                     model = self._anew(model, self.recipe.seed + number)
-            recalibrate(model, self.data.loader("train", 128), config.recalibrate)
+            recalibrate(model, self._sample(), config.recalibrate)
             return model
 
         return change
@@ -270,6 +309,16 @@ class Pipeline:
             )
             print(f"{step.name}: held-out accuracy {found['accuracy'][0]:.2%} at {rest}", flush=True)
 
+    def _sample(self) -> Loader:
+        """What criteria, batch norms and int8 ranges are shown."""
+        return self.data.sample_loader(128, seed=self.recipe.seed)
+
+    @property
+    def _target(self) -> tuple[str, float]:
+        """What is aimed at where channels go, and its share."""
+        config = self.recipe.pruning
+        return ("macs", config.macs) if config.latency is None else ("latency", config.latency)
+
     def _left(self, model: nn.Module, share: float) -> float:
         """The share of this model's MACs that is left when so much of the way is gone."""
         return min(1.0, self._dense_macs * self.recipe.pruning.macs**share / self._macs(model))
@@ -289,13 +338,10 @@ class Pipeline:
         return self._macs(self._teacher)
 
     def _anew(self, model: nn.Module, seed: int) -> nn.Module:
-        """New weights in the same shape, however the run got here."""
+        """New weights in the same shape, as timm initialises them, however the run got here."""
         torch.manual_seed(seed)
         fresh = timm.create_model(**self.create)
         bring_into_shape(fresh, pruned_shape(model, self.create))
-        for module in fresh.modules():  # timm initialises by the width of a layer
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.reset_parameters()
         return fresh.to(self.here.device)
 
     def _macs(self, model: nn.Module) -> int:
@@ -308,7 +354,12 @@ class Pipeline:
         config = self.recipe.pruning
         early = config.method == "lottery" and step.name == "dense"
 
+        updates = step.epochs * (len(self.data.train) // self.config(step).batch_size)
+
         def forward(called: nn.Module, images: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
+            if step.slimming:
+                # In step with the learning rate, so that the loss can push back to the end.
+                shrink_scales(model, step.slimming * self._mean_scale * (1 + math.cos(math.pi * progress)) / updates)
             taught = None
             if config.distill and step.name != "dense":
                 with torch.no_grad():
@@ -322,9 +373,6 @@ class Pipeline:
             if taught is not None:
                 whole = (1 - config.distill) * loss
                 whole = whole + config.distill * distillation(logits, taught.float(), config.temperature)
-            if step.penalty:
-                scales = [m.weight for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-                whole = whole + step.penalty * torch.stack([s.abs().sum() for s in scales if s is not None]).sum()
             return Objective(whole, loss.detach()[None])
 
         def judge(judged: nn.Module) -> dict[str, Any]:
@@ -342,6 +390,10 @@ class Pipeline:
     @functools.cached_property
     def _teacher(self) -> nn.Module:
         return self.placed(load_backbone(self.out / "backbone.safetensors")).requires_grad_(False)
+
+    @functools.cached_property
+    def _mean_scale(self) -> float:
+        return float(torch.cat([scale.abs().flatten() for scale in norm_scales(self._teacher)]).mean())
 
     def held_out_accuracy(self, model: nn.Module) -> float:
         """On the calibration split; every process judges all of it."""
@@ -375,7 +427,7 @@ class Pipeline:
         if config.int8:
             models["int8"] = quantize(
                 copy.deepcopy(model).cpu(),
-                self.data.loader("train", 128),
+                self._sample(),
                 batches=config.batches,
                 input_size=self.size,
             )
@@ -383,6 +435,7 @@ class Pipeline:
             save(models["int8"], paths["int8"], self.create, sparse=sparse)
         return {
             "model": self.recipe.backbone.name,
+            "backbone_kwargs": self.recipe.backbone.kwargs,
             "dataset": self.data.label,
             "test_images": len(self.data.test),
             "pruning": dataclasses.asdict(config),

@@ -50,8 +50,16 @@ class Batches:
             if number >= self.count:
                 return
             images, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], (*batch[1:], None)[0])
-            if labelled and not isinstance(labels, Tensor):
-                raise DataError(f"batch {number} has no labels, which gradients need; give (images, labels)")
-            yield images.to(device), None if labels is None else labels.to(device)
+            if labelled:
+                labels = _checked(labels, number).to(device)
+            yield images.to(device), labels if labelled else None
         if number < 0:
             raise DataError("the loader gave no batches; give it at least one image")
+
+
+def _checked(labels: object, number: int) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise DataError(f"batch {number} has no labels, which gradients need; give (images, labels)")
+    if not labels.is_floating_point() and int(labels.min()) < 0:
+        raise DataError(f"batch {number} has images without a label (label {int(labels.min())}); gradients need them")
+    return labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,7 +26,8 @@ def recalibrate(model: nn.Module, loader: Loader, batches: int = 100) -> None:
         batches: how many of them, at most.
 
     Raises:
-        DataError: the loader is empty; the model is left untouched.
+        DataError: the loader is empty.
+        Exception: what the model's forward raises. In both cases the model is left untouched.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
@@ -35,12 +37,14 @@ def recalibrate(model: nn.Module, loader: Loader, batches: int = 100) -> None:
     with _measuring(model, norms):
         model(first)
         for more in images:
-            model(more)
+            if len(more) > 1:  # one image says little of a variance, and nothing where a map is one pixel
+                model(more)
 
 
 @contextmanager
 def _measuring(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
     momenta = [norm.momentum for norm in norms]
+    before = [copy.deepcopy(dict(norm.named_buffers())) for norm in norms]
     with evaluating(model):
         try:
             for norm in norms:
@@ -48,6 +52,10 @@ def _measuring(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
                 norm.momentum = None  # a plain average
                 norm.train()
             yield
+        except BaseException:
+            for norm, buffers in zip(norms, before, strict=True):
+                norm.load_state_dict(buffers, strict=False)
+            raise
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

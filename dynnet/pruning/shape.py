@@ -32,12 +32,13 @@ def shape_of(model: nn.Module, fresh: nn.Module) -> Shape:
 
     Returns:
         "removed": names of modules that pass on what they are given; "widths": (made, read) channels of layers that are
-        narrower; "stated": what other modules say of widths, by module; "features": widths in `feature_info`.
+        narrower, and the same two of the fresh model; "stated": what other modules say of widths, by module;
+        "features": widths in `feature_info`.
     """
     modules = dict(model.named_modules())
     removed = [name for name, module in fresh.named_modules() if isinstance(modules.get(name), Skipped)]
     widths = {
-        name: list(now)
+        name: [*now, *(_widths(module) or ())]
         for name, module in fresh.named_modules()
         if layer_kind(module) and name in modules
         if (now := _widths(modules[name])) and now != _widths(module)
@@ -62,7 +63,7 @@ def bring_into_shape(model: nn.Module, shape: Mapping[str, Any]) -> None:
     """Make a fresh model as narrow and as short as another one was, in place; which channels stay means nothing.
 
     Raises:
-        PruneError: the model has no such layers, or narrower ones.
+        PruneError: the model has no such layers, or of other widths than the one had that was pruned.
     """
     modules = dict(model.named_modules())
     unknown = sorted((set(shape["removed"]) | set(shape["widths"]) | set(shape["stated"])) - set(modules))
@@ -70,15 +71,16 @@ def bring_into_shape(model: nn.Module, shape: Mapping[str, Any]) -> None:
         raise PruneError(f"it has no {unknown[0]!r}, which was pruned")
     for name in shape["removed"]:
         remove(model, name)
-    for name, (made, read) in shape["widths"].items():
+    for name, (made, read, *before) in shape["widths"].items():
         layer = modules[name]
         wide = _widths(layer) if layer_kind(layer) else None
         if wide is None:
             raise PruneError(f"its {name!r} is a {type(layer).__name__}, which has no width")
-        wide_made, wide_read = wide
-        if not (0 < made <= wide_made and 0 < read <= wide_read):
-            raise PruneError(f"its {name!r} is {wide_made} x {wide_read} channels wide, {made} x {read} are wanted")
-        cut(layer, _first(read, wide_read), _first(made, wide_made))
+        if wide not in ((made, read), tuple(before)) or made > wide[0] or read > wide[1]:
+            raise PruneError(
+                f"its {name!r} makes and reads {list(wide)} channels, not {before} or, pruned, {[made, read]}"
+            )
+        cut(layer, _first(read, wide[1]), _first(made, wide[0]))
     for name, values in shape["stated"].items():
         for key, value in values.items():
             setattr(modules[name], key, value)

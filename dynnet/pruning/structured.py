@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -92,6 +92,7 @@ def prune(
     loss: Loss | None = None,
     steps: int = 1,
     between: Callable[[nn.Module], object] | None = None,
+    of: nn.Module | None = None,
     input_size: tuple[int, int, int] | None = None,
     seed: int = 0,
 ) -> nn.Module:
@@ -107,6 +108,8 @@ def prune(
         loss: of logits (B, K) and labels (B,), a mean; by default cross-entropy.
         steps: reach the target in so many cuts, scoring anew before each.
         between: called with the model after every cut but the last, to fine-tune it.
+        of: the model of which target and floor are shares; by default `model`; the first one where `model` has been
+            pruned before.
         input_size: (C, H, W); by default what the model was made for.
         seed: of what is random in a criterion.
 
@@ -121,23 +124,28 @@ def prune(
     config = PruneConfig(criterion, macs, params, latency, scope, floor, multiple, tuple(exclude))
     given = Batches(loader, batches, loss or nn.functional.cross_entropy, seed)
     size = _check(model, config, steps, input_size)
-    pruned = copy.deepcopy(model)
+    pruned, of = copy.deepcopy(model), of or model
     kind, target = config.target
     unit = "macs" if kind == "latency" else kind
-    whole = Costs(pruned, [], size, unit).whole
+    whole = Costs(of, [], size, unit).whole
+    begin = 1.0 if of is model or kind == "latency" else Costs(model, [], size, unit).whole / whole
+    least_left = None if of is model else _least_left(of, _groups(of, config, size), config)
     for step in range(1, steps + 1):
+        goal = begin * min(1.0, target / begin) ** (step / steps)
         groups = _groups(pruned, config, size)
+        if least_left is None:
+            least_left = _least_left(pruned, groups, config)
         costs = Costs(pruned, groups, size, unit)
-        chunks = _chunks(pruned, groups, score(pruned, groups, criterion, given), config)
+        chunks = _chunks(pruned, groups, score(pruned, groups, criterion, given), config, least_left)
         if kind == "latency":
-            stay = _choose_by_time(pruned, groups, chunks, costs, target ** (step / steps), fold(model, size), size)
+            stay = _choose_by_time(pruned, groups, chunks, costs, goal, fold(of, size), size)
         elif step == 1 and (least := costs.without(_gone(groups, chunks)) / whole) > target:
             raise PruneError(
                 f"{kind}={target:g} is out of reach for {title(model)}: with all channels gone that may go, it still "
                 f"costs {least:.3f}"
             )
         else:
-            stay = _choose(groups, chunks, costs, whole * target ** (step / steps))
+            stay = _choose(groups, chunks, costs, whole * goal)
         narrow(pruned, groups, stay)
         if step < steps and between is not None:
             between(pruned)
@@ -189,6 +197,16 @@ def _groups(model: nn.Module, config: PruneConfig, size: tuple[int, ...]) -> lis
     return found
 
 
+def _least_left(model: nn.Module, groups: Sequence[Group], config: PruneConfig) -> dict[Side, int]:
+    """How many blocks of units each group keeps at least, by the side of the first layer that it touches."""
+    blocks = {_side(group): len(np.unique(bound_units(model, group))) for group in groups}
+    return {side: max(1, math.ceil(config.floor * count)) for side, count in blocks.items()}
+
+
+def _side(group: Group) -> Side:
+    return group.members[0].layer, group.members[0].role
+
+
 class _Chunk(NamedTuple):
     """Units of one group that go together."""
 
@@ -197,7 +215,9 @@ class _Chunk(NamedTuple):
     units: np.ndarray
 
 
-def _chunks(model: nn.Module, groups: Sequence[Group], scores: Scores, config: PruneConfig) -> list[_Chunk]:
+def _chunks(
+    model: nn.Module, groups: Sequence[Group], scores: Scores, config: PruneConfig, least_left: Mapping[Side, int]
+) -> list[_Chunk]:
     """What can go, in the order in which it goes."""
     comparable = find_criterion(config.criterion).comparable
     chunks: list[_Chunk] = []
@@ -210,7 +230,7 @@ def _chunks(model: nn.Module, groups: Sequence[Group], scores: Scores, config: P
         blocks.sort(key=lambda units: float(values[units].mean()))
         made = next(m for m in group.members if m.role == "produces").channels.size // len(blocks)
         step = bundle(len(blocks), config.multiple // made)
-        least = max(1, math.ceil(config.floor * len(blocks)))
+        least = least_left.get(_side(group), 1)
         first = 0
         # The first may be a smaller one, after which the width is a multiple.
         for end in range(len(blocks) % step or step, len(blocks) - least + 1, step):

@@ -192,7 +192,11 @@ def fisher(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Score
 
 def hessian(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Scores:
     """Sum of h w^2 / 2 over the weights w that read a unit, with h the diagonal of the loss's Hessian (optimal brain
-    damage, LeCun et al., 1989; see `dynnet.pruning.weights.curvature`)."""
+    damage, LeCun et al., 1989; see `dynnet.pruning.weights.curvature`).
+
+    A noisy estimate: for ResNet-20, two from 20 batches each rank the units of a group with a correlation of 0.4, where
+    those of `fisher` have 0.9.
+    """
     weights = {layer: weight_of(reader) for layer, reader in _readers(model, groups).items()}
     found = []
     saliency = {

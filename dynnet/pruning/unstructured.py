@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
+from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
@@ -209,8 +210,8 @@ def to_semi_structured(model: nn.Module) -> list[str]:
     """Let linear layers whose weights are 2:4 run on sparse tensor cores, in place, where the GPU has them.
 
     Returns:
-        Names of the layers that now do: in half precision or int8, on a CUDA device of capability 8.0 or higher.
-        Elsewhere none, and nothing changes.
+        Names of the layers that now do: in half precision or int8, on a CUDA device of capability 8.0 or higher, with
+        rows and columns in multiples of what its cores take (a classifier seldom has them). The others stay.
     """
     found = []
     for name, layer in model.named_modules():
@@ -218,7 +219,11 @@ def to_semi_structured(model: nn.Module) -> list[str]:
             continue
         if layer.weight.shape[1] % 4 or int((layer.weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) > 2:
             continue
-        layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
+        try:
+            packed = torch.sparse.to_sparse_semi_structured(layer.weight.detach())
+        except RuntimeError:
+            continue  # of a shape that the cores do not take: multiples of 16 or 64, by the type
+        layer.weight = nn.Parameter(packed, requires_grad=False)
         found.append(name)
     return found
 
@@ -228,7 +233,8 @@ def is_masked(module: nn.Module) -> bool:
 
 
 def weighted_layers(model: nn.Module, exclude: Sequence[str]) -> list[str]:
-    """Names of all convolutions and linear layers, but for those inside of `exclude`.
+    """Names of all convolutions and linear layers, but for those inside of `exclude`, and for those that standardise
+    their weights before they use them: a zero would not be one there.
 
     Raises:
         PruneError: an unknown name, or nothing is left.
@@ -238,7 +244,9 @@ def weighted_layers(model: nn.Module, exclude: Sequence[str]) -> list[str]:
     found = [
         name
         for name, module in modules.items()
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and not is_inside(name, exclude)
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+        and not isinstance(module, (StdConv2d, ScaledStdConv2d))
+        and not is_inside(name, exclude)
     ]
     if not found:
         raise PruneError(f"{title(model)} has no convolutions or linear layers to prune")
