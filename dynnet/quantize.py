@@ -165,7 +165,7 @@ def quantize(
 
     Args:
         model: a wrapped model without gates, or any module from (B, C, H, W) images to logits; in float32, on a CPU.
-        loader: batches of (images, ...), on which the range of every layer's inputs is measured.
+        loader: batches of (images, ...), shuffled, on which the range of every layer's inputs is measured.
         batches: how many of them, at most.
         exclude: modules, by name, that stay in floating point.
         input_size: (C, H, W); by default what the model was made for.

@@ -27,6 +27,7 @@ pruning: {multiple: 1, batches: 2, recalibrate: 4}
 checkpoint_steps: 4
 """
 SIZE = (1, 8, 8)
+VIT = "--backbone.kwargs={img_size: 8, patch_size: 4}"
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +304,14 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
         (["--method=n:m", "--pruning.steps=2"], "goes in one step"),
         (["--method=lottery", "--dense.epochs=0"], "lottery tickets go back to early weights"),
         (["--method=lottery", "--pruning.rewind=3"], "pruning.rewind=3"),
+        (["--method=layers", "--macs=0.05"], "pruning.macs=0.05: without any of its blocks the model costs 0."),
+        (["--method=magnitude", "--sparsity=1.5"], "sparsity=1.5: give a share"),
+        (["--method=magnitude", "--pruning.exclude=[fd]"], "has no module 'fd'"),
+        (["--method=n:m", "--pruning.m=7"], "multiple of m=7"),
+        (["--method=l1", "--pruning.recalibrate=0"], "pruning.recalibrate=0"),
+        (["--method=l1", "--pruning.distill=1.7"], "pruning.distill=1.7"),
+        (["--method=slimming", "--finetune.epochs=1"], "'slimming' trains before and after its cut"),
+        (["--method=slimming", "--backbone.name=test_vit", VIT], "scales of batch norms, and there are none"),
         (["--pruning.metod=l1"], "unknown recipe key 'pruning.metod'; did you mean 'pruning.method'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -279,8 +280,18 @@ def test_a_target_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
         dynnet.prune(model, latency=0.4, criterion="l1", multiple=1, input_size=CHAIN)
 
 
-def test_time_is_measured_as_models_run() -> None:
-    assert 0 < time_share(chain().float(), chain().float(), CHAIN) < 100
+def test_a_share_of_time_is_of_the_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = chain(), chain()
+    images = []
+
+    def timed(run: Any, batch: torch.Tensor) -> float:
+        images.append(batch.shape)
+        run(batch)
+        return 2.0 if run is model else 8.0
+
+    monkeypatch.setattr(importlib.import_module("dynnet.latency"), "_timed", timed)
+    assert time_share(model, other, CHAIN) == 0.25
+    assert set(images) == {(1, *CHAIN)}
 
 
 def test_wrapped_and_masked_models_are_refused() -> None:

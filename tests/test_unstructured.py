@@ -24,7 +24,9 @@ from dynnet.pruning import (
     to_semi_structured,
     unstructured,
 )
+from dynnet.pruning.batches import Batches
 from dynnet.pruning.unstructured import weighted_layers
+from dynnet.pruning.weights import score_weights
 from tests.cases import tiny
 
 
@@ -173,6 +175,24 @@ def test_standardised_weights_are_left_alone() -> None:
     assert standardised
     assert masked
     assert not masked & standardised
+
+
+def test_weights_are_worth_what_the_formulas_say() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 3)
+    model, w = nn.Sequential(nn.Flatten(), layer).eval(), layer.weight.detach()
+    batches = [(torch.randn(4, 6, 1, 1), torch.randint(0, 3, (4,))) for _ in range(3)]
+    slopes = [torch.autograd.grad(F.cross_entropy(model(x), y), layer.weight)[0] for x, y in batches]
+    inputs = torch.cat([x.flatten(1) for x, _ in batches])
+    expected = {
+        "magnitude": w.abs(),
+        "taylor": torch.stack([(g * w).abs() for g in slopes]).mean(0),
+        "fisher": torch.stack([g.square() * w.square() / 2 for g in slopes]).mean(0),
+        "activation": w.abs() * inputs.norm(dim=0),
+    }
+    for criterion, values in expected.items():
+        found = score_weights(model, ["1"], criterion, Batches(batches))["1"]
+        assert torch.allclose(found, values, rtol=1e-4, atol=1e-8), criterion
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "fisher", "hessian", "activation", "random"])

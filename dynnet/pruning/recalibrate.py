@@ -22,7 +22,7 @@ def recalibrate(model: nn.Module, loader: Loader, batches: int = 100) -> None:
 
     Args:
         model: any; without batch norms nothing happens.
-        loader: batches of (images (B, C, H, W), ...), at least one.
+        loader: batches of (images (B, C, H, W), ...), at least one; shuffled, or the first ones may be of one class.
         batches: how many of them, at most.
 
     Raises:

@@ -100,7 +100,7 @@ def prune(
 
     Args:
         model: any timm classifier, or module from (B, C, H, W) images to (B, K) logits; left as it was.
-        loader: batches of (images, labels), for criteria that look at data.
+        loader: batches of (images, labels), for criteria that look at data; shuffled, as only the first are looked at.
         macs, params, latency: target, as a share of the model's; give one of the three. Latency is that of one image on
             the device where the model is; what fits is found by cutting copies and timing them beside the model.
         criterion, scope, floor, multiple, exclude: see `PruneConfig`.
