@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/python -m eval.report $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
