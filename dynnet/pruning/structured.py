@@ -124,7 +124,7 @@ def prune(
     config = PruneConfig(criterion, macs, params, latency, scope, floor, multiple, tuple(exclude))
     given = Batches(loader, batches, loss or nn.functional.cross_entropy, seed)
     size = _check(model, config, steps, input_size)
-    pruned, of = copy.deepcopy(model), of or model
+    pruned, of = copy.deepcopy(model), model if of is None else of
     kind, target = config.target
     unit = "macs" if kind == "latency" else kind
     whole = Costs(of, [], size, unit).whole
