@@ -14,9 +14,10 @@ from dynnet.checkpoint import read_bundle
 from dynnet.data import load_data
 from dynnet.probe import trace
 from dynnet.pruning import sparsity, structured
+from dynnet.pruning.slimming import shrink_scales
 from dynnet.quantize import int8_layers
 from dynnet.recipe import read_recipe
-from training import prune, train
+from training import pipeline, prune, train
 
 RECIPE = """\
 data: {name: digits, crop: 1}
@@ -76,7 +77,7 @@ def test_channels_go_and_the_rest_learns(method: str, dense: tuple[Path, str], t
 def test_scales_shrink_to_zero_and_stop_there() -> None:
     norm = torch.nn.BatchNorm2d(4)
     norm.weight.data = torch.tensor([0.5, -0.5, 0.05, 0.0])
-    prune.shrink_scales(torch.nn.Sequential(norm), 0.1)
+    shrink_scales(torch.nn.Sequential(norm), 0.1)
     assert torch.allclose(norm.weight, torch.tensor([0.4, -0.4, 0.0, 0.0]))
 
 
@@ -105,7 +106,7 @@ def test_what_is_looked_at_is_shuffled(
         return looked
 
     for name in ("prune", "recalibrate", "quantize"):
-        monkeypatch.setattr(prune, name, looking(name, getattr(prune, name)))
+        monkeypatch.setattr(pipeline, name, looking(name, getattr(pipeline, name)))
     pruned(dense, tmp_path / "run", "--method", method, "--pruning.int8=true")
     assert seen.keys() == {"prune", "recalibrate", "quantize"}
     assert all(len(rows) > 500 and rows != sorted(rows) for rows in seen.values())
@@ -174,13 +175,13 @@ def test_new_weights_do_not_depend_on_how_the_run_got_there(
     dense: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pruned(dense, tmp_path / "a", "--method=scratch", "--finetune.epochs=0")
-    keep = prune.Pipeline.keep
+    keep = pipeline.Pipeline.keep
 
-    def drawing(self: prune.Pipeline, model: torch.nn.Module) -> torch.nn.Module:
+    def drawing(self: pipeline.Pipeline, model: torch.nn.Module) -> torch.nn.Module:
         torch.rand(1)
         return keep(self, model)
 
-    monkeypatch.setattr(prune.Pipeline, "keep", drawing)
+    monkeypatch.setattr(pipeline.Pipeline, "keep", drawing)
     pruned(dense, tmp_path / "b", "--method=scratch", "--finetune.epochs=0")
     a, b = (read_bundle(tmp_path / name / "model.safetensors")[0] for name in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -269,7 +270,7 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
 ) -> None:
     more = [*method, "--pruning.steps=2"]
     expected = pruned(dense, tmp_path / "whole", *more)
-    whole, steps, deaths = prune.F.cross_entropy, 0, {2, 20, 30, 31}
+    whole, steps, deaths = pipeline.F.cross_entropy, 0, {2, 20, 30, 31}
 
     def mortal(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
@@ -278,7 +279,7 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
             raise Killed
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(prune.F, "cross_entropy", mortal)
+    monkeypatch.setattr(pipeline.F, "cross_entropy", mortal)
     out = tmp_path / "mortal"
     for attempt in range(len(deaths) + 1):
         try:

@@ -15,7 +15,7 @@ from dynnet.data import Data
 from dynnet.fold import fold
 from dynnet.latency import one_at_a_time
 from dynnet.probe import device_of, trace
-from dynnet.quantize import Int8Layer
+from dynnet.quantize import Int8Layer, int8_layers
 
 TIMED = 200  # images, one at a time
 
@@ -82,7 +82,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def _times(models: Mapping[str, nn.Module], data: Data) -> dict[str, np.ndarray]:
     """Milliseconds of every call, by model; batch norms are folded, and all take turns on the same images."""
-    cpu = any(isinstance(module, Int8Layer) for model in models.values() for module in model.modules())
+    cpu = any(int8_layers(model) for model in models.values())
     device = torch.device("cpu") if cpu else device_of(models["dense"])
     ready = {name: fold(model, data.input_size).to(device) for name, model in models.items()}
     return one_at_a_time(ready, next(iter(data.loader("test", TIMED))).images)

@@ -1,0 +1,370 @@
+"""The steps of pruning: what each does to a model, and what they need.
+
+B batch, K classes
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynnet.checkpoint import (
+    check_weights,
+    load_backbone,
+    pruned_shape,
+    read_bundle,
+    save,
+    write_bundle,
+)
+from dynnet.data import Data, Loader
+from dynnet.errors import CheckpointError, RecipeError
+from dynnet.losses import distillation
+from dynnet.probe import trace
+from dynnet.pruning import (
+    CRITERIA,
+    prune,
+    prune_layers,
+    recalibrate,
+    removable_blocks,
+    remove_blocks,
+    rewind,
+    scheduled,
+    sparsify,
+    sparsify_n_m,
+    sparsity,
+)
+from dynnet.pruning.shape import bring_into_shape
+from dynnet.pruning.slimming import norm_scales, shrink_scales
+from dynnet.pruning.unstructured import is_masked, set_masks
+from dynnet.pruning.weights import weight_of
+from dynnet.quantize import quantize
+from dynnet.recipe import PruningConfig, Recipe, StageConfig
+from training.compare import accuracy, compare
+from training.distributed import World
+from training.loop import Desk, Objective, Stage, make_tools
+from training.state import Position, State
+
+SINGLE_WEIGHTS = ("magnitude", "lottery", "n:m")
+METHODS = (*CRITERIA, "layers", "scratch", *SINGLE_WEIGHTS)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the pipeline: training, or a change of the model.
+
+    Attributes:
+        name: for the log.
+        epochs: of training; 0 for a change.
+        change: gives the model that comes out.
+        slimming: how far batch norm scales are pulled to zero, in multiples of their mean in the dense model.
+    """
+
+    name: str
+    epochs: int = 0
+    change: Callable[[nn.Module], nn.Module] | None = None
+    slimming: float = 0.0
+
+
+def read_early(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
+    """The weights that a lottery ticket goes back to.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of another kind, or of another model.
+    """
+    tensors, about = read_bundle(path)
+    if about.get("kind") != "early weights":
+        raise CheckpointError(f"{str(path)!r} holds a {about.get('kind')}, not the early weights of a dense stage")
+    check_weights(model, tensors, path)
+    return tensors
+
+
+class Pipeline:
+    """The steps of a run, and what they need.
+
+    Attributes:
+        steps: in order.
+    """
+
+    def __init__(self, recipe: Recipe, data: Data, create: dict[str, Any], out: Path, here: World) -> None:
+        self.recipe, self.data, self.create, self.out, self.here = recipe, data, create, out, here
+        self.size = data.input_size
+        self.steps = [Step("dense", recipe.dense.epochs), Step("keep", change=self.keep)]
+        self.steps += self._cuts(recipe.pruning, recipe.finetune.epochs)
+
+    def _cuts(self, config: PruningConfig, epochs: int) -> list[Step]:
+        if config.method == "slimming":
+            first = epochs // 2
+            sparse = Step("slimming", first, slimming=config.slimming)
+            return [sparse, Step("cut", change=self.cut(1)), Step("finetune", epochs - first)]
+        found: list[Step] = []
+        for number in range(1, config.steps + 1):
+            part = epochs * number // config.steps - epochs * (number - 1) // config.steps
+            found += [Step("cut", change=self.cut(number)), Step("finetune", part)]
+        return found
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse now what would fail only hours later."""
+        config = self.recipe.pruning
+        if config.method not in METHODS:
+            raise RecipeError(f"pruning.method={config.method!r}: choose from {', '.join(METHODS)}")
+        for key in ("steps", "batches", "recalibrate"):
+            if getattr(config, key) < 1:
+                raise RecipeError(f"pruning.{key}={getattr(config, key)}: give a number of 1 or more")
+        if not 0 <= config.distill <= 1 or config.temperature <= 0 or config.slimming < 0:
+            raise RecipeError(
+                f"pruning.distill={config.distill}, temperature={config.temperature}, slimming={config.slimming}: give "
+                f"a share in [0, 1], a number above 0, and one of 0 or more"
+            )
+        if config.method in ("slimming", "scratch", "n:m") and config.steps > 1:
+            raise RecipeError(f"pruning.steps={config.steps}: {config.method!r} goes in one step")
+        if config.latency is not None and (config.method in ("layers", *SINGLE_WEIGHTS) or self.here.size > 1):
+            raise RecipeError(
+                f"pruning.latency={config.latency}: it is measured while channels go, in one process; "
+                f"{config.method!r} in {self.here.size} cannot aim at it"
+            )
+        if config.method == "lottery" and config.early is not None:
+            read_early(config.early, model)
+        elif config.method == "lottery" and not self.recipe.dense.epochs:
+            raise RecipeError(
+                "lottery tickets go back to early weights: give dense.epochs, and no trained weights, or pruning.early"
+            )
+        elif config.method == "lottery" and not 0 <= config.rewind < self.recipe.dense.epochs:
+            raise RecipeError(
+                f"pruning.rewind={config.rewind}: a ticket goes back to weights of the dense stage, of "
+                f"dense.epochs={self.recipe.dense.epochs}"
+            )
+        for step in self.steps:
+            if step.epochs:
+                make_tools(model, self.config(step), step.name, self.recipe, self.data, self.here)
+        if config.method == "slimming" and self.recipe.finetune.epochs < 2:
+            raise RecipeError(
+                f"finetune.epochs={self.recipe.finetune.epochs}: 'slimming' trains before and after its cut; give 2 or "
+                f"more"
+            )
+        if config.int8:
+            quantize(copy.deepcopy(model).cpu(), self.data.sample_loader(2, seed=0), batches=1, input_size=self.size)
+        self._try_the_cut(model)
+
+    def _try_the_cut(self, model: nn.Module) -> None:
+        """Can the target be reached?"""
+        config = self.recipe.pruning
+        if config.method == "layers":
+            shortest = remove_blocks(model, removable_blocks(model, self.size))
+            least = self._macs(shortest) / self._macs(model)
+            if not least <= config.macs <= 1:
+                raise RecipeError(f"pruning.macs={config.macs}: without any of its blocks the model costs {least:.3f}")
+        elif config.method == "n:m":
+            sparsify_n_m(copy.deepcopy(model), config.n, config.m, exclude=config.exclude)
+        elif config.method in SINGLE_WEIGHTS:
+            sparsify(copy.deepcopy(model), config.sparsity, exclude=config.exclude)
+        else:
+            kind, target = self._target
+            looks = "slimming" if config.method == "slimming" else "random"  # neither looks at images
+            prune(model, **{**self._structured(0), "criterion": looks, kind: target})
+
+    def config(self, step: Step) -> StageConfig:
+        base = self.recipe.dense if step.name == "dense" else self.recipe.finetune
+        return dataclasses.replace(base, epochs=step.epochs)
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        model.to(self.here.device)
+        return model.to(memory_format=torch.channels_last) if self.recipe.channels_last else model
+
+    # Changes.
+
+    def keep(self, model: nn.Module) -> nn.Module:
+        """Save the dense model, to be compared with and learnt from."""
+        if self.here.first:
+            save(model, self.out / "backbone.safetensors", self.create)
+        self.here.wait()
+        return model
+
+    def cut(self, number: int) -> Callable[[nn.Module], nn.Module]:
+        """The cut of one step."""
+        config = self.recipe.pruning
+
+        def change(model: nn.Module) -> nn.Module:
+            model.eval()
+            share = number / config.steps
+            if config.method == "layers":
+                model = prune_layers(model, self.held_out_accuracy, self._left(model, share), self.size)
+            elif config.method == "n:m":
+                left = sparsify_n_m(model, config.n, config.m, exclude=config.exclude)
+                if self.here.first and left:
+                    print(f"left dense, as {config.m} does not divide their inputs: {', '.join(left)}")
+            elif config.method in SINGLE_WEIGHTS:
+                goal = scheduled(config.schedule, config.sparsity, number, config.steps)
+                sparsify(model, goal, exclude=config.exclude)
+                if config.method == "lottery":
+                    rewind(model, read_early(config.early or self.out / "early.safetensors", self._teacher))
+            else:
+                kind, target = self._target
+                aim: dict[str, Any] = {kind: target**share, "of": self._teacher}
+                model = prune(model, self._sample(), **self._structured(number), **aim)
+                if config.method == "scratch":
+                    model = self._anew(model, self.recipe.seed + number)
+            recalibrate(model, self._sample(), config.recalibrate)
+            return model
+
+        return change
+
+    def tell(self, step: Step, model: nn.Module, desk: Desk) -> None:
+        """What a change has done, before anything is trained again."""
+        found: dict[str, Any] = {
+            "accuracy": [self.held_out_accuracy(model)],
+            "macs": self._macs(model) / self._dense_macs,
+            "sparsity": sparsity(model)[""],
+        }
+        desk.log.write({"kind": "change", "stage": step.name, **found})
+        if self.here.first:
+            rest = (
+                f"{found['sparsity']:.1%} zeros"
+                if self.recipe.pruning.method in SINGLE_WEIGHTS
+                else f"{found['macs']:.1%} of the MACs"
+            )
+            print(f"{step.name}: held-out accuracy {found['accuracy'][0]:.2%} at {rest}", flush=True)
+
+    def _sample(self) -> Loader:
+        """What criteria, batch norms and int8 ranges are shown."""
+        return self.data.sample_loader(128, seed=self.recipe.seed)
+
+    @property
+    def _target(self) -> tuple[str, float]:
+        """What is aimed at where channels go, and its share."""
+        config = self.recipe.pruning
+        return ("macs", config.macs) if config.latency is None else ("latency", config.latency)
+
+    def _left(self, model: nn.Module, share: float) -> float:
+        """The share of this model's MACs that is left when so much of the way is gone."""
+        return min(1.0, self._dense_macs * self.recipe.pruning.macs**share / self._macs(model))
+
+    def _structured(self, number: int) -> dict[str, Any]:
+        """Settings of one cut."""
+        config = self.recipe.pruning
+        return {
+            **{key: getattr(config, key) for key in ("scope", "floor", "multiple", "exclude", "batches")},
+            "criterion": "l1" if config.method == "scratch" else config.method,
+            "input_size": self.size,
+            "seed": self.recipe.seed + number,
+        }
+
+    @functools.cached_property
+    def _dense_macs(self) -> int:
+        return self._macs(self._teacher)
+
+    def _anew(self, model: nn.Module, seed: int) -> nn.Module:
+        """New weights in the same shape, as timm initialises them, however the run got here."""
+        torch.manual_seed(seed)
+        fresh = timm.create_model(**self.create)
+        bring_into_shape(fresh, pruned_shape(model, self.create))
+        return fresh.to(self.here.device)
+
+    def _macs(self, model: nn.Module) -> int:
+        return trace(model, self.size, 1).macs
+
+    # Training.
+
+    def stage(self, step: Step, model: nn.Module, desk: Desk) -> Stage:
+        """A step of training."""
+        config = self.recipe.pruning
+        early = config.method == "lottery" and step.name == "dense"
+
+        updates = step.epochs * (len(self.data.train) // self.config(step).batch_size)
+
+        def forward(called: nn.Module, images: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
+            if step.slimming:
+                # In step with the learning rate, so that the loss can push back to the end.
+                shrink_scales(model, step.slimming * self._mean_scale * (1 + math.cos(math.pi * progress)) / updates)
+            taught = None
+            if config.distill and step.name != "dense":
+                with torch.no_grad():
+                    taught = self._teacher(images)
+            return called(images), taught
+
+        def objective(given: tuple[Tensor, Tensor | None], target: Tensor, progress: float) -> Objective:
+            logits, taught = given
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=self.recipe.loss.label_smoothing)
+            whole = loss
+            if taught is not None:
+                whole = (1 - config.distill) * loss
+                whole = whole + config.distill * distillation(logits, taught.float(), config.temperature)
+            return Objective(whole, loss.detach()[None])
+
+        def judge(judged: nn.Module) -> dict[str, Any]:
+            return {"accuracy": [self.held_out_accuracy(judged)]}
+
+        def begins(epoch: int) -> None:
+            if early and epoch == config.rewind and self.here.first:
+                write_bundle(self.out / "early.safetensors", model.state_dict(), {"kind": "early weights"})
+
+        def shown(found: dict[str, Any]) -> str:
+            return f"{found['accuracy'][0]:.2%}"
+
+        return Stage(step.name, self.config(step), model, model, model, forward, objective, judge, shown, begins=begins)
+
+    @functools.cached_property
+    def _teacher(self) -> nn.Module:
+        return self.placed(load_backbone(self.out / "backbone.safetensors")).requires_grad_(False)
+
+    @functools.cached_property
+    def _mean_scale(self) -> float:
+        return float(torch.cat([scale.abs().flatten() for scale in norm_scales(self._teacher)]).mean())
+
+    def held_out_accuracy(self, model: nn.Module) -> float:
+        """On the calibration split; every process judges all of it."""
+        return accuracy(model, self.data, "calibration")
+
+    # Checkpoints.
+
+    def about(self, model: nn.Module) -> dict[str, Any]:
+        """What has become of the model, for its checkpoints."""
+        masked = [name for name, module in model.named_modules() if is_masked(module)]
+        return {"shape": pruned_shape(model, self.create), "masked": masked}
+
+    def checkpoint(self, position: Position, model: nn.Module, desk: Desk) -> None:
+        State.write(self.out, position, model, None, None, desk.log, self.here, self.about(model))
+
+    def restore(self, model: nn.Module, state: State) -> None:
+        """Make a model of the right shape that of a checkpoint."""
+        masked = {name: weight_of(model.get_submodule(name)) for name in state.about["masked"]}
+        set_masks(model, {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in masked.items()})
+        state.restore(model, None, None)
+
+    # The end.
+
+    def results(self, model: nn.Module) -> dict[str, Any]:
+        """Save what has come out, and compare it with what it began as."""
+        config = self.recipe.pruning
+        sparse = config.method in SINGLE_WEIGHTS
+        save(model, self.out / "model.safetensors", self.create, sparse=sparse)
+        paths = {"dense": self.out / "backbone.safetensors", "pruned": self.out / "model.safetensors"}
+        models = {"dense": self._teacher, "pruned": model}
+        if config.int8:
+            models["int8"] = quantize(
+                copy.deepcopy(model).cpu(),
+                self._sample(),
+                batches=config.batches,
+                input_size=self.size,
+            )
+            paths["int8"] = self.out / "int8.safetensors"
+            save(models["int8"], paths["int8"], self.create, sparse=sparse)
+        return {
+            "model": self.recipe.backbone.name,
+            "backbone_kwargs": self.recipe.backbone.kwargs,
+            "dataset": self.data.label,
+            "test_images": len(self.data.test),
+            "pruning": dataclasses.asdict(config),
+            "epochs": sum(step.epochs for step in self.steps if step.name != "dense"),
+            **compare(models, paths, self.data),
+        }
