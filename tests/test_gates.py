@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import dynnet
 from dynnet.calibrate import check_budget
@@ -20,6 +19,7 @@ from dynnet.errors import CalibrationError, CheckpointError, ExitError, GateErro
 from dynnet.gates import cut_frozen, mean_masks
 from dynnet.regions import GateConfig
 from tests.cases import CASES, Case, enliven, leave_one_by_one, open_at_random, tiny
+from tests.counting import flop_counter
 from tests.generated import PARTS, Generated
 
 # Its halves are cut out by numbers written down in its code.
@@ -72,7 +72,7 @@ def test_skipped_equals_masked_and_is_billed_exactly(case: Case) -> None:
         assert difference(masked.logits, plain) > 1e-3
     # The bill of every sample is what a counter sees of it alone.
     for i in range(6):
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             model(images[i : i + 1])
         assert counter.get_total_flops() == sparse.flops[i]
     assert model.unwrap() is backbone
@@ -102,7 +102,7 @@ def test_skipped_equals_masked_on_any_network(parts: list[str], width: int, bloc
     assert difference(sparse.logits, masked.logits) < 1e-4
     assert sparse.macs.tolist() == masked.macs.tolist()
     for i in range(3):
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             model(images[i : i + 1])
         assert counter.get_total_flops() == sparse.flops[i]
 
@@ -151,7 +151,7 @@ def test_frozen_gates_decide_alike_for_all_and_skip_in_batches(case: Case) -> No
     assert difference(sparse.logits, masked.logits) < 1e-4
     assert torch.equal(sparse.macs, masked.macs)
     assert len(sparse.macs.unique()) == 1
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         model(images)
     assert counter.get_total_flops() == sparse.flops.sum()
     # As many units are open as before, so the bill is near; the networks are not on it any more.
@@ -166,7 +166,7 @@ def test_a_batch_skips_what_is_closed_for_all_of_its_images() -> None:
     counted, billed = [], []
     for execution in ("masked", "sparse"):
         model.execution = execution
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             model(images)
         counted.append(counter.get_total_flops())
         billed.append(int(model.predict(images).flops.sum()))
@@ -236,7 +236,7 @@ def test_frozen_gates_can_be_cut_out_for_good(name: str) -> None:
     backbone = model.unwrap()
     cut_frozen(backbone, model.gates)
     assert difference(backbone(images), expected.logits) < 1e-4
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         backbone(images)
     assert counter.get_total_flops() == expected.flops.sum()
     # What is left is a plain model: it trains and is wrapped again.

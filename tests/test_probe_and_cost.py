@@ -6,12 +6,12 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import dynnet
 from dynnet.errors import InputError
 from dynnet.probe import BATCH, trace
 from tests.cases import tiny
+from tests.counting import flop_counter
 
 
 def test_a_dry_run_leaves_the_model_alone() -> None:
@@ -48,7 +48,7 @@ def test_plain_tensor_attributes_follow_to_meta() -> None:
 def test_layers_add_up_to_the_whole() -> None:
     seen = trace(timm.create_model("test_vit", img_size=64), (3, 64, 64), 1)
     assert sum(seen.layers.values()) == seen.macs > 0
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         timm.create_model("test_vit", img_size=64).eval()(torch.randn(1, 3, 64, 64))
     assert counter.get_total_flops() == 2 * seen.macs
 

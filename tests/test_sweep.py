@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch.utils.flop_counter import FlopCounterMode
 
 import dynnet
 from dynnet.exits import input_size_of
 from dynnet.probe import trace
 from tests.cases import enliven, leave_one_by_one, open_at_random
+from tests.counting import flop_counter
 from tests.zeroing import assert_cut_is_zeroed
 
 
@@ -39,7 +39,7 @@ def test_the_bill_of_64_mixed_samples_is_what_a_counter_sees(name: str) -> None:
     together = model.predict(images)
     assert together.exit.bincount(minlength=3).min() > 10
     for i in range(64):
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             alone = model.predict(images[i : i + 1])
         assert alone.exit.item() == together.exit[i]
         assert counter.get_total_flops() == 2 * together.macs[i]

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import dynnet
 from dynnet import flow
 from dynnet.errors import ExitError, HeadError, InputError
 from tests.cases import CASES, CLASSES, FEW, Case, leave_one_by_one, tiny
+from tests.counting import flop_counter
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -46,7 +46,7 @@ def test_every_backbone_keeps_its_promises(case: Case) -> None:
         torch.testing.assert_close(alone.logits[0], together.logits[i], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(alone.confidence[0], together.confidence[i], atol=1e-4, rtol=1e-4)
         # Its bill is what a counter sees.
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             model(images[i : i + 1])
         assert counter.get_total_flops() == 2 * together.macs[i] == together.flops[i]
     assert not model.ledger().unpriced
