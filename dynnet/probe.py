@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dynnet.meta import run_on_meta
+
 # A batch size that is no channel count, no resolution and no divisor of either: a dimension that is a multiple of it
 # belongs to the batch. The dry run has no numbers, so a large batch costs nothing.
 BATCH = 1009
@@ -236,7 +238,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        output = run_on_meta(func, args, kwargs)
         self.clock += 1
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor):

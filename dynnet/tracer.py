@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from dynnet.labels import FREE, Labels
 from dynnet.layers import channel_dim, layer_kind
+from dynnet.meta import run_on_meta
 from dynnet.operators import rule_of
 
 Role = Literal["produces", "passes", "mixes", "reads"]
@@ -186,7 +187,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         try:
-            output = func(*args, **kwargs)
+            output = run_on_meta(func, args, kwargs)
         except Exception:
             self._suspect((args, kwargs))
             raise
