@@ -112,7 +112,7 @@ def latency(
     rows = torch.cat(
         [torch.randperm(len(images), generator=order) for _ in range(math.ceil(count * batch_size / len(images)))]
     )[: count * batch_size].view(count, batch_size)
-    device, dtype = device_of(model), next((p.dtype for p in model.parameters()), torch.int8)
+    device = device_of(model)
     with evaluating(model):
         # The plain model, without hooks, on the same weights.
         bare = copy.deepcopy(model).unwrap()
@@ -130,7 +130,7 @@ def latency(
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(_precision(model)).removeprefix("torch."),
         "channels_last": memory_format(model) is torch.channels_last,
         "folded": bool(folded_norms(model)),
     }
@@ -190,6 +190,12 @@ def _timed(run: Callable[[Tensor], Any], batch: Tensor) -> float:
     run(batch)
     _synchronise(batch.device)
     return (time.perf_counter() - began) * 1e3
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """Of the weights: int8 where layers were quantized, also beside others that keep their floats."""
+    quantized = any(buffer.dtype is torch.int8 for buffer in model.buffers())
+    return torch.int8 if quantized else next((p.dtype for p in model.parameters()), torch.float32)
 
 
 def _synchronise(device: torch.device) -> None:

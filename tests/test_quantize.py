@@ -60,6 +60,8 @@ def test_a_dynamic_model_goes_on_deciding() -> None:
     same = after.exit == before.exit
     assert torch.equal(after.macs[same], before.macs[same])
     assert any(isinstance(m, Int8Layer) for m in small.heads.modules())
+    for quantized, told in ((small, "int8"), (model, "float32")):
+        assert dynnet.latency(quantized, images[:2], warmup=0).setting["dtype"] == told
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)
