@@ -97,7 +97,7 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
             folded, or in int8.
         path: of the file to write, usually named *.safetensors.
         create: arguments of `timm.create_model` that make the backbone; by default its name and number of classes. A
-            warning says so where these make a model of other parts.
+            warning says so where these make a model of other parts, or one that is narrower.
         sparse: write tensors with many zeros as bits and values; reading takes no option.
 
     Raises:
@@ -111,7 +111,8 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
     classes = getattr(model, "num_classes", None)
     create = dict(create or {"model_name": config.get("architecture"), "num_classes": classes})
     fresh = _fresh(create)
-    if fresh is not None and (other := _difference(backbone, fresh)):
+    shape = UNCHANGED if fresh is None else shape_of(backbone, fresh)
+    if fresh is not None and (other := _difference(backbone, fresh) or _misfit(fresh, shape)):
         warnings.warn(
             f"timm.create_model(**{create}) makes another model than this {title(backbone)}: {other}. Save it with "
             f"create=, the arguments that make it, or load it with backbone=",
@@ -122,7 +123,7 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
         "kind": "backbone",
         "backbone": title(backbone),
         "create": create,
-        "shape": UNCHANGED if fresh is None else shape_of(backbone, fresh),
+        "shape": shape,
         "folded": folded_norms(model),
         "int8": int8_layers(model),
         "versions": {"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
@@ -151,22 +152,38 @@ def load(
 
     Args:
         path: the file.
-        backbone: to be used instead of creating one; must be like the one that was saved, or like it was before it was
-            pruned.
+        backbone: to be used instead of creating one; must be like the one that was saved, or, where timm makes it, like
+            it was before it was pruned.
         heads, confidence: what `wrap` was given, if the model has some of the user's own.
 
     Raises:
         CheckpointError: the file is damaged, or of another model.
     """
     tensors, about = _read(path, "model")
-    if backbone is not None:
-        _rehearse(path, tensors, about, backbone, "backbone.")
-    backbone = _built(path, about, backbone)
-    settings = dict(about["wrap"])
-    if settings["heads"] == "custom" and heads is None:
+    if about["wrap"]["heads"] == "custom" and heads is None:
         raise CheckpointError(f"{str(path)!r} has heads of its own making; pass the factory as heads=")
-    if settings["confidence"] == "custom" and confidence is None:
+    if about["wrap"]["confidence"] == "custom" and confidence is None:
         raise CheckpointError(f"{str(path)!r} has a confidence measure of its own; pass it as confidence=")
+    if backbone is not None:
+        # On a copy without numbers: a backbone that does not fit is left untouched.
+        _assembled(path, tensors, about, _twin(backbone), heads, confidence)
+    model = _assembled(path, tensors, about, backbone, heads, confidence)
+    model.load_state_dict(tensors)
+    model.thresholds = [float(t) for t in about["thresholds"]]
+    model.calibration = about["calibration"]
+    return model.eval()
+
+
+def _assembled(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    backbone: nn.Module | None,
+    heads: HeadFactory | None,
+    confidence: Callable[[Tensor], Tensor] | None,
+) -> DynamicModel:
+    """The model of a file, ready for its weights; arguments and errors as for `load`."""
+    backbone, settings = _built(path, about, backbone), about["wrap"]
     try:
         model = wrap(
             backbone,
@@ -182,19 +199,17 @@ def load(
             f"{str(path)!r} was saved for {about['backbone']}, which does not fit the given backbone: {error}"
         ) from error
     try:
-        _as_saved(model, tensors, about, path)
-        load_weights(model, tensors, path)
         if about.get("regions", _regions(model)) != _regions(model):
             raise CheckpointError(
                 f"{str(path)!r} has gates for regions {about['regions']}, here they would be {_regions(model)}; it was "
                 f"saved with {about['versions']}"
             )
+        _as_saved(model, tensors, about, path)
+        check_weights(model, tensors, path)
     except CheckpointError:
         model.unwrap()
         raise
-    model.thresholds = [float(t) for t in about["thresholds"]]
-    model.calibration = about["calibration"]
-    return model.eval()
+    return model
 
 
 def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Module:
@@ -209,7 +224,9 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
     """
     tensors, about = _read(path, "backbone")
     if backbone is not None:
-        _rehearse(path, tensors, about, backbone)
+        twin = _built(path, about, _twin(backbone))
+        _as_saved(twin, tensors, about, path)
+        check_weights(twin, tensors, path)
     built = _built(path, about, backbone)
     _as_saved(built, tensors, about, path)
     load_weights(built, tensors, path)
@@ -232,23 +249,10 @@ def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
     return tensors, about
 
 
-def _rehearse(
-    path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], given: nn.Module, prefix: str = ""
-) -> None:
-    """Try on a copy without numbers what will be done to a backbone: one that does not fit is left untouched.
-
-    Args:
-        prefix: of its names in the file.
-    """
-    with on_meta(given):
-        twin = copy.deepcopy(given)
-    own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    changed = {
-        key: [name.removeprefix(prefix) for name in about.get(key, ()) if name.startswith(prefix)]
-        for key in ("folded", "int8")
-    }
-    _as_saved(_built(path, about, twin), own, {**about, **changed}, path)
-    check_weights(twin, own, path)
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy without numbers."""
+    with on_meta(model):
+        return copy.deepcopy(model)
 
 
 def _built(path: str | Path, about: Mapping[str, Any], given: nn.Module | None) -> nn.Module:
@@ -316,6 +320,15 @@ def _difference(model: nn.Module, fresh: nn.Module) -> str | None:
         if kinds[0] is not kinds[1]:
             told = ["nothing" if kind is None else f"a {kind.__name__}" for kind in kinds]
             return f"{name!r} is {told[0]}, there {told[1]}"
+    return None
+
+
+def _misfit(fresh: nn.Module, shape: Shape) -> str | None:
+    """Why a fresh model, without numbers, cannot be brought into a shape, in words; None where it can."""
+    try:
+        bring_into_shape(fresh, shape)
+    except PruneError as error:
+        return str(error)
     return None
 
 

@@ -107,7 +107,8 @@ class PruningConfig:
         steps: reach it in so many cuts, with a part of the fine-tuning after each.
         schedule: of the sparsity over the steps.
         n, m: of every m neighbouring weights n stay, for "n:m".
-        scope, floor, multiple, exclude: as in `dynnet.prune`.
+        scope, floor, multiple, exclude: as in `dynnet.prune`; for single weights "group" means each layer by itself.
+            Not for "layers".
         batches: that criteria look at, of the training images.
         recalibrate: batches for batch norms after every cut.
         distill: share of the loss that comes from the dense model's answers.

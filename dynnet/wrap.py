@@ -55,7 +55,7 @@ def wrap(
         GateError: nothing to gate, and why; the backbone is left untouched.
         HeadError: a head that does not answer with (B, K) logits; the backbone is left untouched.
     """
-    if isinstance(backbone, DynamicModel) or flow.is_attached(backbone) or gates_attached(backbone):
+    if is_wrapped(backbone):
         raise ExitError(f"{title(backbone)} is wrapped already; call unwrap() first")
     if not 0 < head_share < 1:
         raise HeadError(f"head_share={head_share}: give a share of the backbone's MACs in (0, 1), such as 0.005")
@@ -94,6 +94,11 @@ def wrap(
         detach_gates(backbone)
         raise
     return model
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Is it a wrapped model, or the backbone of one?"""
+    return isinstance(model, DynamicModel) or flow.is_attached(model) or gates_attached(model)
 
 
 def unwrap(model: DynamicModel) -> nn.Module:

@@ -176,8 +176,10 @@ def _gates(
             [mask[here] if here.any() else mask for mask, here in zip(held_out.masks, arrived, strict=True)], gates.plan
         )
     )
-    frozen = measure(model, test)
-    gates.thaw()
+    try:
+        frozen = measure(model, test)
+    finally:
+        gates.thaw()
     table["frozen_macs"], table["frozen_correct"] = frozen.macs, frozen.correct.astype(int)
     return {
         "share": gates.plan.share,

@@ -117,7 +117,7 @@ def test_another_backbone_is_refused_and_left_alone(saved: Path) -> None:
         dynnet.load(saved, backbone=wide)
     assert all(torch.equal(v, before[k]) for k, v in wide.state_dict().items())
     assert not flow.is_attached(wide)
-    with pytest.raises(CheckpointError, match="is of another model: 'lacks|is of another model: lacks"):
+    with pytest.raises(CheckpointError, match="does not fit the given backbone: no boundary 'layer1' in Sequential"):
         dynnet.load(saved, backbone=tiny())
 
 
@@ -133,6 +133,30 @@ def test_a_backbone_that_a_pruned_file_does_not_fit_is_left_alone(tmp_path: Path
             dynnet.load_backbone(tmp_path / "thin.safetensors", other)
         assert other.state_dict().keys() == before.keys()
         assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_what_a_pruned_dynamic_model_lacks_leaves_the_backbone_alone(tmp_path: Path) -> None:
+    case = FEW[0]
+    thin = dynnet.prune(case.backbone(), macs=0.5, criterion="l2", multiple=1, input_size=case.size)
+    model = dynnet.wrap(thin, 1, input_size=case.size, confidence=lambda x: x.amax(1))
+    dynnet.save(model, tmp_path / "m.safetensors", {"model_name": case.name, "num_classes": CLASSES, **case.kwargs})
+    given = case.backbone()
+    before = copy.deepcopy(given.state_dict())
+    with pytest.raises(CheckpointError, match="pass it as confidence="):
+        dynnet.load(tmp_path / "m.safetensors", given)
+    with pytest.raises(CheckpointError, match="does not fit the given backbone: .*head"):
+        dynnet.load(tmp_path / "m.safetensors", given, heads=lambda *_: torch.nn.Flatten(), confidence=len)
+    assert all(torch.equal(v, before[k]) for k, v in given.state_dict().items())
+    assert not flow.is_attached(given)
+
+
+def test_widths_that_timm_would_not_build_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    wide = timm.create_model("cifar_resnet20", width=2.0, num_classes=4).eval()
+    with pytest.warns(UserWarning, match="makes another model than this cifar_resnet20: its 'conv1' makes and reads"):
+        dynnet.save(wide, path)
+    again = dynnet.load_backbone(path, timm.create_model("cifar_resnet20", width=2.0, num_classes=4))
+    assert torch.equal(again.conv1.weight, wide.conv1.weight)
 
 
 def test_what_timm_would_build_otherwise_is_told(tmp_path: Path) -> None:

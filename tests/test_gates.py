@@ -249,8 +249,12 @@ def test_gates_for_other_regions_are_refused(tmp_path: Path) -> None:
     tensors, about = read_bundle(tmp_path / "model.safetensors")
     about["regions"][0][0] = "layer1.1.conv1"
     write_bundle(tmp_path / "other.safetensors", tensors, about)
+    given = SMALL.backbone()
+    nn.init.constant_(given.conv1.weight, 0.5)
     with pytest.raises(CheckpointError, match="has gates for regions .*, here they would be"):
-        dynnet.load(tmp_path / "other.safetensors", backbone=SMALL.backbone())
+        dynnet.load(tmp_path / "other.safetensors", backbone=given)
+    assert (given.conv1.weight == 0.5).all()
+    dynnet.wrap(given, [], gates="channel")  # nothing is attached
 
 
 def test_gates_of_other_widths_are_refused(tmp_path: Path) -> None:
@@ -258,7 +262,9 @@ def test_gates_of_other_widths_are_refused(tmp_path: Path) -> None:
     wide = Case("cifar_resnet20", (3, 32, 32)).backbone()
     wide.layer1[0].conv1, wide.layer1[0].bn1 = nn.Conv2d(16, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
     wide.layer1[0].conv2 = nn.Conv2d(24, 16, 3, padding=1, bias=False)
-    with pytest.raises(CheckpointError, match="is of another model.*has shape"):
+    with pytest.raises(
+        CheckpointError, match=r"has gates for regions .*\[4, 4, 4\].*, here they would be .*\[6, 4, 4\]"
+    ):
         dynnet.load(tmp_path / "model.safetensors", backbone=wide)
 
 

@@ -130,6 +130,13 @@ def test_weights_go_step_by_step(dense: tuple[Path, str], tmp_path: Path) -> Non
     assert sparsity(dynnet.load_backbone(out / "model.safetensors"))[""] == pytest.approx(0.8, abs=1e-3)
 
 
+def test_every_layer_can_lose_the_same_share(dense: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pruned(dense, out, "--method=magnitude", "--sparsity=0.5", "--pruning.scope=group", "--finetune.epochs=0")
+    shares = sparsity(dynnet.load_backbone(out / "model.safetensors"))
+    assert list(shares.values()) == pytest.approx([0.5] * len(shares), abs=1e-2)
+
+
 def test_tickets_go_back_to_early_weights(dense: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     argv = ["--recipe", str(dense[0]), "--out", str(out), "--method=lottery", "--sparsity=0.5", "--finetune.epochs=0"]
@@ -307,6 +314,7 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
         (["--method=lottery", "--dense.epochs=0"], "lottery tickets go back to early weights"),
         (["--method=lottery", "--pruning.rewind=3"], "pruning.rewind=3"),
         (["--method=layers", "--macs=0.05"], "pruning.macs=0.05: without any of its blocks the model costs 0."),
+        (["--method=layers", "--pruning.exclude=[fc]"], "pruning.exclude=['fc']: 'layers' takes whichever block"),
         (["--method=magnitude", "--sparsity=1.5"], "sparsity=1.5: give a share"),
         (["--method=magnitude", "--pruning.exclude=[fd]"], "has no module 'fd'"),
         (["--method=n:m", "--pruning.m=7"], "multiple of m=7"),

@@ -19,7 +19,7 @@ import dynnet
 from dynnet.channels import find_groups
 from dynnet.errors import CheckpointError, DataError, PruneError
 from dynnet.probe import trace
-from dynnet.pruning import recalibrate, sparsify, structured
+from dynnet.pruning import prune_layers, recalibrate, sparsify, sparsify_n_m, structured
 from dynnet.pruning.costs import Costs
 from dynnet.pruning.structured import narrow
 from dynnet.pruning.timed import time_share
@@ -154,15 +154,17 @@ def test_parameters_are_a_target_too() -> None:
 
 
 def test_a_target_can_be_reached_in_steps() -> None:
-    model = chain(64)
+    model = chain(64).eval()
     seen: list[float] = []
     whole = trace(model, CHAIN, 1).macs
 
     def between(pruned: nn.Module) -> None:
         seen.append(trace(pruned, CHAIN, 1).macs / whole)
+        pruned.train()
 
     pruned = dynnet.prune(model, macs=0.25, criterion="l2", multiple=1, steps=2, between=between, input_size=CHAIN)
     assert len(seen) == 1
+    assert not any(module.training for module in pruned.modules())
     assert seen[0] == pytest.approx(0.5, abs=0.03)
     assert trace(pruned, CHAIN, 1).macs / whole == pytest.approx(0.25, abs=0.03)
 
@@ -298,6 +300,14 @@ def test_wrapped_and_masked_models_are_refused() -> None:
     case = CASES[0]
     with pytest.raises(PruneError, match="unwrap"):
         dynnet.prune(case.wrapped(), macs=0.5)
+    for refuse in (
+        lambda: dynnet.prune(case.wrapped().backbone, macs=0.5),
+        lambda: sparsify(case.wrapped(), 0.5),
+        lambda: sparsify_n_m(case.wrapped()),
+        lambda: prune_layers(case.wrapped(), lambda model: 0.0, 0.5),
+    ):
+        with pytest.raises(PruneError, match="unwrap"):
+            refuse()
     model = chain()
     sparsify(model, 0.5)
     with pytest.raises(PruneError, match="0 has a mask on its weights; call make_permanent"):
@@ -323,3 +333,20 @@ def test_batch_norms_are_measured_anew() -> None:
     assert torch.equal(pruned[1].running_mean, before)
     recalibrate(pruned, [(images, ["no labels here"]), images[:1]])
     assert torch.allclose(pruned[1].running_mean, expected.mean((0, 2, 3)))  # one image alone does not count
+
+
+@torch.no_grad()
+def test_batch_norms_of_a_wrapped_model_see_every_sample_and_channel() -> None:
+    case = Case("cifar_resnet20", (3, 32, 32))
+    images = [case.images(8)]
+    plain, leaving = case.backbone(), case.wrapped()
+    leaving.thresholds = [float("-inf")] * len(leaving.exits)  # all would leave at the first exit
+    for model in (plain, leaving):
+        recalibrate(model, images)
+    assert all(torch.equal(v, leaving.backbone.state_dict()[k]) for k, v in plain.state_dict().items())
+    gated = case.wrapped([], gates="channel")
+    assert gated.gates is not None
+    gated.gates.freeze([torch.arange(region.units) % 2 == 0 for region in gated.gates.plan.regions])
+    recalibrate(gated, images)
+    norms = [norm for norm in gated.modules() if isinstance(norm, nn.BatchNorm2d)]
+    assert all(norm.num_batches_tracked == 1 for norm in norms)

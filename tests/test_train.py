@@ -246,6 +246,10 @@ def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
             ["--out", "{tmp}/x", "--recipe", "{recipe}", "--gates={{}}", "--budget.target=0.1"],
             "budget.target: a budget of",
         ),
+        (
+            ["--out", "{tmp}/x", "--recipe", "{recipe}", "--gates={{}}", "--joint.epochs=0"],
+            "joint.epochs=0: gates learn in the joint stage",
+        ),
     ],
 )
 def test_bad_commands_are_explained_and_overwrite_nothing(

@@ -18,9 +18,6 @@ from dynnet.pruning.units import CRITERIA, score
 from tests.cases import CASES, Case, enliven
 
 SIZE = (2, 8, 8)
-TOKENS = [
-    case for case in CASES if case.name in {"vit_tiny_patch16_224", "coat_lite_tiny", "swin_tiny_patch4_window7_224"}
-]
 
 
 class Net(nn.Module):

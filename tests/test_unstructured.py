@@ -220,6 +220,19 @@ def test_a_sparse_file_is_small_and_reads_back_bit_for_bit(tmp_path: Path) -> No
         assert torch.equal(tensor, again.state_dict()[name])
 
 
+def test_a_layer_that_never_runs_has_no_activation() -> None:
+    class Borrowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lent = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.lent.weight)
+
+    with pytest.raises(PruneError, match="the forward of lent does not run, .* exclude it, or choose another"):
+        sparsify(Borrowing(), 0.5, [torch.randn(2, 4)], criterion="activation")
+
+
 def test_bad_input_leaves_the_model_untouched() -> None:
     model = tiny()
     for call, message in [

@@ -46,7 +46,7 @@ from dynnet.pruning import (
 )
 from dynnet.pruning.shape import bring_into_shape
 from dynnet.pruning.slimming import norm_scales, shrink_scales
-from dynnet.pruning.unstructured import is_masked, set_masks
+from dynnet.pruning.unstructured import SparsityScope, is_masked, set_masks
 from dynnet.pruning.weights import weight_of
 from dynnet.quantize import quantize
 from dynnet.recipe import PruningConfig, Recipe, StageConfig
@@ -133,6 +133,10 @@ class Pipeline:
                 f"pruning.latency={config.latency}: it is measured while channels go, in one process; "
                 f"{config.method!r} in {self.here.size} cannot aim at it"
             )
+        if config.method == "layers" and config.exclude:
+            raise RecipeError(
+                f"pruning.exclude={list(config.exclude)}: 'layers' takes whichever block is needed least; leave it out"
+            )
         if config.method == "lottery" and config.early is not None:
             read_early(config.early, model)
         elif config.method == "lottery" and not self.recipe.dense.epochs:
@@ -167,7 +171,7 @@ class Pipeline:
         elif config.method == "n:m":
             sparsify_n_m(copy.deepcopy(model), config.n, config.m, exclude=config.exclude)
         elif config.method in SINGLE_WEIGHTS:
-            sparsify(copy.deepcopy(model), config.sparsity, exclude=config.exclude)
+            sparsify(copy.deepcopy(model), config.sparsity, scope=self._sparsity_scope, exclude=config.exclude)
         else:
             kind, target = self._target
             looks = "slimming" if config.method == "slimming" else "random"  # neither looks at images
@@ -205,7 +209,7 @@ class Pipeline:
                     print(f"left dense, as {config.m} does not divide their inputs: {', '.join(left)}")
             elif config.method in SINGLE_WEIGHTS:
                 goal = scheduled(config.schedule, config.sparsity, number, config.steps)
-                sparsify(model, goal, exclude=config.exclude)
+                sparsify(model, goal, scope=self._sparsity_scope, exclude=config.exclude)
                 if config.method == "lottery":
                     rewind(model, read_early(config.early or self.out / "early.safetensors", self._teacher))
             else:
@@ -244,6 +248,10 @@ class Pipeline:
         """What is aimed at where channels go, and its share."""
         config = self.recipe.pruning
         return ("macs", config.macs) if config.latency is None else ("latency", config.latency)
+
+    @property
+    def _sparsity_scope(self) -> SparsityScope:
+        return "layer" if self.recipe.pruning.scope == "group" else "global"
 
     def _left(self, model: nn.Module, share: float) -> float:
         """The share of this model's MACs that is left when so much of the way is gone."""

@@ -230,7 +230,11 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
     for key in ("weight", "sharpness"):
         if not getattr(recipe.budget, key) > 0:
             raise RecipeError(f"budget.{key}={getattr(recipe.budget, key)}: give a number above 0")
-    if model.gates is not None and _runs(model, "joint", recipe.joint):
+    if model.gates is not None and not _runs(model, "joint", recipe.joint):
+        raise RecipeError(
+            "joint.epochs=0: gates learn in the joint stage and decide at random without it; give 1 or more"
+        )
+    if model.gates is not None:
         try:
             check_budget(model, recipe.budget.target)
         except CalibrationError as error:

@@ -18,6 +18,7 @@ from dynnet.errors import PruneError, did_you_mean
 from dynnet.exits import input_size_of, title
 from dynnet.layers import layer_kind
 from dynnet.probe import BATCH, Call, Trace, trace
+from dynnet.pruning.bare import check_bare
 from dynnet.pruning.shape import remove
 
 Metric = Callable[[nn.Module], float]
@@ -104,8 +105,9 @@ def prune_layers(
         input_size: as in `removable_blocks`.
 
     Raises:
-        PruneError: a target outside (0, 1], or one that cannot be reached.
+        PruneError: a wrapped model, a target outside (0, 1], or one that cannot be reached.
     """
+    check_bare(model, masked=True)
     if not 0 < macs <= 1:
         raise PruneError(f"macs={macs}: give a share of the model's in (0, 1]")
     size = input_size or input_size_of(model)

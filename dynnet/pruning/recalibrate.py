@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dynnet.model import DynamicModel
 from dynnet.probe import evaluating
 from dynnet.pruning.batches import Batches, Loader
 
@@ -21,7 +22,7 @@ def recalibrate(model: nn.Module, loader: Loader, batches: int = 100) -> None:
     Each is the plain average over the batches, as they are met with all else in eval mode.
 
     Args:
-        model: any; without batch norms nothing happens.
+        model: any, wrapped or not; without batch norms nothing happens.
         loader: batches of (images (B, C, H, W), ...), at least one; shuffled, or the first ones may be of one class.
         batches: how many of them, at most.
 
@@ -33,12 +34,14 @@ def recalibrate(model: nn.Module, loader: Loader, batches: int = 100) -> None:
     if not norms:
         return
     images = (x for x, _ in Batches(loader, batches).on(model, labelled=False))
+    # Every layer, of every sample: nobody leaves and nothing is skipped.
+    run = model.forward_exits if isinstance(model, DynamicModel) else model
     first = next(images)  # or an empty loader says so, before anything is forgotten
     with _measuring(model, norms):
-        model(first)
+        run(first)
         for more in images:
             if len(more) > 1:  # one image says little of a variance, and nothing where a map is one pixel
-                model(more)
+                run(more)
 
 
 @contextmanager

@@ -20,14 +20,13 @@ from typing import Literal, NamedTuple, cast, get_args
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from dynnet.channels import Group, bundle, find_groups
 from dynnet.errors import PruneError
 from dynnet.exits import input_size_of, title
 from dynnet.fold import fold
-from dynnet.model import DynamicModel
 from dynnet.names import check_excluded, is_inside
+from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.costs import Costs, Side
 from dynnet.pruning.shape import restate
@@ -125,6 +124,7 @@ def prune(
     given = Batches(loader, batches, loss or nn.functional.cross_entropy, seed)
     size = _check(model, config, steps, input_size)
     pruned, of = copy.deepcopy(model), model if of is None else of
+    modes = {name: module.training for name, module in model.named_modules()}
     kind, target = config.target
     unit = "macs" if kind == "latency" else kind
     whole = Costs(of, [], size, unit).whole
@@ -150,17 +150,15 @@ def prune(
         if step < steps and between is not None:
             between(pruned)
     restate(pruned, model, size)
+    for name, module in pruned.named_modules():  # `between` may have left others
+        module.training = modes[name]
     return pruned
 
 
 def _check(
     model: nn.Module, config: PruneConfig, steps: int, input_size: tuple[int, int, int] | None
 ) -> tuple[int, int, int]:
-    if isinstance(model, DynamicModel):
-        raise PruneError("a wrapped model is pruned before it is wrapped; call unwrap() first, wrap the narrower one")
-    masked = [name for name, module in model.named_modules() if is_parametrized(module)]
-    if masked:
-        raise PruneError(f"{masked[0]} has a mask on its weights; call make_permanent(model) first")
+    check_bare(model)
     find_criterion(config.criterion)
     kind, share = config.target
     if not 0 < share <= 1:

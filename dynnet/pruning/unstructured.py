@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from dynnet.errors import PruneError
 from dynnet.exits import title
 from dynnet.names import check_excluded, is_inside
+from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.weights import score_weights, weight_of
 
@@ -65,13 +66,14 @@ def sparsify(
         batches, loss, seed: as in `prune`.
 
     Raises:
-        PruneError: a sparsity outside [0, 1) or below what is masked already, or an unknown name; the model is left
-            untouched.
+        PruneError: a wrapped model, a sparsity outside [0, 1) or below what is masked already, an unknown name, or an
+            activation asked of a layer whose own forward does not run; the model is left untouched.
     """
     if not 0 <= sparsity < 1:
         raise PruneError(f"sparsity={sparsity}: give a share of the weights in [0, 1)")
     if scope not in get_args(SparsityScope):
         raise PruneError(f"scope={scope!r}: choose from {', '.join(get_args(SparsityScope))}")
+    check_bare(model, masked=True)
     layers = weighted_layers(model, exclude)
     given = Batches(loader, batches, loss or nn.functional.cross_entropy, seed)
     scores = score_weights(model, layers, criterion, given)
@@ -118,10 +120,12 @@ def sparsify_n_m(
         Layers that are left dense, as m does not divide their inputs (of one group, where they are grouped).
 
     Raises:
-        PruneError: not 0 < n < m, an unknown name, layers that are masked already, or none that m divides.
+        PruneError: a wrapped model, not 0 < n < m, an unknown name, layers that are masked already, or none that m
+            divides.
     """
     if not 0 < n < m:
         raise PruneError(f"n={n}, m={m}: of m neighbours n stay, 0 < n < m")
+    check_bare(model, masked=True)
     layers = weighted_layers(model, exclude)
     before = [layer for layer in layers if is_parametrized(model.get_submodule(layer), "weight")]
     if before:

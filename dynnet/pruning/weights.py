@@ -104,6 +104,11 @@ def activation(model: nn.Module, weights: Weights, batches: Batches) -> dict[str
         for images, _ in batches.on(model, labelled=False):
             model(images)
     found = {}
+    if unseen := [layer for layer in weights if layer not in squares]:
+        raise PruneError(
+            f"the forward of {unseen[0]} does not run, so that nothing is known of its inputs; exclude it, or choose "
+            f"another criterion than 'activation'"
+        )
     for layer, w in weights.items():
         norms = squares[layer].sqrt()  # (I,)
         groups = len(norms) // w.shape[1]
