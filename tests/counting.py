@@ -15,6 +15,6 @@ def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> i
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter; before 2.15 it took fused attention on CPUs for nothing."""
+    """PyTorch's counter; that of 2.14 counts fused attention on CPUs as nothing."""
     missing = {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: _attention}
     return FlopCounterMode(display=False, custom_mapping=missing)
