@@ -1,4 +1,4 @@
-"""A backbone with exits: `DynamicModel`, what it answers, and the flows that run it.
+"""A backbone with exits: `DynamicModel`, and what it answers.
 
 B batch, K classes, E exits; exit number E is the backbone's own head
 """
@@ -13,14 +13,14 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from dynnet import flow, gates
+from dynnet.calls import Answering, EveryExit
 from dynnet.cost import Ledger, price
 from dynnet.errors import GateError, InputError
-from dynnet.flow import Finished, Flow, Tag
+from dynnet.flow import Tag
 from dynnet.gates import Decisions, Gates
-from dynnet.policy import Measure, active, check_thresholds, leaves, make_measure
+from dynnet.policy import Measure, active, check_thresholds, make_measure
 from dynnet.probe import on_meta
 from dynnet.regions import GateConfig, GatePlan
 from dynnet.rehearse import Placement
@@ -267,7 +267,8 @@ class DynamicModel(nn.Module):
 
     def run_every_exit(self, x: Tensor, equilibrium: bool = False, gated: bool = False) -> ExitOutputs:
         """`forward_exits` without its checks; also without gates, for dry runs."""
-        every = _EveryExit(self, len(x), self._decisions(sparse=False) if gated else None, equilibrium)
+        decisions = self._decisions(sparse=False) if gated else None
+        every = EveryExit(self.tag, len(x), decisions, list(self.heads), equilibrium)
         with flow.run(every, self._notes_size):
             every.logits.append(self.backbone(x))
         return ExitOutputs(tuple(every.logits), every.decisions)
@@ -275,9 +276,10 @@ class DynamicModel(nn.Module):
     def _decisions(self, sparse: bool) -> Decisions | None:
         return None if self.gates is None else Decisions(self.gates, sparse)
 
-    def _answer(self, x: Tensor) -> _Answering:
+    def _answer(self, x: Tensor) -> Answering:
         self._check(x)
-        answers = _Answering(self, len(x), self._decisions(sparse=self.execution == "sparse"))
+        decisions = self._decisions(sparse=self.execution == "sparse")
+        answers = Answering(self.tag, len(x), decisions, list(self.heads), self.measure, self.thresholds, self.active)
         with flow.run(answers, self._notes_size):
             answers.finish(self.backbone(x))
         return answers
@@ -299,113 +301,3 @@ class DynamicModel(nn.Module):
                 )
         if tuple(x.shape[1:]) not in self._ledgers:
             self.ledger(tuple(x.shape[1:]))  # a dry run, which tells in words where a size does not fit
-
-
-class _EveryExit(Flow):
-    """All heads answer, all samples go on."""
-
-    decisions: Decisions | None
-
-    def __init__(self, model: DynamicModel, size: int, decisions: Decisions | None, equilibrium: bool) -> None:
-        super().__init__(model.tag, size, decisions)
-        self.model, self.equilibrium = model, equilibrium
-        self.logits: list[Tensor] = []
-
-    def reach(self, index: int, output: Any, leaves: Sequence[tuple[int, int]]) -> Any:
-        # A backbone may go on in place (an activation, say), which must not touch what a head keeps for its backward.
-        grad = torch.is_grad_enabled()
-        onward = None
-        if grad and self.equilibrium:
-            behind = len(self.model.heads) - index  # classifiers after this one
-            onward = _scale_gradients(output, behind / (behind + 1))
-            output = _scale_gradients(output, 1 / (behind + 1))
-        elif grad:
-            output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
-        self.logits.append(self.model.heads[index](output))
-        return onward
-
-
-class _Answering(Flow):
-    """Each sample leaves at the first exit that is confident of it."""
-
-    decisions: Decisions | None
-
-    def __init__(self, model: DynamicModel, size: int, decisions: Decisions | None) -> None:
-        super().__init__(model.tag, size, decisions)
-        self.model, self.active = model, model.active
-        self.memory: Tensor | None = None
-        # One entry for each group that left: exit, original rows (None: all), logits, confidence (None: not asked yet).
-        self.left: list[tuple[int, Tensor | None, Tensor, Tensor | None]] = []
-
-    def reach(self, index: int, output: Any, batched: Sequence[tuple[int, int]]) -> Any:
-        if not self.active[index]:
-            return None
-        logits = self.model.heads[index](output)
-        confidence, memory = self.model.measure(logits, self.memory)
-        threshold = self.model.thresholds[index]
-        # The one synchronisation of an exit.
-        if len(confidence) == 1:
-            # Python compares, also in float64, in less time than the three operators that a batch takes.
-            leaving, count = confidence, int(confidence.item() >= threshold)
-        else:
-            leaving = leaves(confidence, threshold)
-            count = int(leaving.sum())
-        if count == 0:
-            self.memory = memory
-            return None
-        if count == len(confidence):
-            self.left.append((index, self.rows, logits, confidence))
-            raise Finished
-        gone, kept = leaving.nonzero().squeeze(1), (~leaving).nonzero().squeeze(1)
-        rows = gone if self.rows is None else self.rows[gone]
-        self.left.append((index, rows, logits[gone], confidence[gone]))
-        self.memory = None if memory is None else memory[kept]
-        return self.thin_out(output, batched, kept)
-
-    def finish(self, logits: Tensor) -> None:
-        self.left.append((len(self.active), self.rows, logits, None))
-
-    def logits(self) -> Tensor:
-        return self._in_order([logits for _, _, logits, _ in self.left])
-
-    def confidence(self) -> Tensor:
-        return self._in_order(
-            [
-                self.model.measure(logits, self.memory)[0] if confidence is None else confidence
-                for _, _, logits, confidence in self.left
-            ]
-        )
-
-    def exits(self) -> Tensor:
-        return self._in_order(
-            [torch.full((len(logits),), exit, device=logits.device) for exit, _, logits, _ in self.left]
-        )
-
-    def _in_order(self, parts: list[Tensor]) -> Tensor:
-        """Parts of the batch, in the order of leaving, put back into the order of the batch."""
-        if len(parts) == 1:
-            return parts[0]
-        rows = torch.cat([rows for _, rows, _, _ in self.left if rows is not None])
-        joined = torch.cat(parts)
-        return torch.empty_like(joined).index_copy(0, rows, joined)
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
-
-
-def _scale_gradients(output: Any, factor: float) -> Any:
-    """The same numbers; what comes back through them is scaled."""
-    return tree_map(
-        lambda leaf: (
-            _ScaleGradient.apply(leaf, factor) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-        ),
-        output,
-    )
