@@ -103,7 +103,6 @@ def beside_pruned(table: Table, results: Mapping[str, Any]) -> Figure:
         axes.plot(100, dense, "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
         axes.axhline(dense, color=DENSE, lw=0.8, ls=":")
         axes.plot(share, 100 * results["accuracy"], "o", color=DYNAMIC, ms=10, label="this model", zorder=4)
-        axes.set_xlim(left=0)
     looks = itertools.product(("s", "^", "v", "D"), PALETTE)
     # Of one method and as many epochs of training: budgets that can be joined by a line.
     for method, epochs in dict.fromkeys((row["method"], row["epochs"]) for row in static):
@@ -127,6 +126,8 @@ def beside_pruned(table: Table, results: Mapping[str, Any]) -> Figure:
             )
     panels[0].set(xlabel="mean MACs (% of the bare backbone's)", ylabel="accuracy (%)", title="Accuracy and compute")
     panels[1].set(xlabel="mean time of one image (% of the bare backbone's)", title="Accuracy and measured time")
+    for axes in panels:  # when all is drawn: it ends the search for limits
+        axes.set_xlim(left=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     return figure
 
