@@ -29,7 +29,7 @@ class EveryExit(Flow):
         self.heads, self.equilibrium = heads, equilibrium
         self.logits: list[Tensor] = []
 
-    def reach(self, index: int, output: Any, leaves: Sequence[tuple[int, int]]) -> Any:
+    def reach(self, index: int, output: Any, batched: Sequence[tuple[int, int]]) -> Any:
         # A backbone may go on in place (an activation, say), which must not touch what a head keeps for its backward.
         grad = torch.is_grad_enabled()
         onward = None

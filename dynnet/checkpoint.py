@@ -224,13 +224,20 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
     """
     tensors, about = _read(path, "backbone")
     if backbone is not None:
-        twin = _built(path, about, _twin(backbone))
-        _as_saved(twin, tensors, about, path)
-        check_weights(twin, tensors, path)
+        _prepared(path, tensors, about, _twin(backbone))
+    built = _prepared(path, tensors, about, backbone)
+    built.load_state_dict(tensors)
+    return built.eval()
+
+
+def _prepared(
+    path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], backbone: nn.Module | None
+) -> nn.Module:
+    """The plain model of a file, ready for its weights; arguments and errors as for `load_backbone`."""
     built = _built(path, about, backbone)
     _as_saved(built, tensors, about, path)
-    load_weights(built, tensors, path)
-    return built.eval()
+    check_weights(built, tensors, path)
+    return built
 
 
 def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -324,7 +331,7 @@ def _difference(model: nn.Module, fresh: nn.Module) -> str | None:
 
 
 def _misfit(fresh: nn.Module, shape: Shape) -> str | None:
-    """Why a fresh model, without numbers, cannot be brought into a shape, in words; None where it can."""
+    """Why a fresh model cannot be brought into a shape, in words; None where it can. It is not fresh afterwards."""
     try:
         bring_into_shape(fresh, shape)
     except PruneError as error:

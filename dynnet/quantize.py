@@ -27,7 +27,7 @@ from dynnet.layers import layer_kind
 from dynnet.model import DynamicModel
 from dynnet.names import check_excluded, is_inside
 from dynnet.probe import evaluating, reading
-from dynnet.pruning.batches import Batches, Loader
+from dynnet.pruning.batches import Batches, Loader, every_layer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -247,9 +247,10 @@ def _ranges(
             raise NonFiniteError(f"{name} is given NaN or infinity; check the weights and the images")
         seen.setdefault(name, []).append((float(low), float(high)))
 
+    run = every_layer(model)
     with reading(layers, look), evaluating(model):
         for images, _ in Batches(loader, batches).on(model, labelled=False):
-            model.forward_exits(images) if isinstance(model, DynamicModel) else model(images)
+            run(images)
     if not seen:
         raise DataError("no layer ran on the loader's images")
     means = {name: torch.tensor(found, dtype=torch.float64).mean(0).tolist() for name, found in seen.items()}

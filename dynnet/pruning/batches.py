@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynnet.errors import DataError
+from dynnet.model import DynamicModel
 from dynnet.probe import device_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -55,6 +56,11 @@ class Batches:
             yield images.to(device), labels if labelled else None
         if number < 0:
             raise DataError("the loader gave no batches; give it at least one image")
+
+
+def every_layer(model: nn.Module) -> Callable[[Tensor], object]:
+    """A forward in which every layer sees every sample: in a wrapped model nobody leaves and nothing is skipped."""
+    return model.forward_exits if isinstance(model, DynamicModel) else model
 
 
 def _checked(labels: object, number: int) -> Tensor:

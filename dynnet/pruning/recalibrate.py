@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dynnet.model import DynamicModel
 from dynnet.probe import evaluating
-from dynnet.pruning.batches import Batches, Loader
+from dynnet.pruning.batches import Batches, Loader, every_layer
 
 
 @torch.no_grad()
@@ -34,8 +33,7 @@ def recalibrate(model: nn.Module, loader: Loader, batches: int = 100) -> None:
     if not norms:
         return
     images = (x for x, _ in Batches(loader, batches).on(model, labelled=False))
-    # Every layer, of every sample: nobody leaves and nothing is skipped.
-    run = model.forward_exits if isinstance(model, DynamicModel) else model
+    run = every_layer(model)
     first = next(images)  # or an empty loader says so, before anything is forgotten
     with _measuring(model, norms):
         run(first)

@@ -151,7 +151,7 @@ def prune(
             between(pruned)
     restate(pruned, model, size)
     for name, module in pruned.named_modules():  # `between` may have left others
-        module.training = modes[name]
+        module.training = modes.get(name, module.training)
     return pruned
 
 

@@ -103,12 +103,12 @@ def activation(model: nn.Module, weights: Weights, batches: Batches) -> dict[str
     with reading(layers, look):
         for images, _ in batches.on(model, labelled=False):
             model(images)
-    found = {}
     if unseen := [layer for layer in weights if layer not in squares]:
         raise PruneError(
             f"the forward of {unseen[0]} does not run, so that nothing is known of its inputs; exclude it, or choose "
             f"another criterion than 'activation'"
         )
+    found = {}
     for layer, w in weights.items():
         norms = squares[layer].sqrt()  # (I,)
         groups = len(norms) // w.shape[1]
