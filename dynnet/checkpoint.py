@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from dynnet.errors import CheckpointError, DynnetError, PruneError
-from dynnet.exits import title
 from dynnet.fold import FoldedNorm, fold_again, folded_norms
 from dynnet.heads import HeadFactory
 from dynnet.model import DynamicModel
-from dynnet.names import is_inside
+from dynnet.names import is_inside, title
 from dynnet.policy import to_json
 from dynnet.probe import on_meta
 from dynnet.pruning.packed import pack, unpack

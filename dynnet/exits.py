@@ -9,17 +9,18 @@ previous cell of a NASNet) are its *companions*: they lose the same rows when a 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from dynnet.errors import ExitError, did_you_mean
+from dynnet.input_size import first_run
+from dynnet.names import title
 from dynnet.probe import BATCH, Call, Trace, trace
 
 # No exit is proposed after this share of the MACs: it could save next to nothing.
@@ -107,13 +108,8 @@ class Places:
 
     def __init__(self, backbone: nn.Module, input_size: tuple[int, int, int]) -> None:
         self.backbone, self.input_size = backbone, input_size
-        try:
+        with first_run(backbone, input_size, ExitError):
             self.trace: Trace = trace(backbone, input_size, BATCH)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            raise ExitError(
-                f"{title(backbone)} cannot run on images of size {tuple(input_size)} ({type(error).__name__}: "
-                f"{error}); give the size it was made for as input_size="
-            ) from error
         output = self.trace.output
         if len(output) != 1 or len(output[0].shape) != 2 or output[0].batch_dim != 0:
             raise ExitError(
@@ -326,27 +322,7 @@ class Places:
         return "nhwc" if self.output_fmt == "NHWC" else "nchw"
 
 
-def input_size_of(backbone: nn.Module) -> tuple[int, int, int]:
-    """The (C, H, W) that a timm model was made for: its patch embedding's, else its pretrained configuration's."""
-    config: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
-    channels, height, width = config.get("input_size", (3, 224, 224))
-    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-    if isinstance(size, (tuple, list)) and len(size) == 2:
-        height, width = size
-    first = config.get("first_conv")
-    with contextlib.suppress(AttributeError):  # a name that is no module says nothing
-        found = backbone.get_submodule(first).in_channels if isinstance(first, str) else channels
-        # TResNet moves 4x4 pixels into channels before its first convolution.
-        channels = channels if found in (4 * channels, 16 * channels) else found
-    return int(channels), int(height), int(width)
-
-
 def _batch_first(call: Call) -> bool:
     """Does the output carry the batch, and all of it in the first dimension?"""
     dims = {leaf.batch_dim for leaf in call.leaves}
     return 0 in dims and dims <= {0, None}
-
-
-def title(backbone: nn.Module) -> str:
-    config = getattr(backbone, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(backbone).__name__)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dynnet.errors import CheckpointError
-from dynnet.exits import input_size_of
+from dynnet.input_size import input_size_of
 from dynnet.model import DynamicModel
 from dynnet.probe import BATCH, Trace, trace
 

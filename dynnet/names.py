@@ -1,10 +1,18 @@
-"""Names of modules, as users give them."""
+"""Names of models and modules, as users give and read them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from torch import nn
+
 from dynnet.errors import DynnetError, did_you_mean
+
+
+def title(model: nn.Module) -> str:
+    """What a plain model is called in a message: timm's name, else its class."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(model).__name__)
 
 
 def is_inside(name: str, parents: Sequence[str]) -> bool:
@@ -12,7 +20,7 @@ def is_inside(name: str, parents: Sequence[str]) -> bool:
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 
-def check_excluded(exclude: Sequence[str], modules: Collection[str], title: str, error: type[DynnetError]) -> None:
+def check_excluded(exclude: Sequence[str], modules: Collection[str], model: str, error: type[DynnetError]) -> None:
     """Refuse modules to be excluded that there are not.
 
     Raises:
@@ -20,4 +28,4 @@ def check_excluded(exclude: Sequence[str], modules: Collection[str], title: str,
     """
     for name in exclude:
         if name not in modules:
-            raise error(f"exclude: {title} has no module {name!r}{did_you_mean(name, modules)}")
+            raise error(f"exclude: {model} has no module {name!r}{did_you_mean(name, modules)}")

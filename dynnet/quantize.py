@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
-from dynnet.exits import title
 from dynnet.fold import fold
 from dynnet.layers import layer_kind
 from dynnet.model import DynamicModel
-from dynnet.names import check_excluded, is_inside
+from dynnet.names import check_excluded, is_inside, title
 from dynnet.probe import evaluating, reading
 from dynnet.pruning.batches import Batches, Loader, every_layer
 

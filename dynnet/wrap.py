@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from dynnet import flow
 from dynnet.channels import find_groups
 from dynnet.errors import ExitError, HeadError
-from dynnet.exits import Boundary, Places, input_size_of, title
+from dynnet.exits import Boundary, Places
 from dynnet.gates import attach as attach_gates
 from dynnet.gates import detach as detach_gates
 from dynnet.gates import is_attached as gates_attached
 from dynnet.heads import ExitHead, HeadFactory
+from dynnet.input_size import input_size_of
 from dynnet.model import DynamicModel, WrapConfig
+from dynnet.names import title
 from dynnet.policy import make_measure
 from dynnet.probe import BATCH, trace
 from dynnet.regions import GateConfig, GatePlan, check_gates, plan_gates

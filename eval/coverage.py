@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from dynnet import prune, wrap
 from dynnet.errors import DynnetError, GateError, PruneError
-from dynnet.exits import input_size_of
+from dynnet.input_size import input_size_of
 from dynnet.probe import trace
 
 COLUMNS = (

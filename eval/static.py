@@ -34,10 +34,13 @@ def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]
         One row a model, the most accurate first: "name", "method", "accuracy", "macs_share" of the bare backbone,
         "sparsity", "size_bytes", "epochs" (after the dense stage), "dynamic": does it decide by the input?, and "file".
 
+    Unfinished runs are named on the screen and left out.
+
     Raises:
         CheckpointError: no finished run, or one of another model or other images.
     """
     rows: list[dict[str, Any]] = []
+    unfinished: list[str] = []
     for path in sorted(path for path in Path(pattern).parent.glob(Path(pattern).name) if path.is_dir()):
         for place in (path / "results.json", path / "report" / "results.json"):
             if place.is_file():
@@ -50,12 +53,15 @@ def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]
                 rows += (_pruned if "pruning" in found else _hybrid)(path, found, results["dense_macs"])
                 break
         else:
-            raise CheckpointError(
-                f"{str(path)!r} holds no finished pruning; finish it with `python -m training.prune`, or, where a "
-                f"dynamic model was trained on a pruned backbone, write its report"
-            )
+            unfinished.append(str(path))
+    told = f"not finished: {', '.join(unfinished)}" if unfinished else f"no folder matches {pattern!r}"
     if not rows:
-        raise CheckpointError(f"no folder matches {pattern!r}; prune with `python -m training.prune --out ...`")
+        raise CheckpointError(
+            f"{told}; prune with `python -m training.prune --out ...`, or, where a dynamic model was trained on a "
+            f"pruned backbone, write its report"
+        )
+    if unfinished:
+        print(f"left out, as {told}")
     return sorted(rows, key=lambda row: -row["accuracy"])
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import dynnet
 from dynnet.errors import ExitError
-from dynnet.exits import Places, input_size_of
+from dynnet.exits import Places
+from dynnet.input_size import input_size_of
 from tests.cases import CASES, tiny
 
 

@@ -66,6 +66,8 @@ def test_without_a_block_its_input_goes_on() -> None:
     assert len(list(model.layer2[1].parameters())) > 0
     with pytest.raises(PruneError, match="did you mean 'layer2"):
         remove_blocks(model, ["layer2.11"])
+    with pytest.raises(PruneError, match=r"cannot run on images of size \(1, 32, 32\)"):
+        removable_blocks(model, (1, 32, 32))
 
 
 def test_the_block_that_does_least_is_needed_least() -> None:

@@ -207,7 +207,9 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "two" / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     hybrid = {"accuracy": 0.15, "mean_macs": 0.3 * macs, "dense_macs": 0.5 * macs, "epochs": 2}
     (tmp_path / "two" / "report" / "results.json").write_text(json.dumps(same | hybrid))
+    (tmp_path / "tomorrow").mkdir()
     report.main(copied, redraw=True, static=str(tmp_path / "[tw]*"), latency_samples=5)
+    assert re.search("left out, as not finished: .*tomorrow", capsys.readouterr().out)
     results = json.loads((copied / "report" / "results.json").read_text())
     wide, thin, two, small = results["static"]
     assert (wide["name"], wide["macs_share"], thin["macs_share"]) == ("wide", 1.0, 0.5)
@@ -221,10 +223,15 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     assert (copied / "report" / "beside_pruned.png").is_file()
 
     (tmp_path / "thin" / "results.json").write_text(json.dumps(same | {"model": "resnet18"}))
-    for pattern, message in (("nothing*", "no folder matches"), ("thin", "is of model='resnet18'")):
+    (tmp_path / "unfinished").mkdir()
+    for pattern, message in (
+        ("nothing*", "no folder matches"),
+        ("thin", "is of model='resnet18'"),
+        ("un*", "not finished: .*unfinished"),
+    ):
         with pytest.raises(SystemExit):
             report.main(copied, redraw=True, static=str(tmp_path / pattern))
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_equal_compute_and_equal_accuracy_are_read_off_the_line() -> None:

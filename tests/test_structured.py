@@ -253,6 +253,7 @@ def test_a_dynamic_model_on_a_pruned_backbone_is_saved_with_its_shape(tmp_path: 
         ({"macs": 0.5, "scope": "layer"}, "choose from global, group"),
         ({"macs": 0.5, "exclude": ["zero"]}, "exclude: Sequential has no module 'zero'"),
         ({"macs": 0.5, "exclude": ["0", "3"]}, "no channels to take away: .*excluded"),
+        ({"macs": 0.5, "input_size": (1, 8, 8)}, r"Sequential cannot run on images of size \(1, 8, 8\) .* input_size="),
     ],
 )
 def test_bad_input_leaves_the_model_untouched(settings: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import dynnet
-from dynnet.exits import input_size_of
+from dynnet.input_size import input_size_of
 from dynnet.probe import trace
 from tests.cases import enliven, leave_one_by_one, open_at_random
 from tests.counting import flop_counter

@@ -15,8 +15,9 @@ from torch import nn
 from tqdm import tqdm
 
 from dynnet.errors import PruneError, did_you_mean
-from dynnet.exits import input_size_of, title
+from dynnet.input_size import first_run, input_size_of
 from dynnet.layers import layer_kind
+from dynnet.names import title
 from dynnet.probe import BATCH, Call, Trace, trace
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.shape import remove
@@ -47,9 +48,13 @@ def removable_blocks(model: nn.Module, input_size: tuple[int, int, int] | None =
     Args:
         model: takes (B, *input_size) images.
         input_size: (C, H, W); by default what the model was made for.
+
+    Raises:
+        PruneError: it does not run on such images.
     """
     size = input_size or input_size_of(model)
-    seen = trace(model, size, BATCH)
+    with first_run(model, size, PruneError):
+        seen = trace(model, size, BATCH)
     modules = dict(model.named_modules())
     names = [name for name, call in seen.once().items() if name and _is_residual(call, seen, modules)]
     # A stage that is one long sum is left to its blocks.
@@ -111,7 +116,8 @@ def prune_layers(
     if not 0 < macs <= 1:
         raise PruneError(f"macs={macs}: give a share of the model's in (0, 1]")
     size = input_size or input_size_of(model)
-    whole = trace(model, size, BATCH).macs
+    with first_run(model, size, PruneError):
+        whole = trace(model, size, BATCH).macs
     shorter = copy.deepcopy(model)
     while (share := trace(shorter, size, BATCH).macs / whole) > macs:
         blocks = removable_blocks(shorter, size)

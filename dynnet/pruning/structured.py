@@ -23,9 +23,10 @@ from torch import nn
 
 from dynnet.channels import Group, bundle, find_groups
 from dynnet.errors import PruneError
-from dynnet.exits import input_size_of, title
 from dynnet.fold import fold
-from dynnet.names import check_excluded, is_inside
+from dynnet.input_size import first_run, input_size_of
+from dynnet.names import check_excluded, is_inside, title
+from dynnet.probe import BATCH, trace
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.costs import Costs, Side
@@ -170,7 +171,10 @@ def _check(
     if config.scope not in get_args(Scope):
         raise PruneError(f"scope={config.scope!r}: choose from {', '.join(get_args(Scope))}")
     check_excluded(config.exclude, dict(model.named_modules()), title(model), PruneError)
-    return input_size or input_size_of(model)
+    size = input_size or input_size_of(model)
+    with first_run(model, size, PruneError):
+        trace(model, size, BATCH)
+    return size
 
 
 def _groups(model: nn.Module, config: PruneConfig, size: tuple[int, ...]) -> list[Group]:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from dynnet.errors import PruneError
-from dynnet.exits import title
-from dynnet.names import check_excluded, is_inside
+from dynnet.names import check_excluded, is_inside, title
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.weights import score_weights, weight_of
