@@ -20,12 +20,23 @@ def is_inside(name: str, parents: Sequence[str]) -> bool:
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 
+def check_list(key: str, names: Sequence[str], error: type[DynnetError]) -> None:
+    """Refuse one name where several are expected: its letters would be taken for them.
+
+    Raises:
+        error: with the key that was given it.
+    """
+    if isinstance(names, str):
+        raise error(f"{key}={names!r}: give a list of module names, such as [{names!r}]")
+
+
 def check_excluded(exclude: Sequence[str], modules: Collection[str], model: str, error: type[DynnetError]) -> None:
     """Refuse modules to be excluded that there are not.
 
     Raises:
-        error: with the name, and the nearest that there is.
+        error: no list; or with the name, and the nearest that there is.
     """
+    check_list("exclude", exclude, error)
     for name in exclude:
         if name not in modules:
             raise error(f"exclude: {model} has no module {name!r}{did_you_mean(name, modules)}")

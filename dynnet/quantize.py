@@ -4,12 +4,16 @@ Every layer is replaced by one that turns its input into bytes, multiplies bytes
 and gives floating-point numbers, so that timm's own forward, exits and hooks run on as they are. Weights have a scale
 for each output, inputs one scale and one zero point, measured on a few batches. MACs are counted as before.
 
+x86 kernels without VNNI add products of bytes in pairs, in 16 bits: where they overflow, inputs get half as many steps.
+A file runs on either.
+
     O outputs, I inputs of a layer
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -27,6 +31,7 @@ from dynnet.model import DynamicModel
 from dynnet.names import check_excluded, is_inside, title
 from dynnet.probe import evaluating, reading
 from dynnet.pruning.batches import Batches, Loader, every_layer
+from dynnet.pruning.masks import not_plain
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,13 +44,13 @@ class Int8Layer(nn.Module):
     """What int8 convolutions and linear layers share.
 
     Attributes:
-        weight: (O, I / groups, ...) int8.
+        weight_int8: (O, I / groups, ...) int8.
         weight_scale: (O,) what one step of a weight is worth.
         bias: (O,), zero where the layer had none.
         input_scale, input_zero: what one step of an input is worth, and which of 0 .. 255 is zero.
     """
 
-    weight: Tensor
+    weight_int8: Tensor
     weight_scale: Tensor
     bias: Tensor
     input_scale: Tensor
@@ -56,11 +61,11 @@ class Int8Layer(nn.Module):
         with torch.no_grad():
             weight = layer.weight.detach().float()
             scale = (weight.abs().flatten(1).amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-            steps = (weight / scale.view(-1, *[1] * (weight.ndim - 1))).round().clamp(-127, 127)
+            steps = (weight / _by_output(scale, weight)).round().clamp(-127, 127)
             # Zero is among the inputs: padding is.
             low, high = min(low, 0.0), max(high, 0.0)
             step = max((high - low) / _LEVELS, torch.finfo(torch.float32).tiny)
-            self.register_buffer("weight", steps.to(torch.int8))
+            self.register_buffer("weight_int8", steps.to(torch.int8))
             self.register_buffer("weight_scale", scale)
             bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().clone()
             self.register_buffer("bias", bias)
@@ -68,18 +73,24 @@ class Int8Layer(nn.Module):
             self.register_buffer("input_zero", torch.tensor(round(-low / step), dtype=torch.int32))
         self._packed: dict[tuple[int, ...], tuple[Tensor, Tensor, float, int]] = {}
 
+    @property
+    def weight(self) -> Tensor:
+        """(O, I / groups, ...) float: what the bytes stand for. Some of timm's forwards ask for its type."""
+        return self.weight_int8 * _by_output(self.weight_scale, self.weight_int8)
+
     def _bytes(self, x: Tensor, scale: float, zero: int) -> Tensor:
-        """The nearest of 256 steps."""
+        """The nearest steps."""
         # What is added before the cut to whole numbers rounds.
-        return torch.add(torch.tensor(zero + 0.5), x.float(), alpha=1 / scale).clamp_(0, _LEVELS).to(torch.uint8)
+        return torch.add(torch.tensor(zero + 0.5), x.float(), alpha=1 / scale).clamp_(0, _levels()).to(torch.uint8)
 
     def _ready(self, x: Tensor) -> tuple[Tensor, Tensor, float, int]:
         """For an input like x: weights in the kernel's own layout, zero points of the weights, scale and zero point of
         the input."""
         key = tuple(x.shape[1:])  # of which the best layout depends
         if key not in self._packed:
-            scale, zero = float(self.input_scale), int(self.input_zero)
-            zeros = torch.zeros(len(self.weight), dtype=torch.int32)
+            coarser = _LEVELS / _levels()
+            scale, zero = float(self.input_scale) * coarser, round(int(self.input_zero) / coarser)
+            zeros = torch.zeros(len(self.weight_int8), dtype=torch.int32)
             self._packed[key] = (self._pack(list(x.shape), scale, zero), zeros, scale, zero)
         return self._packed[key]
 
@@ -88,7 +99,11 @@ class Int8Layer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Layer:
         self._packed = {}
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        # Kernels take these in single precision, whatever the rest of the model is in.
+        self.weight_scale, self.input_scale = self.weight_scale.float(), self.input_scale.float()
+        self.bias = self.bias.float()
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._packed = {}
@@ -125,12 +140,12 @@ class Int8Conv2d(Int8Layer):
         made = torch.ops.onednn.qconv_pointwise(
             given, scale, zero, weight, self.weight_scale, zeros, self.bias, *shape, *_FLOAT
         )
-        return cast(Tensor, made)
+        return cast(Tensor, made).to(x.dtype)
 
     def _pack(self, shape: list[int], scale: float, zero: int) -> Tensor:
         padding = [0, 0] if self.same else self.padding
         packed = torch.ops.onednn.qconv_prepack(
-            self.weight, self.weight_scale, scale, zero, self.stride, padding, self.dilation, self.groups, shape
+            self.weight_int8, self.weight_scale, scale, zero, self.stride, padding, self.dilation, self.groups, shape
         )
         return cast(Tensor, packed)
 
@@ -146,10 +161,26 @@ class Int8Linear(Int8Layer):
         made = torch.ops.onednn.qlinear_pointwise(
             given, scale, zero, weight, self.weight_scale, zeros, self.bias, *_FLOAT
         )
-        return cast(Tensor, made)
+        return cast(Tensor, made).to(x.dtype)
 
     def _pack(self, shape: list[int], scale: float, zero: int) -> Tensor:
-        return cast(Tensor, torch.ops.onednn.qlinear_prepack(self.weight, None))
+        return cast(Tensor, torch.ops.onednn.qlinear_prepack(self.weight_int8, None))
+
+
+@functools.cache
+def _levels() -> int:
+    """Steps of an input above its least that the kernels of this machine add up without overflow."""
+    count = 64
+    weight = torch.full((count, count), 127, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    scales, zeros = torch.ones(count), torch.zeros(count, dtype=torch.int32)
+    given = torch.full((1, count), _LEVELS, dtype=torch.uint8)
+    made = torch.ops.onednn.qlinear_pointwise(given, 1.0, 0, packed, scales, zeros, None, *_FLOAT)
+    return _LEVELS if bool((made == float(_LEVELS * 127 * count)).all()) else _LEVELS // 2
+
+
+def _by_output(scale: Tensor, weight: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (weight.ndim - 1))
 
 
 def quantize(
@@ -174,10 +205,15 @@ def quantize(
         plain convolutions and linear layers, stay as they are. A byte cannot be NaN: images with NaN get an answer.
 
     Raises:
-        QuantizeError: gates, another device or type, an unknown module, or nothing to quantize.
+        QuantizeError: gates, masks on weights, int8 layers, another device or type, an unknown module, or nothing to
+            quantize.
         DataError: an empty loader.
         NonFiniteError: a layer is given NaN or infinity.
     """
+    if int8_layers(model):
+        raise QuantizeError("the model is in int8 already; quantize the one that it was made from")
+    if told := not_plain(model):
+        raise QuantizeError(told)
     first = next(model.parameters(), None)
     if isinstance(model, DynamicModel) and model.gates is not None:
         raise QuantizeError("gates choose among floating-point weights; quantize a model without gates")
@@ -185,8 +221,8 @@ def quantize(
         raise QuantizeError("int8 kernels are for CPUs, from float32: move the model with .cpu().float() first")
     small = fold(model, input_size)
     modules = dict(small.named_modules())
-    whole = small.backbone if isinstance(small, DynamicModel) else small
-    check_excluded(exclude, modules, title(whole), QuantizeError)
+    whole = f"the wrapped {title(small.backbone)}" if isinstance(small, DynamicModel) else title(small)
+    check_excluded(exclude, modules, whole, QuantizeError)
     layers = {name: module for name, module in modules.items() if _is_plain(module) and not is_inside(name, exclude)}
     if not layers:
         raise QuantizeError("there are no plain convolutions or linear layers to quantize")

@@ -101,9 +101,9 @@ class PruningConfig:
         method: a criterion of `dynnet.prune` ("l1", "l2", "taylor", "fisher", "hessian", "activation", "slimming",
             "fpgm", "random") for whole channels; "layers" for whole residual blocks; "scratch" for the shape that "l1"
             leaves, trained from new weights; "magnitude", "lottery" or "n:m" for single weights.
-        macs: share of the MACs that is left, where channels or blocks go.
+        macs: share of the MACs that is left, where channels or blocks go; by default 0.5.
         latency: in its place, share of the time of one image that is left, measured here, where channels go.
-        sparsity: share of the weights that are zero at the end, where single weights go.
+        sparsity: share of the weights that are zero at the end, where single weights go; by default 0.8.
         steps: reach it in so many cuts, with a part of the fine-tuning after each.
         schedule: of the sparsity over the steps.
         n, m: of every m neighbouring weights n stay, for "n:m".
@@ -122,9 +122,9 @@ class PruningConfig:
     """
 
     method: str = "taylor"
-    macs: float = 0.5
+    macs: float | None = None
     latency: float | None = None
-    sparsity: float = 0.8
+    sparsity: float | None = None
     steps: int = 1
     schedule: Literal["linear", "cubic"] = "cubic"
     n: int = 2
@@ -208,6 +208,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"cannot read recipe {str(path)!r}: {error}") from error
     check_keys(given)
+    given, overrides = _with_gates(given, overrides)
     parser = recipe_parser()
     from jsonargparse import ArgumentError
 
@@ -222,6 +223,29 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe(**vars(parser.instantiate(config)))
     except ArgumentError as error:
         raise RecipeError(f"recipe {str(path)!r}: {error}") from error
+
+
+def _with_gates(given: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What a file gives with the overrides that concern gates, and the other overrides: jsonargparse cannot change what
+    may also be nothing."""
+    gates, rest = given.get("gates"), []
+    arguments = iter(overrides)
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if key != "--gates" and not key.startswith("--gates."):
+            rest.append(argument)
+            continue
+        text = value if separator else next(arguments, "")
+        try:
+            read = yaml.safe_load(text)
+            if not text or (read is None and key != "--gates"):
+                raise RecipeError(f"{key.removeprefix('--')} has no value; give one")
+        except yaml.YAMLError as error:
+            raise RecipeError(f"cannot read {key.removeprefix('--')}={text!r}: {error}") from error
+        gates = read if key == "--gates" else {**(gates or {}), key.removeprefix("--gates."): read}
+    if gates is not None:
+        check_keys(gates, GateConfig, "gates")
+    return {**given, "gates": gates}, rest
 
 
 def recipe_parser() -> Any:

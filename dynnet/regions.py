@@ -192,8 +192,6 @@ def plan_gates(
     for key in ("unit", "blocks"):
         if getattr(config, key) < 1:
             raise GateError(f"{key}={getattr(config, key)}: give a number of 1 or more")
-    if isinstance(config.exclude, str):
-        raise GateError(f"exclude={config.exclude!r}: give a tuple of module names, such as ({config.exclude!r},)")
     check_excluded(config.exclude, modules, title, GateError)
     refused = [_why_not(group, config, macs, total, sideways) for group in groups]
     chosen = [group for group, reason in zip(groups, refused, strict=True) if reason is None]

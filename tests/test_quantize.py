@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,44 @@ def test_one_layer_is_right_to_its_steps(groups: int) -> None:
     linear = nn.Linear(16, 5)
     x = torch.rand(2, 7, 16)
     assert (Int8Linear(linear, 0.0, 1.0)(x) - linear(x)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "ALL"])  # whatever of these the machine has
+def test_sums_do_not_overflow(isa: str) -> None:
+    code = (
+        "import torch, dynnet; from torch import nn; "
+        "m = nn.Sequential(nn.Conv2d(3, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval(); "
+        "[nn.init.ones_(p) for p in m.parameters()]; x = torch.ones(4, 3, 8, 8); "
+        "q = dynnet.quantize(m, [x], input_size=(3, 8, 8)); print(float((q(x) / m(x)).detach().mean()))"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(1, abs=0.02)
+
+
+@torch.no_grad()
+def test_half_as_many_steps_of_inputs_are_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[0]
+    model, images = case.backbone(), case.images(6)
+    enliven(model)
+    expected, fine = model(images), dynnet.quantize(model, [images])(images)
+    monkeypatch.setattr(sys.modules[Int8Layer.__module__], "_levels", lambda: 127)
+    coarse = dynnet.quantize(model, [images])(images)
+    assert not torch.equal(coarse, fine)
+    assert (coarse - expected).norm() < 0.05 * expected.norm()
+
+
+@torch.no_grad()
+def test_forwards_that_ask_for_the_type_of_weights_get_that_of_what_they_compute() -> None:
+    linear = nn.Linear(16, 5)
+    small = Int8Linear(linear, 0.0, 1.0)
+    assert small.weight.dtype == torch.float32
+    assert torch.allclose(small.weight, linear.weight, atol=float(linear.weight.abs().max()) / 250)
+    x = torch.rand(2, 16)
+    for dtype in (torch.float16, torch.float64):
+        found = copy.deepcopy(small).to(dtype)(x.to(dtype))
+        assert found.dtype == dtype
+        assert torch.allclose(found.float(), small(x), atol=0.01)
 
 
 @torch.no_grad()
@@ -114,6 +155,12 @@ def test_bad_input() -> None:
         dynnet.quantize(CASES[0].wrapped(gates="channel"), [images])
     with pytest.raises(QuantizeError, match=r"\.cpu\(\)\.float\(\)"):
         dynnet.quantize(tiny().double(), [images.double()])
+    with pytest.raises(QuantizeError, match="in int8 already"):
+        dynnet.quantize(dynnet.quantize(tiny(), [images]), [images])
+    masked = tiny()
+    dynnet.pruning.sparsify(masked, 0.5, exclude=["0"])
+    with pytest.raises(QuantizeError, match=r"1\.0 has a mask on its weights; call dynnet.pruning.make_permanent"):
+        dynnet.quantize(masked, [images])
     with pytest.raises(QuantizeError, match="no module '9'"):
         dynnet.quantize(tiny(), [images], exclude=["9"])
     with pytest.raises(QuantizeError, match="no plain convolutions"):

@@ -57,7 +57,7 @@ def test_the_last_unit_takes_what_is_left() -> None:
     [
         (GateConfig(unit=0), "unit=0: give a number of 1 or more"),
         (GateConfig(exclude=("layer9",)), "has no module 'layer9'"),
-        (GateConfig(exclude="layer1"), r"exclude='layer1': give a tuple of module names, such as \('layer1',\)"),
+        (GateConfig(exclude="layer1"), r"exclude='layer1': give a list of module names, such as \['layer1'\]"),
         (GateConfig(exclude=("layer1", "layer2", "layer3")), "no channels to gate.*excluded are"),
     ],
 )

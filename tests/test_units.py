@@ -210,6 +210,15 @@ def empty() -> Iterator[tuple[Tensor, Tensor]]:
         ("activation", empty(), DataError, "gave no batches"),
         ("taylor", [(torch.randn(2, *SIZE), torch.tensor([0, -1]))], DataError, "batch 0 has images without a label"),
         ("fisher", [torch.randn(2, *SIZE)], DataError, "batch 0 has no labels"),
+        (
+            "taylor",
+            [(torch.randn(2, *SIZE), torch.tensor([0, 99]))],
+            DataError,
+            "from 0 to 99 .* class numbers below K",
+        ),
+        ("taylor", [(torch.randn(2, *SIZE), torch.zeros(2))], DataError, r"labels \(2,\) of torch.float32"),
+        ("taylor", [{"image": torch.randn(2, *SIZE)}], DataError, r"batch 0 is a dictionary with \['image'\]"),
+        ("activation", [torch.randn(0, *SIZE)], DataError, "batch 0 has no images"),
         ("activation", [torch.full((2, *SIZE), np.nan)], NonFiniteError, "'activation' gave NaN .* made by stem"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from timm.layers import ScaledStdConv2d
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import dynnet
 from dynnet.errors import CheckpointError, NonFiniteError, PruneError
@@ -25,6 +26,7 @@ from dynnet.pruning import (
     unstructured,
 )
 from dynnet.pruning.batches import Batches
+from dynnet.pruning.masks import is_masked
 from dynnet.pruning.unstructured import weighted_layers
 from dynnet.pruning.weights import score_weights
 from tests.cases import tiny
@@ -116,6 +118,8 @@ def test_schedules_end_where_they_should() -> None:
         assert scheduled(schedule, 0.8, 4, 4) == pytest.approx(0.8)
     with pytest.raises(PruneError, match="choose from linear, cubic"):
         scheduled("square", 0.8, 1, 2)  # type: ignore[arg-type]
+    with pytest.raises(PruneError, match="step=3, steps=2"):
+        scheduled("cubic", 0.8, 3, 2)
 
 
 def test_a_ticket_is_its_early_weights_under_its_late_mask() -> None:
@@ -132,6 +136,8 @@ def test_a_ticket_is_its_early_weights_under_its_late_mask() -> None:
     assert torch.equal(model[0][1].running_mean, early["0.1.running_mean"])
     with pytest.raises(PruneError, match="lack '0.0.weight'"):
         rewind(model, tiny(channels=1).state_dict())
+    with pytest.raises(PruneError, match=r"'0\.0\.bias' of the earlier weights is the model's own"):
+        rewind(model, model.state_dict())
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 8)])
@@ -146,7 +152,7 @@ def test_n_of_every_m_neighbours_stay(n: int, m: int) -> None:
         assert bool(((groups != 0).sum(-1) == n).all())
         was = before[name].movedim(1, -1).unflatten(-1, (-1, m)).abs()
         assert torch.equal(was.topk(n, -1).values.sort(-1).values, groups.abs().sort(-1).values[..., -n:])
-    with pytest.raises(PruneError, match="masked already"):
+    with pytest.raises(PruneError, match=r"has a mask .*make_permanent\(model\) first"):
         sparsify_n_m(model, n, m)
 
 
@@ -170,7 +176,7 @@ def test_sparse_cores_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_standardised_weights_are_left_alone() -> None:
     model = timm.create_model("test_nfnet", num_classes=4).eval()
     sparsify(model, 0.9)
-    masked = {name for name, module in model.named_modules() if unstructured.is_masked(module)}
+    masked = {name for name, module in model.named_modules() if is_masked(module)}
     standardised = {name for name, module in model.named_modules() if isinstance(module, ScaledStdConv2d)}
     assert standardised
     assert masked
@@ -218,6 +224,40 @@ def test_a_sparse_file_is_small_and_reads_back_bit_for_bit(tmp_path: Path) -> No
     again = dynnet.load_backbone(tmp_path / "sparse.safetensors")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_squares_of_halves_do_not_vanish() -> None:
+    model = tiny(classes=4)
+    batches = [(1e-2 * torch.randn(4, 3, 32, 32), torch.randint(0, 4, (4,)))]
+    layers = weighted_layers(model, ())
+    expected = score_weights(model, layers, "fisher", Batches(batches))
+    halves = [(images.bfloat16(), labels) for images, labels in batches]
+    found = score_weights(model.bfloat16(), layers, "fisher", Batches(halves))
+    assert {scores.dtype for scores in found.values()} == {torch.float32}
+    small = score_weights(model.half(), layers, "fisher", Batches([(x.half(), y) for x, y in batches]))
+    for name in layers:
+        assert ((small[name] == 0).double().mean() - (expected[name] == 0).double().mean()).abs() < 0.1
+
+
+def test_weights_that_are_no_plain_parameters_are_refused() -> None:
+    normed = tiny()
+    nn.utils.parametrizations.weight_norm(normed[1][0])
+    torchs = tiny()
+    prune.l1_unstructured(torchs[1][0], "weight", 0.5)
+    tied = tiny()
+    tied[3] = nn.Sequential(copy.deepcopy(tied[2][0]), copy.deepcopy(tied[2][0]))
+    tied[3][1].weight = tied[3][0].weight
+    for model, message in (
+        (normed, r"1\.0 has a parametrization that is no mask"),
+        (torchs, r"the weights of 1\.0 are no parameter"),
+        (tied, r"3\.0 and 3\.1 share their weights"),
+    ):
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        with pytest.raises(PruneError, match=message):
+            sparsify(model, 0.5)
+        assert model.state_dict().keys() == before.keys()
+    with pytest.raises(CheckpointError, match="no mask"):
+        dynnet.save(normed, "never.safetensors")
 
 
 def test_a_layer_that_never_runs_has_no_activation() -> None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -44,9 +44,10 @@ from dynnet.pruning import (
     sparsify_n_m,
     sparsity,
 )
+from dynnet.pruning.masks import is_masked
 from dynnet.pruning.shape import bring_into_shape
 from dynnet.pruning.slimming import norm_scales, shrink_scales
-from dynnet.pruning.unstructured import SparsityScope, is_masked, set_masks
+from dynnet.pruning.unstructured import SparsityScope, set_masks
 from dynnet.pruning.weights import weight_of
 from dynnet.quantize import quantize
 from dynnet.recipe import PruningConfig, Recipe, StageConfig
@@ -57,6 +58,9 @@ from training.state import Position, State
 
 SINGLE_WEIGHTS = ("magnitude", "lottery", "n:m")
 METHODS = (*CRITERIA, "layers", "scratch", *SINGLE_WEIGHTS)
+
+_DEFAULTS = {"macs": 0.5, "latency": None, "sparsity": 0.8}
+_TARGETS = {"layers": ("macs",), "magnitude": ("sparsity",), "lottery": ("sparsity",), "n:m": ()}  # all others: the two
 
 
 @dataclass(frozen=True)
@@ -89,16 +93,40 @@ def read_early(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def target_of(config: PruningConfig) -> tuple[str, float]:
+    """What a method aims at ("macs", "latency" or "sparsity"), and its share.
+
+    Raises:
+        RecipeError: an unknown method, a target that it does not have, or more than one.
+    """
+    if config.method not in METHODS:
+        raise RecipeError(f"pruning.method={config.method!r}: choose from {', '.join(METHODS)}")
+    able = _TARGETS.get(config.method, ("macs", "latency"))
+    given = {key: share for key in _DEFAULTS if (share := getattr(config, key)) is not None}
+    if len(given) > 1 or not set(given) <= set(able):
+        told = ", ".join(f"{key}={share:g}" for key, share in given.items())
+        aims = f"aims at {' or '.join(able)}; give one" if able else "has n and m in place of a target"
+        raise RecipeError(f"pruning has {told}: {config.method!r} {aims}")
+    if not able:
+        return "sparsity", 1 - config.n / max(config.m, 1)
+    return next(iter(given.items()), (able[0], cast(float, _DEFAULTS[able[0]])))
+
+
 class Pipeline:
     """The steps of a run, and what they need.
 
     Attributes:
         steps: in order.
+        target: what is aimed at, and its share.
+
+    Raises:
+        RecipeError: as `target_of`.
     """
 
     def __init__(self, recipe: Recipe, data: Data, create: dict[str, Any], out: Path, here: World) -> None:
         self.recipe, self.data, self.create, self.out, self.here = recipe, data, create, out, here
         self.size = data.input_size
+        self.target = target_of(recipe.pruning)
         self.steps = [Step("dense", recipe.dense.epochs), Step("keep", change=self.keep)]
         self.steps += self._cuts(recipe.pruning, recipe.finetune.epochs)
 
@@ -116,8 +144,6 @@ class Pipeline:
     def check(self, model: nn.Module) -> None:
         """Refuse now what would fail only hours later."""
         config = self.recipe.pruning
-        if config.method not in METHODS:
-            raise RecipeError(f"pruning.method={config.method!r}: choose from {', '.join(METHODS)}")
         for key in ("steps", "batches", "recalibrate"):
             if getattr(config, key) < 1:
                 raise RecipeError(f"pruning.{key}={getattr(config, key)}: give a number of 1 or more")
@@ -128,11 +154,8 @@ class Pipeline:
             )
         if config.method in ("slimming", "scratch", "n:m") and config.steps > 1:
             raise RecipeError(f"pruning.steps={config.steps}: {config.method!r} goes in one step")
-        if config.latency is not None and (config.method in ("layers", *SINGLE_WEIGHTS) or self.here.size > 1):
-            raise RecipeError(
-                f"pruning.latency={config.latency}: it is measured while channels go, in one process; "
-                f"{config.method!r} in {self.here.size} cannot aim at it"
-            )
+        if self.target[0] == "latency" and self.here.size > 1:
+            raise RecipeError(f"pruning.latency={config.latency}: it is measured in one process, not {self.here.size}")
         if config.method == "layers" and config.exclude:
             raise RecipeError(
                 f"pruning.exclude={list(config.exclude)}: 'layers' takes whichever block is needed least; leave it out"
@@ -162,18 +185,17 @@ class Pipeline:
 
     def _try_the_cut(self, model: nn.Module) -> None:
         """Can the target be reached?"""
-        config = self.recipe.pruning
+        config, (kind, target) = self.recipe.pruning, self.target
         if config.method == "layers":
             shortest = remove_blocks(model, removable_blocks(model, self.size))
             least = self._macs(shortest) / self._macs(model)
-            if not least <= config.macs <= 1:
-                raise RecipeError(f"pruning.macs={config.macs}: without any of its blocks the model costs {least:.3f}")
+            if not least <= target <= 1:
+                raise RecipeError(f"pruning.macs={target}: without any of its blocks the model costs {least:.3f}")
         elif config.method == "n:m":
             sparsify_n_m(copy.deepcopy(model), config.n, config.m, exclude=config.exclude)
         elif config.method in SINGLE_WEIGHTS:
-            sparsify(copy.deepcopy(model), config.sparsity, scope=self._sparsity_scope, exclude=config.exclude)
+            sparsify(copy.deepcopy(model), target, scope=self._sparsity_scope, exclude=config.exclude)
         else:
-            kind, target = self._target
             looks = "slimming" if config.method == "slimming" else "random"  # neither looks at images
             prune(model, **{**self._structured(0), "criterion": looks, kind: target})
 
@@ -196,7 +218,7 @@ class Pipeline:
 
     def cut(self, number: int) -> Callable[[nn.Module], nn.Module]:
         """The cut of one step."""
-        config = self.recipe.pruning
+        config, (kind, target) = self.recipe.pruning, self.target
 
         def change(model: nn.Module) -> nn.Module:
             model.eval()
@@ -208,12 +230,11 @@ class Pipeline:
                 if self.here.first and left:
                     print(f"left dense, as {config.m} does not divide their inputs: {', '.join(left)}")
             elif config.method in SINGLE_WEIGHTS:
-                goal = scheduled(config.schedule, config.sparsity, number, config.steps)
+                goal = scheduled(config.schedule, target, number, config.steps)
                 sparsify(model, goal, scope=self._sparsity_scope, exclude=config.exclude)
                 if config.method == "lottery":
                     rewind(model, read_early(config.early or self.out / "early.safetensors", self._teacher))
             else:
-                kind, target = self._target
                 aim: dict[str, Any] = {kind: target**share, "of": self._teacher}
                 model = prune(model, self._sample(), **self._structured(number), **aim)
                 if config.method == "scratch":
@@ -244,18 +265,12 @@ class Pipeline:
         return self.data.sample_loader(128, seed=self.recipe.seed)
 
     @property
-    def _target(self) -> tuple[str, float]:
-        """What is aimed at where channels go, and its share."""
-        config = self.recipe.pruning
-        return ("macs", config.macs) if config.latency is None else ("latency", config.latency)
-
-    @property
     def _sparsity_scope(self) -> SparsityScope:
         return "layer" if self.recipe.pruning.scope == "group" else "global"
 
     def _left(self, model: nn.Module, share: float) -> float:
         """The share of this model's MACs that is left when so much of the way is gone."""
-        return min(1.0, self._dense_macs * self.recipe.pruning.macs**share / self._macs(model))
+        return min(1.0, self._dense_macs * self.target[1] ** share / self._macs(model))
 
     def _structured(self, number: int) -> dict[str, Any]:
         """Settings of one cut."""

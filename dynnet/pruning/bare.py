@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from dynnet.errors import PruneError
+from dynnet.pruning.masks import not_plain
 from dynnet.wrap import is_wrapped
 
 
@@ -17,10 +17,9 @@ def check_bare(model: nn.Module, masked: bool = False) -> None:
         masked: may it have masks on its weights?
 
     Raises:
-        PruneError: it is wrapped, or has masks.
+        PruneError: it is wrapped, or has masks or other weights that are no plain parameters.
     """
     if is_wrapped(model):
         raise PruneError("a wrapped model is pruned before it is wrapped; call unwrap() first, wrap what comes out")
-    masks = [] if masked else [name for name, module in model.named_modules() if is_parametrized(module)]
-    if masks:
-        raise PruneError(f"{masks[0]} has a mask on its weights; call make_permanent(model) first")
+    if told := not_plain(model, masked):
+        raise PruneError(told)

@@ -5,9 +5,11 @@ B samples of a batch, K classes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,23 +41,43 @@ class Batches:
         """(images, labels) on the model's device.
 
         Raises:
-            DataError: no loader, an empty one, one without labels where they are needed, or a count below 1.
+            DataError: no loader, an empty one, an empty batch, one without labels where they are needed, a count below
+                1, or inference mode, in which there are no gradients.
         """
         if self.loader is None:
             raise DataError(f"this criterion looks at {'labelled ' * labelled}images; give a loader of them")
         if self.count < 1:
             raise DataError(f"batches={self.count}: give a number of 1 or more")
+        if labelled and torch.is_inference_mode_enabled():
+            raise DataError("gradients are needed, and torch.inference_mode() has none; leave it")
         device = device_of(model)
         number = -1
-        for number, batch in enumerate(self.loader):
-            if number >= self.count:
-                return
+        for number, batch in enumerate(islice(self.loader, self.count)):
+            if isinstance(batch, Mapping):
+                raise DataError(f"batch {number} is a dictionary with {list(batch)}; give (images, labels)")
             images, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], (*batch[1:], None)[0])
+            if not len(images):
+                raise DataError(f"batch {number} has no images; give at least one")
             if labelled:
                 labels = _checked(labels, number).to(device)
             yield images.to(device), labels if labelled else None
         if number < 0:
             raise DataError("the loader gave no batches; give it at least one image")
+
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Raises:
+            DataError: labels that it cannot be taken of.
+        """
+        try:
+            return self.loss(logits, labels)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise DataError(
+                f"no loss of logits {tuple(logits.shape)} and labels {tuple(labels.shape)} of {labels.dtype}, from "
+                f"{labels.min().item():g} to {labels.max().item():g} ({error}); give (B,) int64 class numbers below "
+                f"K, or loss="
+            ) from error
 
 
 def every_layer(model: nn.Module) -> Callable[[Tensor], object]:

@@ -279,7 +279,7 @@ def _slopes(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Iter
         if places is None:
             places = _batch_dims(model, tuple(images.shape[1:]), readers)
         with torch.enable_grad(), reading(readers, look):
-            loss = batches.loss(model(images), labels)
+            loss = batches.loss_of(model(images), labels)
             read = [inputs[layer] for layer in readers]
             gradients = torch.autograd.grad(loss, read, materialize_grads=True)
         slopes = {}

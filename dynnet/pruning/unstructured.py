@@ -14,27 +14,17 @@ from typing import Any, Literal, cast, get_args
 import torch
 from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from dynnet.errors import PruneError
 from dynnet.names import check_excluded, is_inside, title
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
+from dynnet.pruning.masks import Masked, is_masked
 from dynnet.pruning.weights import score_weights, weight_of
 
 SparsityScope = Literal["global", "layer"]
 Schedule = Literal["linear", "cubic"]
-
-
-class Masked(nn.Module):
-    """A parametrization of a weight: zero where the mask is. Its gradient is zero there, too."""
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return torch.where(cast(Tensor, self.mask), weight, 0.0)
 
 
 def sparsify(
@@ -124,11 +114,8 @@ def sparsify_n_m(
     """
     if not 0 < n < m:
         raise PruneError(f"n={n}, m={m}: of m neighbours n stay, 0 < n < m")
-    check_bare(model, masked=True)
+    check_bare(model)
     layers = weighted_layers(model, exclude)
-    before = [layer for layer in layers if is_parametrized(model.get_submodule(layer), "weight")]
-    if before:
-        raise PruneError(f"{before[0]} is masked already; call make_permanent(model) first")
     fits = [layer for layer in layers if weight_of(model.get_submodule(layer)).shape[1] % m == 0]
     if not fits:
         raise PruneError(f"{title(model)} has no layer whose inputs are a multiple of m={m}; choose another")
@@ -151,7 +138,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """
     for name, mask in masks.items():
         layer: Any = model.get_submodule(name)
-        if is_parametrized(layer, "weight"):
+        if is_masked(layer):
             layer.parametrizations.weight[0].mask.copy_(mask)
         else:
             register_parametrization(layer, "weight", Masked(mask))
@@ -170,10 +157,11 @@ def rewind(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     Args:
         model: masked or not.
-        weights: an earlier `state_dict` of it, taken before or after it was masked.
+        weights: a copy of its `state_dict` that was made earlier, before or after it was masked
+            (`copy.deepcopy(model.state_dict())`: what `state_dict` gives changes with the model).
 
     Raises:
-        PruneError: it has other tensors.
+        PruneError: it has other tensors, or they are the model's own, which were never earlier.
     """
     moved = {}
     for name, tensor in model.state_dict().items():
@@ -183,6 +171,11 @@ def rewind(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         found = weights.get(name, weights.get(plain))
         if found is None or found.shape != tensor.shape:
             raise PruneError(f"the earlier weights lack {plain!r} of shape {tuple(tensor.shape)}; give the model's own")
+        if found.numel() and found.data_ptr() == tensor.data_ptr():
+            raise PruneError(
+                f"{plain!r} of the earlier weights is the model's own, as it is now; keep "
+                f"copy.deepcopy(model.state_dict()), which does not change with the model"
+            )
         moved[name] = found
     model.load_state_dict(moved, strict=False)
 
@@ -201,8 +194,10 @@ def scheduled(schedule: Schedule, final: float, step: int, steps: int) -> float:
     https://arxiv.org/abs/1710.01878).
 
     Raises:
-        PruneError: an unknown schedule.
+        PruneError: an unknown schedule, or not 0 <= step <= steps.
     """
+    if steps < 1 or not 0 <= step <= steps:
+        raise PruneError(f"step={step}, steps={steps}: give 0 <= step <= steps, of 1 or more")
     if schedule not in get_args(Schedule):
         raise PruneError(f"schedule={schedule!r}: choose from {', '.join(get_args(Schedule))}")
     left = 1 - step / steps
@@ -218,7 +213,7 @@ def to_semi_structured(model: nn.Module) -> list[str]:
     """
     found = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear) or is_parametrized(layer, "weight") or not _has_sparse_cores(layer.weight):
+        if not isinstance(layer, nn.Linear) or is_masked(layer) or not _has_sparse_cores(layer.weight):
             continue
         if layer.weight.shape[1] % 4 or int((layer.weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) > 2:
             continue
@@ -231,16 +226,12 @@ def to_semi_structured(model: nn.Module) -> list[str]:
     return found
 
 
-def is_masked(module: nn.Module) -> bool:
-    return is_parametrized(module, "weight") and isinstance(cast(Any, module).parametrizations.weight[0], Masked)
-
-
 def weighted_layers(model: nn.Module, exclude: Sequence[str]) -> list[str]:
     """Names of all convolutions and linear layers, but for those inside of `exclude`, and for those that standardise
     their weights before they use them: a zero would not be one there.
 
     Raises:
-        PruneError: an unknown name, or nothing is left.
+        PruneError: an unknown name, nothing is left, or two of them have one weight.
     """
     modules = dict(model.named_modules())
     check_excluded(exclude, modules, title(model), PruneError)
@@ -253,11 +244,17 @@ def weighted_layers(model: nn.Module, exclude: Sequence[str]) -> list[str]:
     ]
     if not found:
         raise PruneError(f"{title(model)} has no convolutions or linear layers to prune")
+    owners: dict[Tensor, str] = {}
+    for name in found:
+        if (owner := owners.setdefault(weight_of(modules[name]), name)) != name:
+            raise PruneError(
+                f"{owner} and {name} share their weights, so that they cannot have masks each; exclude them"
+            )
     return found
 
 
 def _mask(layer: nn.Module) -> Tensor:
-    if is_parametrized(layer, "weight"):
+    if is_masked(layer):
         return cast(Tensor, cast(Any, layer).parametrizations.weight[0].mask)
     return torch.ones_like(weight_of(layer), dtype=torch.bool)
 

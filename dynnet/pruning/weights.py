@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.parametrize import is_parametrized
 
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
 from dynnet.layers import channel_dim
 from dynnet.probe import evaluating, reading
 from dynnet.pruning.batches import Batches
+from dynnet.pruning.masks import is_masked
 
 Weights = Mapping[str, Tensor]
 
@@ -59,7 +59,7 @@ def score_weights(model: nn.Module, layers: Sequence[str], criterion: str, batch
 
 def weight_of(layer: nn.Module) -> Tensor:
     """The parameter that holds a layer's weights, (O, I, ...); what a mask hides is still in it."""
-    weight = cast(Any, layer).parametrizations.weight.original if is_parametrized(layer, "weight") else layer.weight
+    weight = cast(Any, layer).parametrizations.weight.original if is_masked(layer) else layer.weight
     assert isinstance(weight, Tensor)
     return weight
 
@@ -79,13 +79,13 @@ def fisher(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Te
     """g^2 w^2 / 2, mean over batches: the empirical Fisher information, of batches rather than of single samples, in
     place of the second derivative."""
     squares = _mean_over_batches(model, weights, batches, torch.square)
-    return {layer: squares[layer] * w.detach().square() / 2 for layer, w in weights.items()}
+    return {layer: squares[layer] * w.detach().to(squares[layer].dtype).square() / 2 for layer, w in weights.items()}
 
 
 def hessian(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tensor]:
     """|h w^2 / 2| (optimal brain damage, LeCun et al., 1989)."""
     return {
-        layer: (h * weights[layer].detach().square() / 2).abs()
+        layer: (h * weights[layer].detach().to(h.dtype).square() / 2).abs()
         for layer, h in curvature(model, weights, batches).items()
     }
 
@@ -136,7 +136,7 @@ WEIGHT_CRITERIA: dict[str, Callable[[nn.Module, Weights, Batches], dict[str, Ten
 def curvature(model: nn.Module, weights: Weights, batches: Batches) -> dict[str, Tensor]:
     """The diagonal of the loss's Hessian, by Hutchinson's estimate v * Hv with v = +-1, one draw a batch."""
     tensors = list(weights.values())
-    found = [torch.zeros_like(w) for w in tensors]
+    found = _sums(tensors)
     generator = torch.Generator().manual_seed(batches.seed)
     count = 0
     with _differentiable(tensors):
@@ -144,7 +144,7 @@ def curvature(model: nn.Module, weights: Weights, batches: Batches) -> dict[str,
             assert labels is not None
             # Fused attention has no second derivative.
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                loss = batches.loss(model(images), labels)
+                loss = batches.loss_of(model(images), labels)
                 slopes = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
                 draws = [
                     (torch.randint(0, 2, w.shape, generator=generator) * 2 - 1).to(w.device, w.dtype) for w in tensors
@@ -161,18 +161,23 @@ def _mean_over_batches(
 ) -> dict[str, Tensor]:
     """The mean of a function of the gradients."""
     tensors = list(weights.values())
-    found = [torch.zeros_like(w) for w in tensors]
+    found = _sums(tensors)
     count = 0
     with _differentiable(tensors):
         for images, labels in batches.on(model, labelled=True):
             assert labels is not None
             with torch.enable_grad():
-                loss = batches.loss(model(images), labels)
+                loss = batches.loss_of(model(images), labels)
                 gradients = torch.autograd.grad(loss, tensors, materialize_grads=True)
             for total, gradient in zip(found, gradients, strict=True):
-                total += of(gradient)
+                total += of(gradient.to(total.dtype))
             count += 1
     return {layer: total / max(count, 1) for layer, total in zip(weights, found, strict=True)}
+
+
+def _sums(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros to add to, in single precision or better: squares of halves vanish."""
+    return [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
 
 
 @contextmanager
