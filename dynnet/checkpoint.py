@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from dynnet.errors import CheckpointError, DynnetError, PruneError
 from dynnet.fold import FoldedNorm, fold_again, folded_norms
@@ -31,6 +30,7 @@ from dynnet.model import DynamicModel
 from dynnet.names import is_inside, title
 from dynnet.policy import to_json
 from dynnet.probe import on_meta
+from dynnet.pruning.masks import not_plain
 from dynnet.pruning.packed import pack, unpack
 from dynnet.pruning.shape import UNCHANGED, Shape, Skipped, bring_into_shape, shape_of
 from dynnet.quantize import Int8Layer, int8_layers, put_int8
@@ -38,6 +38,9 @@ from dynnet.regions import GateConfig
 from dynnet.wrap import wrap
 
 FORMAT = 1
+
+# What modules of one class may differ in, though their tensors do not, so that their answers differ.
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "eps", "negative_slope", "approximate")
 
 
 def write_bundle(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -95,23 +98,21 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
             dynnet's own if the file is to be loaded without further arguments); or a plain one. Either may be pruned,
             folded, or in int8.
         path: of the file to write, usually named *.safetensors.
-        create: arguments of `timm.create_model` that make the backbone; by default its name and number of classes. A
-            warning says so where these make a model of other parts, or one that is narrower.
+        create: arguments of `timm.create_model` that make the backbone; by default its name, with the tag of its
+            pretrained weights, and its number of classes. A warning says so where these make a model of other parts,
+            settings or widths.
         sparse: write tensors with many zeros as bits and values; reading takes no option.
 
     Raises:
-        CheckpointError: some weights are masked.
+        CheckpointError: some weights are masked, or no plain parameters for another reason.
     """
-    masked = [name for name, module in model.named_modules() if is_parametrized(module)]
-    if masked:
-        raise CheckpointError(f"{masked[0]} has a mask on its weights; call dynnet.pruning.make_permanent(model) first")
+    if told := not_plain(model):
+        raise CheckpointError(told)
     backbone = model.backbone if isinstance(model, DynamicModel) else model
-    config = getattr(backbone, "pretrained_cfg", None) or {}
-    classes = getattr(model, "num_classes", None)
-    create = dict(create or {"model_name": config.get("architecture"), "num_classes": classes})
+    create = dict(create or {"model_name": _timm_name(backbone), "num_classes": getattr(model, "num_classes", None)})
     fresh = _fresh(create)
     shape = UNCHANGED if fresh is None else shape_of(backbone, fresh)
-    if fresh is not None and (other := _difference(backbone, fresh) or _misfit(fresh, shape)):
+    if fresh is not None and (other := _difference(backbone, fresh) or _misfit(backbone, fresh, shape)):
         warnings.warn(
             f"timm.create_model(**{create}) makes another model than this {title(backbone)}: {other}. Save it with "
             f"create=, the arguments that make it, or load it with backbone=",
@@ -147,7 +148,7 @@ def load(
     heads: HeadFactory | None = None,
     confidence: Callable[[Tensor], Tensor] | None = None,
 ) -> DynamicModel:
-    """Load a wrapped model that `save` saved, in eval mode.
+    """Load a wrapped model that `save` saved, in eval mode; in the type of its weights, where the backbone is created.
 
     Args:
         path: the file.
@@ -167,6 +168,8 @@ def load(
         # On a copy without numbers: a backbone that does not fit is left untouched.
         _assembled(path, tensors, about, _twin(backbone), heads, confidence)
     model = _assembled(path, tensors, about, backbone, heads, confidence)
+    if backbone is None:
+        _retype(model, tensors)
     model.load_state_dict(tensors)
     model.thresholds = [float(t) for t in about["thresholds"]]
     model.calibration = about["calibration"]
@@ -212,7 +215,7 @@ def _assembled(
 
 
 def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Module:
-    """Load a plain model that `save` saved, pruned or not, in eval mode.
+    """Load a plain model that `save` saved, pruned or not, in eval mode; types as for `load`.
 
     Args:
         path: the file.
@@ -225,8 +228,16 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
     if backbone is not None:
         _prepared(path, tensors, about, _twin(backbone))
     built = _prepared(path, tensors, about, backbone)
+    if backbone is None:
+        _retype(built, tensors)
     built.load_state_dict(tensors)
     return built.eval()
+
+
+def _retype(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model's tensors the types of those that it will be given."""
+    for name, own in model.state_dict(keep_vars=True).items():
+        own.data = own.data.to(tensors[name].dtype)
 
 
 def _prepared(
@@ -264,6 +275,8 @@ def _twin(model: nn.Module) -> nn.Module:
 def _built(path: str | Path, about: Mapping[str, Any], given: nn.Module | None) -> nn.Module:
     """The backbone of a file, or the one that is given, in shape, with weights of no meaning."""
     backbone = given
+    if backbone is not None and (told := not_plain(backbone)):
+        raise CheckpointError(f"{str(path)!r} cannot be loaded into the given backbone: {told}")
     if backbone is None:
         try:
             if not timm.is_model(about["create"]["model_name"] or ""):
@@ -326,16 +339,33 @@ def _difference(model: nn.Module, fresh: nn.Module) -> str | None:
         if kinds[0] is not kinds[1]:
             told = ["nothing" if kind is None else f"a {kind.__name__}" for kind in kinds]
             return f"{name!r} is {told[0]}, there {told[1]}"
+        for key in _SETTINGS:
+            values = [getattr(modules[name], key, None) for modules in (mine, theirs)]
+            if values[0] != values[1]:
+                return f"{name!r} has {key}={values[0]}, there {values[1]}"
     return None
 
 
-def _misfit(fresh: nn.Module, shape: Shape) -> str | None:
-    """Why a fresh model cannot be brought into a shape, in words; None where it can. It is not fresh afterwards."""
+def _misfit(model: nn.Module, fresh: nn.Module, shape: Shape) -> str | None:
+    """Why a fresh model cannot be brought into the shape of another, in words; None where it can. It is not fresh
+    afterwards."""
     try:
         bring_into_shape(fresh, shape)
     except PruneError as error:
         return str(error)
+    mine, theirs = model.state_dict(), fresh.state_dict()
+    for name in (name for name in mine if name in theirs):
+        if mine[name].shape != theirs[name].shape:
+            return f"{name!r} has shape {tuple(mine[name].shape)}, there {tuple(theirs[name].shape)}"
     return None
+
+
+def _timm_name(backbone: nn.Module) -> str | None:
+    """With the tag of its pretrained weights, on which input size and normalisation depend, where timm knows it."""
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    name, tag = config.get("architecture"), config.get("tag")
+    tagged = f"{name}.{tag}"
+    return tagged if tag and timm.is_model_pretrained(tagged) else name
 
 
 def _kind(module: nn.Module) -> type:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from torch import nn
 
 import dynnet
 from dynnet import checkpoint, flow
@@ -172,6 +175,53 @@ def test_what_timm_would_build_otherwise_is_told(tmp_path: Path) -> None:
     dynnet.save(silu, path, {"model_name": "resnet18", "act_layer": "silu", "num_classes": 4})
     assert torch.equal(dynnet.load_backbone(path)(images), silu(images))
     dynnet.save(timm.create_model("resnet18", drop_rate=0.1, num_classes=4), path)  # dropout is no difference
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("resnet18", {"output_stride": 8}, "'layer3.0' has stride=1, there 2"),
+        ("resnet18", {"norm_layer": partial(nn.BatchNorm2d, eps=0.1)}, "'bn1' has eps=0.1, there 1e-05"),
+        ("test_vit", {"img_size": 64}, r"'pos_embed' has shape \(1, 17, 64\), there \(1, 101, 64\)"),
+        ("test_vit", {"norm_layer": partial(timm.layers.LayerNorm, eps=0.1)}, "has eps=0.1, there 1e-06"),
+    ],
+)
+def test_settings_that_timm_would_choose_otherwise_are_told(
+    name: str, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = timm.create_model(name, num_classes=4, **settings)
+    with pytest.warns(UserWarning, match=message):
+        dynnet.save(model, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_keep_their_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    model = timm.create_model("cifar_resnet20", num_classes=4).to(dtype).eval()
+    dynnet.save(model, path)
+    images = torch.randn(2, 3, 32, 32, dtype=dtype)
+    again = dynnet.load_backbone(path)
+    assert torch.equal(again(images), model(images))
+    assert again.conv1.weight.requires_grad
+    dynnet.save(dynnet.wrap(model, 1), path)
+    assert torch.equal(dynnet.load(path)(images), model(images))
+    given = timm.create_model("cifar_resnet20", num_classes=4)
+    assert dynnet.load(path, given).backbone.conv1.weight.dtype == torch.float32  # as it was
+
+
+def test_the_tag_of_pretrained_weights_is_kept(tmp_path: Path) -> None:
+    model = timm.create_model("mobilenetv3_large_100.miil_in21k_ft_in1k", num_classes=4)
+    dynnet.save(model, tmp_path / "m.safetensors")
+    again = dynnet.load_backbone(tmp_path / "m.safetensors")
+    assert again.pretrained_cfg["mean"] == model.pretrained_cfg["mean"] == (0.0, 0.0, 0.0)
+
+
+def test_masks_are_not_loaded_over(tmp_path: Path) -> None:
+    dynnet.save(timm.create_model("cifar_resnet20"), tmp_path / "m.safetensors")
+    masked = timm.create_model("cifar_resnet20")
+    dynnet.pruning.sparsify(masked, 0.5)
+    with pytest.raises(CheckpointError, match=r"given backbone: conv1 has a mask .*make_permanent"):
+        dynnet.load_backbone(tmp_path / "m.safetensors", masked)
 
 
 def test_unknown_backbones_and_custom_parts_are_asked_for(tmp_path: Path) -> None:
