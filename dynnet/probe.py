@@ -175,7 +175,9 @@ def trace(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     recorder = _Recorder(batch)
     names = {name: module for name, module in model.named_modules() if name}
-    with on_meta(model), evaluating(model), torch.no_grad(), watching(names, recorder.enter, recorder.leave):
+    watched = watching(names, recorder.enter, recorder.leave)
+    # In inference mode operators are not dispatched one by one.
+    with torch.inference_mode(False), on_meta(model), evaluating(model), torch.no_grad(), watched:
         images = torch.empty(batch, *input_size, dtype=dtype, device="meta")
         with recorder:
             output = (forward or model)(images)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dynnet import DynamicModel, GateConfig, fold, prune, wrap
 from dynnet.allocator import keep_freed_memory
-from dynnet.errors import GateError
+from dynnet.errors import DynnetError, GateError
 from dynnet.gates import cut_frozen
 from dynnet.latency import take_turns
 from dynnet.probe import trace
@@ -77,6 +77,10 @@ def measure_speed(
     device: str | None,
 ) -> list[dict[str, Any]]:
     """Print and return the figures; arguments as for `main`."""
+    if not 0 < keep <= 1 or min(calls, *batch) < 1:
+        raise DynnetError(
+            f"keep={keep:g}, calls={calls}, batch={list(batch)}: give a share in (0, 1], and numbers above 0"
+        )
     keep_freed_memory()
     torch.manual_seed(0)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

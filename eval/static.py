@@ -20,6 +20,7 @@ from dynnet.quantize import int8_layers
 from dynnet.recipe import read_recipe
 from eval.figures import Table, operating_line
 
+_PRUNED = ("model.safetensors", "int8.safetensors")  # files of a pruning run
 _REPEATS = 3  # calls on one image, of which the median counts: a total is at the mercy of the slowest ones
 
 
@@ -69,7 +70,7 @@ def _pruned(path: Path, found: Mapping[str, Any], dense_macs: float) -> list[dic
     settings = found["pruning"]
     method = settings["method"] + f" in {settings['steps']} steps" * (settings["steps"] > 1)
     method += " + distillation" * bool(settings["distill"])
-    kinds = {"pruned": (method, "model.safetensors"), "int8": (f"{method} + int8", "int8.safetensors")}
+    kinds = {"pruned": (method, _PRUNED[0]), "int8": (f"{method} + int8", _PRUNED[1])}
     return [
         {
             "name": path.name,
@@ -78,7 +79,7 @@ def _pruned(path: Path, found: Mapping[str, Any], dense_macs: float) -> list[dic
             "macs_share": found[kind]["macs"] / dense_macs,
             "sparsity": found[kind]["sparsity"],
             "size_bytes": found[kind]["size_bytes"],
-            "epochs": found["epochs"],
+            "epochs": found["epochs"] + _epochs_before(path),
             "dynamic": False,
             "file": str(path / file),
         }
@@ -105,10 +106,12 @@ def _hybrid(path: Path, found: Mapping[str, Any], dense_macs: float) -> list[dic
 
 
 def _epochs_before(path: Path) -> int:
-    """Of the pruning from which a run of `training.train` has its backbone; 0 where that is not there to be asked."""
-    weights = read_recipe(path / "recipe.yaml").backbone.weights
-    results = Path(weights or path).parent / "results.json"
-    return int(json.loads(results.read_text())["epochs"]) if weights and results.is_file() else 0
+    """Of all pruning from which a run has its backbone; 0 where that is not there to be asked."""
+    weights = Path(read_recipe(path / "recipe.yaml").backbone.weights or path)
+    results = weights.parent / "results.json"
+    if weights.name not in _PRUNED or not results.is_file():  # a pruning run also keeps the dense model
+        return 0
+    return int(json.loads(results.read_text())["epochs"]) + _epochs_before(weights.parent)
 
 
 def time_beside(rows: Sequence[dict[str, Any]], model: DynamicModel, images: Tensor) -> dict[str, Any]:

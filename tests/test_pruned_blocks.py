@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dynnet
-from dynnet.errors import PruneError
+from dynnet.errors import NonFiniteError, PruneError
 from dynnet.probe import trace
 from dynnet.pruning import prune_layers, removable_blocks, remove_blocks, sensitivity
 
@@ -66,6 +66,8 @@ def test_without_a_block_its_input_goes_on() -> None:
     assert len(list(model.layer2[1].parameters())) > 0
     with pytest.raises(PruneError, match="did you mean 'layer2"):
         remove_blocks(model, ["layer2.11"])
+    with pytest.raises(PruneError, match="blocks='layer2.1': give a list"):
+        remove_blocks(model, "layer2.1")
     with pytest.raises(PruneError, match=r"cannot run on images of size \(1, 32, 32\)"):
         removable_blocks(model, (1, 32, 32))
 
@@ -101,6 +103,8 @@ def test_blocks_go_until_the_target_is_reached(tmp_path: Path) -> None:
         prune_layers(model, likeness(model), 0.1, SIZE)
     with pytest.raises(PruneError, match=r"in \(0, 1\]"):
         prune_layers(model, likeness(model), 0.0, SIZE)
+    with pytest.raises(NonFiniteError, match="the metric of the model is nan"):
+        prune_layers(model, lambda _: float("nan"), 0.7, SIZE)
 
     dynnet.save(shorter, tmp_path / "x.safetensors", {"model_name": "cifar_resnet20", "num_classes": 5})
     again = dynnet.load_backbone(tmp_path / "x.safetensors")

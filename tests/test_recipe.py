@@ -8,6 +8,7 @@ import pytest
 
 from dynnet.errors import RecipeError
 from dynnet.recipe import Recipe, read_recipe, recipe_to_yaml
+from dynnet.regions import GateConfig
 
 
 def write(path: Path, text: str) -> Path:
@@ -27,6 +28,14 @@ def test_a_recipe_reads_back(tmp_path: Path) -> None:
     assert read_recipe(write(tmp_path, "")) == Recipe()
 
 
+def test_gates_of_a_file_can_be_changed(tmp_path: Path) -> None:
+    file = write(tmp_path, "gates: {unit: 4, blocks: 1}")
+    assert read_recipe(file, ["--gates.unit", "2", "--seed=4"]).gates == GateConfig(2, 1)
+    assert read_recipe(file, ["--gates={unit: 2}", "--gates.exclude=[fc]"]).gates == GateConfig(2, 4, ("fc",))
+    assert read_recipe(file, ["--gates", "null"]).gates is None
+    assert read_recipe(write(tmp_path, ""), ["--gates.blocks=2"]).gates == GateConfig(8, 2)
+
+
 @pytest.mark.parametrize("path", sorted(Path("models").glob("*/recipe.yaml")), ids=lambda p: p.parent.name)
 def test_the_zoos_recipes_are_valid(path: Path) -> None:
     assert read_recipe(path).description
@@ -43,6 +52,9 @@ def test_the_zoos_recipes_are_valid(path: Path) -> None:
         ("a: [", [], "cannot read recipe"),
         ("", ["--joint.epoch=1"], "unknown recipe key 'joint.epoch'; did you mean 'joint.epochs'"),
         ("", ["--seed=x"], '(?s)"seed".*Expected'),
+        ("", ["--gates.unt=1"], "unknown recipe key 'gates.unt'; did you mean 'unit'"),
+        ("", ["--gates.unit"], r"gates\.unit has no value"),
+        ("", ["--gates=["], r"cannot read gates='\['"),
         ("loss: {weights: heavy}", [], "(?s)loss.weights.*heavy"),
     ],
 )

@@ -163,6 +163,9 @@ def test_speed_compares_with_the_bare_and_the_cut_backbone(capsys: pytest.Captur
     with pytest.raises(SystemExit):
         speed.main("resnet5O")
     assert "timm has no model 'resnet5O'; did you mean 'resnet50'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        speed.main("cifar_resnet20", keep=1.5)
+    assert "keep=1.5" in capsys.readouterr().err
 
 
 def test_coverage_examines_and_summarises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +204,9 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
             small = dynnet.quantize(left, [images], input_size=SIZE)
             dynnet.save(small, tmp_path / name / "int8.safetensors", create)
         (tmp_path / name / "results.json").write_text(json.dumps(same | found))
+        # The second was pruned from the first.
+        more = [f"--backbone.weights={tmp_path / 'thin' / 'model.safetensors'}"] if name == "wide" else []
+        (tmp_path / name / "recipe.yaml").write_text(recipe_to_yaml(read_recipe(run / "recipe.yaml", more)))
     shutil.copytree(run, tmp_path / "two")
     (tmp_path / "two" / "report").mkdir(exist_ok=True)
     recipe = read_recipe(run / "recipe.yaml", [f"--backbone.weights={tmp_path / 'thin' / 'model.safetensors'}"])
@@ -214,7 +220,7 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     wide, thin, two, small = results["static"]
     assert (wide["name"], wide["macs_share"], thin["macs_share"]) == ("wide", 1.0, 0.5)
     assert (two["method"], two["macs_share"]) == ("dynamic on a pruned backbone", pytest.approx(0.3))
-    assert two["epochs"] == 2 + 3  # with those of its backbone
+    assert (thin["epochs"], wide["epochs"], two["epochs"]) == (3, 3 + 3, 2 + 3)  # with those of their backbones
     assert small["method"] == "l1 + int8"
     assert all(row["p50_ms"] > 0 and row["speedup"] > 0 for row in results["static"])
     assert wide["dynamic_macs_share"] is None  # never as accurate as that

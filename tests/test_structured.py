@@ -17,7 +17,7 @@ from torch import nn
 
 import dynnet
 from dynnet.channels import find_groups
-from dynnet.errors import CheckpointError, DataError, PruneError
+from dynnet.errors import CheckpointError, DataError, NonFiniteError, PruneError
 from dynnet.probe import trace
 from dynnet.pruning import prune_layers, recalibrate, sparsify, sparsify_n_m, structured
 from dynnet.pruning.costs import Costs
@@ -143,6 +143,26 @@ def test_shares_may_be_of_another_model() -> None:
     assert min(again[0].out_channels / 64, again[3].out_channels / 128) >= 0.4
     same = dynnet.prune(first, macs=0.6, of=model, **settings)
     assert trace(same, CHAIN, 1).macs == trace(first, CHAIN, 1).macs  # there already
+    for width in range(20, 60, 3):
+        thin = chain(width)
+        assert trace(dynnet.prune(thin, macs=1.0, of=model, **settings), CHAIN, 1).macs == trace(thin, CHAIN, 1).macs
+
+
+def test_layers_that_work_once_for_a_whole_batch_cost_what_they_cost_alone() -> None:
+    model = timm.create_model("test_vit_relpos", num_classes=CLASSES).eval()  # its bias table is computed once a call
+    size = (3, 160, 160)
+    pruned = dynnet.prune(model, macs=0.7, criterion="l1")
+    assert 0.68 < trace(pruned, size, 1).macs / trace(model, size, 1).macs <= 0.7
+
+
+def test_inference_mode_is_no_hindrance_where_no_gradients_are_needed() -> None:
+    model = chain()
+    expected = dynnet.prune(model, macs=0.5, criterion="l1", input_size=CHAIN)
+    with torch.inference_mode():
+        pruned = dynnet.prune(model, macs=0.5, criterion="l1", input_size=CHAIN)
+        with pytest.raises(DataError, match="torch.inference_mode"):
+            dynnet.prune(model, [(torch.randn(2, *CHAIN), torch.zeros(2).long())], macs=0.5, input_size=CHAIN)
+    assert pruned[0].weight.shape == expected[0].weight.shape
 
 
 def test_parameters_are_a_target_too() -> None:
@@ -253,6 +273,9 @@ def test_a_dynamic_model_on_a_pruned_backbone_is_saved_with_its_shape(tmp_path: 
         ({"macs": 0.5, "scope": "layer"}, "choose from global, group"),
         ({"macs": 0.5, "exclude": ["zero"]}, "exclude: Sequential has no module 'zero'"),
         ({"macs": 0.5, "exclude": ["0", "3"]}, "no channels to take away: .*excluded"),
+        ({"macs": 0.5, "exclude": "0"}, r"exclude='0': give a list of module names, such as \['0'\]"),
+        ({"macs": 0.5, "steps": 2, "loader": iter([])}, "an iterator, which is used up after the first"),
+        ({"macs": 0.5, "steps": 2, "between": lambda m: sparsify(m, 0.5)}, "has a mask on its weights"),
         ({"macs": 0.5, "input_size": (1, 8, 8)}, r"Sequential cannot run on images of size \(1, 8, 8\) .* input_size="),
     ],
 )
@@ -311,7 +334,7 @@ def test_wrapped_and_masked_models_are_refused() -> None:
             refuse()
     model = chain()
     sparsify(model, 0.5)
-    with pytest.raises(PruneError, match="0 has a mask on its weights; call make_permanent"):
+    with pytest.raises(PruneError, match="0 has a mask on its weights; call dynnet.pruning.make_permanent"):
         dynnet.prune(model, macs=0.5, criterion="l1", input_size=CHAIN)
 
 
@@ -329,6 +352,8 @@ def test_batch_norms_are_measured_anew() -> None:
     before = pruned[1].running_mean.clone()
     with pytest.raises(DataError, match="no batches"):
         recalibrate(pruned, [])
+    with pytest.raises(NonFiniteError, match="1 was given NaN"):
+        recalibrate(pruned, [images, images * torch.nan])
     with pytest.raises(RuntimeError):  # three channels are expected
         recalibrate(pruned, [images, images[:, :2]])
     assert torch.equal(pruned[1].running_mean, before)

@@ -2,7 +2,7 @@
 
 from dynnet.pruning.layers import Sensitivity, prune_layers, removable_blocks, remove_blocks, sensitivity
 from dynnet.pruning.recalibrate import recalibrate
-from dynnet.pruning.structured import PruneConfig, prune
+from dynnet.pruning.structured import prune
 from dynnet.pruning.units import CRITERIA
 from dynnet.pruning.unstructured import (
     make_permanent,
@@ -18,7 +18,6 @@ from dynnet.pruning.weights import WEIGHT_CRITERIA
 __all__ = [
     "CRITERIA",
     "WEIGHT_CRITERIA",
-    "PruneConfig",
     "Sensitivity",
     "make_permanent",
     "prune",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from dynnet.channels import Group, Role
-from dynnet.probe import BATCH, trace
+from dynnet.probe import trace
 
 Side = tuple[str, Role]  # of a layer
 
@@ -29,8 +29,8 @@ class Costs:
             unit: "macs" of one sample, or "params".
         """
         modules = dict(model.named_modules())
-        macs = trace(model, size, BATCH)
-        self.whole = macs.macs // BATCH if unit == "macs" else sum(p.numel() for p in model.parameters())
+        macs = trace(model, size, 1)  # some layers work once for a whole batch
+        self.whole = macs.macs if unit == "macs" else sum(p.numel() for p in model.parameters())
         self._widths = {(m.layer, m.role): m.width for group in groups for m in group.members}
         self._terms: list[tuple[int, list[Side]]] = []
         for layer in dict.fromkeys(layer for layer, _ in self._widths):
@@ -40,13 +40,13 @@ class Costs:
             both = sides[:1] if getattr(module, "groups", 1) > 1 else sides
             made = [side for side in sides if side[1] != "reads"]
             if unit == "macs":
-                self._terms.append((macs.layers[layer] // BATCH, both))
+                self._terms.append((macs.layers[layer], both))
                 continue
             for name, parameter in module.named_parameters(recurse=False):
                 self._terms.append((parameter.numel(), both if name == "weight" else made))
         for module_name, producer in _attention(groups).items():
             if unit == "macs":  # products of queries, keys and values
-                self._terms.append((macs.layers[module_name] // BATCH, [producer]))
+                self._terms.append((macs.layers[module_name], [producer]))
 
     def without(self, gone: Mapping[Side, int]) -> float:
         """The cost where so many channels of some sides of layers are gone."""

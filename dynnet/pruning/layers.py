@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from torch import nn
 from tqdm import tqdm
 
-from dynnet.errors import PruneError, did_you_mean
+from dynnet.errors import NonFiniteError, PruneError, did_you_mean
 from dynnet.input_size import first_run, input_size_of
 from dynnet.layers import layer_kind
-from dynnet.names import title
+from dynnet.names import check_list, title
 from dynnet.probe import BATCH, Call, Trace, trace
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.shape import remove
@@ -81,6 +81,7 @@ def sensitivity(
 
     Raises:
         PruneError: nothing can be left out, or a block that cannot.
+        NonFiniteError: a metric that is no number.
     """
     size = input_size or input_size_of(model)
     return _left_out(model, metric, _checked(model, blocks, size), size)
@@ -88,6 +89,7 @@ def sensitivity(
 
 def remove_blocks(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
     """A copy in which some blocks pass on what they are given."""
+    check_list("blocks", blocks, PruneError)
     modules = dict(model.named_modules())
     for block in blocks:
         if block not in modules:
@@ -111,15 +113,16 @@ def prune_layers(
 
     Raises:
         PruneError: a wrapped model, a target outside (0, 1], or one that cannot be reached.
+        NonFiniteError: a metric that is no number.
     """
     check_bare(model, masked=True)
     if not 0 < macs <= 1:
         raise PruneError(f"macs={macs}: give a share of the model's in (0, 1]")
     size = input_size or input_size_of(model)
     with first_run(model, size, PruneError):
-        whole = trace(model, size, BATCH).macs
+        whole = trace(model, size, 1).macs
     shorter = copy.deepcopy(model)
-    while (share := trace(shorter, size, BATCH).macs / whole) > macs:
+    while (share := trace(shorter, size, 1).macs / whole) > macs:
         blocks = removable_blocks(shorter, size)
         if not blocks:
             raise PruneError(
@@ -130,17 +133,24 @@ def prune_layers(
 
 
 def _left_out(model: nn.Module, metric: Metric, blocks: Sequence[str], size: tuple[int, int, int]) -> list[Sensitivity]:
-    layers = trace(model, size, BATCH).layers
-    whole = metric(model)
+    layers = trace(model, size, 1).layers
+    whole = _finite(metric(model), "the model")
     found = []
     for block in tqdm(blocks, "blocks left out", leave=False, disable=None):
-        left = metric(remove_blocks(model, [block]))
+        left = _finite(metric(remove_blocks(model, [block])), f"the model without {block}")
         macs = sum(macs for name, macs in layers.items() if name == block or name.startswith(block + "."))
         found.append(Sensitivity(block, macs / sum(layers.values()), left, whole - left))
     return sorted(found, key=lambda s: s.drop)
 
 
+def _finite(metric: float, of: str) -> float:
+    if not math.isfinite(metric):
+        raise NonFiniteError(f"the metric of {of} is {metric}; give one that is finite")
+    return metric
+
+
 def _checked(model: nn.Module, blocks: Sequence[str] | None, size: tuple[int, int, int]) -> list[str]:
+    check_list("blocks", blocks or (), PruneError)
     known = removable_blocks(model, size)
     if blocks is None and not known:
         raise PruneError(f"{title(model)} has no residual blocks that can be left out")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dynnet.errors import NonFiniteError
 from dynnet.probe import evaluating
 from dynnet.pruning.batches import Batches, Loader, every_layer
 
@@ -27,9 +29,11 @@ def recalibrate(model: nn.Module, loader: Loader, batches: int = 100) -> None:
 
     Raises:
         DataError: the loader is empty.
-        Exception: what the model's forward raises. In both cases the model is left untouched.
+        NonFiniteError: images that give a batch norm NaN or infinity.
+        Exception: what the model's forward raises. In all cases the model is left untouched.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    named = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
+    norms = list(named.values())
     if not norms:
         return
     images = (x for x, _ in Batches(loader, batches).on(model, labelled=False))
@@ -40,6 +44,9 @@ def recalibrate(model: nn.Module, loader: Loader, batches: int = 100) -> None:
         for more in images:
             if len(more) > 1:  # one image says little of a variance, and nothing where a map is one pixel
                 run(more)
+        for name, norm in named.items():
+            if not bool(cast(Tensor, norm.running_var).isfinite().all()):
+                raise NonFiniteError(f"{name} was given NaN or infinity; check the weights and the images")
 
 
 @contextmanager

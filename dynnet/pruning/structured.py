@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -25,7 +25,7 @@ from dynnet.channels import Group, bundle, find_groups
 from dynnet.errors import PruneError
 from dynnet.fold import fold
 from dynnet.input_size import first_run, input_size_of
-from dynnet.names import check_excluded, is_inside, title
+from dynnet.names import check_excluded, check_list, is_inside, title
 from dynnet.probe import BATCH, trace
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
@@ -39,6 +39,7 @@ Scope = Literal["global", "group"]
 
 _TINY = torch.finfo(torch.float64).tiny
 TARGETS = ("macs", "params", "latency")
+_ROUNDING = 1 + 1e-9  # what is as large as its goal meets it
 _TRIALS = 6  # cuts that are timed, to find the one that is fast enough
 
 
@@ -121,9 +122,12 @@ def prune(
         DataError: a loader that is missing, empty or without labels.
         NonFiniteError: scores that are NaN or infinite.
     """
+    check_list("exclude", exclude, PruneError)
     config = PruneConfig(criterion, macs, params, latency, scope, floor, multiple, tuple(exclude))
     given = Batches(loader, batches, loss or nn.functional.cross_entropy, seed)
     size = _check(model, config, steps, input_size)
+    if steps > 1 and isinstance(loader, Iterator):
+        raise PruneError(f"steps={steps}, and the loader is an iterator, which is used up after the first; give a list")
     pruned, of = copy.deepcopy(model), model if of is None else of
     modes = {name: module.training for name, module in model.named_modules()}
     kind, target = config.target
@@ -140,7 +144,7 @@ def prune(
         chunks = _chunks(pruned, groups, score(pruned, groups, criterion, given), config, least_left)
         if kind == "latency":
             stay = _choose_by_time(pruned, groups, chunks, costs, goal, fold(of, size), size)
-        elif step == 1 and (least := costs.without(_gone(groups, chunks)) / whole) > target:
+        elif step == 1 and (least := costs.without(_gone(groups, chunks)) / whole) > target * _ROUNDING:
             raise PruneError(
                 f"{kind}={target:g} is out of reach for {title(model)}: with all channels gone that may go, it still "
                 f"costs {least:.3f}"
@@ -150,6 +154,7 @@ def prune(
         narrow(pruned, groups, stay)
         if step < steps and between is not None:
             between(pruned)
+            check_bare(pruned)
     restate(pruned, model, size)
     for name, module in pruned.named_modules():  # `between` may have left others
         module.training = modes.get(name, module.training)
@@ -247,7 +252,7 @@ def _choose(groups: Sequence[Group], chunks: Sequence[_Chunk], costs: Costs, goa
     """(U,) bool for each group: the units that stay, those worth most at a cost of no more than the goal."""
 
     def fits(taken: Sequence[_Chunk]) -> bool:
-        return costs.without(_gone(groups, taken)) <= goal
+        return costs.without(_gone(groups, taken)) <= goal * _ROUNDING
 
     few, many = 0, len(chunks)
     while few < many:
