@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -59,8 +59,9 @@ from training.state import Position, State
 SINGLE_WEIGHTS = ("magnitude", "lottery", "n:m")
 METHODS = (*CRITERIA, "layers", "scratch", *SINGLE_WEIGHTS)
 
-_DEFAULTS = {"macs": 0.5, "latency": None, "sparsity": 0.8}
-_TARGETS = {"layers": ("macs",), "magnitude": ("sparsity",), "lottery": ("sparsity",), "n:m": ()}  # all others: the two
+_DEFAULTS = {"macs": 0.5, "sparsity": 0.8}
+# What methods aim at; where channels go, either of two.
+_TARGETS = {"layers": ("macs",), "magnitude": ("sparsity",), "lottery": ("sparsity",), "n:m": ()}
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,14 @@ def target_of(config: PruningConfig) -> tuple[str, float]:
     if config.method not in METHODS:
         raise RecipeError(f"pruning.method={config.method!r}: choose from {', '.join(METHODS)}")
     able = _TARGETS.get(config.method, ("macs", "latency"))
-    given = {key: share for key in _DEFAULTS if (share := getattr(config, key)) is not None}
+    given = {key: share for key in ("macs", "latency", "sparsity") if (share := getattr(config, key)) is not None}
     if len(given) > 1 or not set(given) <= set(able):
         told = ", ".join(f"{key}={share:g}" for key, share in given.items())
         aims = f"aims at {' or '.join(able)}; give one" if able else "has n and m in place of a target"
         raise RecipeError(f"pruning has {told}: {config.method!r} {aims}")
     if not able:
         return "sparsity", 1 - config.n / max(config.m, 1)
-    return next(iter(given.items()), (able[0], cast(float, _DEFAULTS[able[0]])))
+    return next(iter(given.items()), (able[0], _DEFAULTS[able[0]]))
 
 
 class Pipeline:
