@@ -210,6 +210,7 @@ def empty() -> Iterator[tuple[Tensor, Tensor]]:
         ("activation", empty(), DataError, "gave no batches"),
         ("taylor", [(torch.randn(2, *SIZE), torch.tensor([0, -1]))], DataError, "batch 0 has images without a label"),
         ("fisher", [torch.randn(2, *SIZE)], DataError, "batch 0 has no labels"),
+        ("taylor", [(torch.randn(2, *SIZE), torch.zeros(0).long())], DataError, "batch 0 has no labels"),
         (
             "taylor",
             [(torch.randn(2, *SIZE), torch.tensor([0, 99]))],

@@ -86,7 +86,7 @@ def every_layer(model: nn.Module) -> Callable[[Tensor], object]:
 
 
 def _checked(labels: object, number: int) -> Tensor:
-    if not isinstance(labels, Tensor):
+    if not isinstance(labels, Tensor) or not labels.numel():
         raise DataError(f"batch {number} has no labels, which gradients need; give (images, labels)")
     if not labels.is_floating_point() and int(labels.min()) < 0:
         raise DataError(f"batch {number} has images without a label (label {int(labels.min())}); gradients need them")
