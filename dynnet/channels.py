@@ -155,8 +155,7 @@ def _follow(
     """What a dry run saw, and what stopped it."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     tracer, modules = Tracer(seen, kept), dict(model.named_modules())
-    watched = watching(modules, tracer.enter, tracer.leave)
-    with torch.inference_mode(False), on_meta(model), evaluating(model), torch.no_grad(), watched:
+    with on_meta(model), evaluating(model), torch.no_grad(), watching(modules, tracer.enter, tracer.leave):
         images = torch.empty(1, *input_size, dtype=dtype, device="meta")
         try:
             with tracer:

@@ -175,9 +175,7 @@ def trace(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     recorder = _Recorder(batch)
     names = {name: module for name, module in model.named_modules() if name}
-    watched = watching(names, recorder.enter, recorder.leave)
-    # In inference mode operators are not dispatched one by one.
-    with torch.inference_mode(False), on_meta(model), evaluating(model), torch.no_grad(), watched:
+    with on_meta(model), evaluating(model), torch.no_grad(), watching(names, recorder.enter, recorder.leave):
         images = torch.empty(batch, *input_size, dtype=dtype, device="meta")
         with recorder:
             output = (forward or model)(images)
@@ -309,30 +307,34 @@ def reading(layers: Mapping[str, nn.Module], look: Callable[[str, Tensor], Tenso
 
 @contextlib.contextmanager
 def on_meta(model: nn.Module) -> Iterator[None]:
-    """All tensors of a model replaced by meta tensors of the same shape and type, and put back on leaving.
+    """All tensors of a model replaced by meta tensors of the same shape and type, and put back on leaving. No inference
+    mode, in which operators are not dispatched one by one.
 
     Each slot is replaced once, also where modules or parameters are shared (torch.func.functional_call is confused by
     shared modules), and tensors kept as plain attributes are replaced as well.
     """
     replaced: list[tuple[Any, str, Tensor]] = []
     twins: dict[int, Tensor] = {}
-    try:
-        for module in model.modules():
-            for slots in cast(list[dict[str, Any]], [module._parameters, module._buffers, module.__dict__]):
-                for key, value in slots.items():
-                    if not isinstance(value, Tensor) or value.device.type == "meta":
-                        continue
-                    if id(value) not in twins:
-                        twin = torch.empty_like(value, device="meta")
-                        twins[id(value)] = (
-                            nn.Parameter(twin, value.requires_grad) if isinstance(value, nn.Parameter) else twin
-                        )
-                    replaced.append((slots, key, value))
-                    slots[key] = twins[id(value)]
-        yield
-    finally:
-        for slots, key, value in replaced:
-            slots[key] = value
+    with torch.inference_mode(False):
+        try:
+            for module in model.modules():
+                for slots in cast(list[dict[str, Any]], [module._parameters, module._buffers, module.__dict__]):
+                    for key, value in slots.items():
+                        if not isinstance(value, Tensor) or value.device.type == "meta":
+                            continue
+                        if id(value) not in twins:
+                            twins[id(value)] = _without_numbers(value)
+                        replaced.append((slots, key, value))
+                        slots[key] = twins[id(value)]
+            yield
+        finally:
+            for slots, key, value in replaced:
+                slots[key] = value
+
+
+def _without_numbers(tensor: Tensor) -> Tensor:
+    twin = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -26,7 +26,6 @@ from dynnet.errors import PruneError
 from dynnet.fold import fold
 from dynnet.input_size import first_run, input_size_of
 from dynnet.names import check_excluded, check_list, is_inside, title
-from dynnet.probe import BATCH, trace
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.costs import Costs, Side
@@ -132,7 +131,8 @@ def prune(
     modes = {name: module.training for name, module in model.named_modules()}
     kind, target = config.target
     unit = "macs" if kind == "latency" else kind
-    whole = Costs(of, [], size, unit).whole
+    with first_run(model, size, PruneError):
+        whole = Costs(of, [], size, unit).whole
     begin = 1.0 if of is model or kind == "latency" else Costs(model, [], size, unit).whole / whole
     least_left = None if of is model else _least_left(of, _groups(of, config, size), config)
     for step in range(1, steps + 1):
@@ -176,10 +176,7 @@ def _check(
     if config.scope not in get_args(Scope):
         raise PruneError(f"scope={config.scope!r}: choose from {', '.join(get_args(Scope))}")
     check_excluded(config.exclude, dict(model.named_modules()), title(model), PruneError)
-    size = input_size or input_size_of(model)
-    with first_run(model, size, PruneError):
-        trace(model, size, BATCH)
-    return size
+    return input_size or input_size_of(model)
 
 
 def _groups(model: nn.Module, config: PruneConfig, size: tuple[int, ...]) -> list[Group]:

@@ -213,7 +213,9 @@ def to_semi_structured(model: nn.Module) -> list[str]:
     """
     found = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear) or is_masked(layer) or not _has_sparse_cores(layer.weight):
+        if not isinstance(layer, nn.Linear) or not isinstance(layer.weight, nn.Parameter):
+            continue  # a mask makes the weight, say
+        if not _has_sparse_cores(layer.weight):
             continue
         if layer.weight.shape[1] % 4 or int((layer.weight.unflatten(1, (-1, 4)) != 0).sum(-1).max()) > 2:
             continue
