@@ -1,16 +1,9 @@
-"""Files that are whole or not there: safetensors with a JSON description in the header. Never pickles.
-
-A file is written beside its place, flushed to disk and renamed, so a crash leaves the old one. Its header holds a
-SHA-256 over all tensors and the description; a flipped bit is an error that names the file.
-"""
+"""Models in files: weights, and all that is needed to build a model again. `dynnet.bundle` says what such files are."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,11 +11,10 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from dynnet.bundle import read_bundle, write_bundle
 from dynnet.errors import CheckpointError, DynnetError, PruneError
 from dynnet.fold import FoldedNorm, fold_again, folded_norms
 from dynnet.heads import HeadFactory
@@ -37,57 +29,8 @@ from dynnet.quantize import Int8Layer, int8_layers, put_int8
 from dynnet.regions import GateConfig
 from dynnet.wrap import wrap
 
-FORMAT = 1
-
 # What modules of one class may differ in, though their tensors do not, so that their answers differ.
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "eps", "negative_slope", "approximate")
-
-
-def write_bundle(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON-able description to one file, all or nothing."""
-    path = Path(path)
-    # Safetensors refuses memory that is shared (tied weights) or strided (channels_last): each gets its own, in order.
-    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    text = json.dumps(about, sort_keys=True)
-    header = {"dynnet": text, "format": str(FORMAT), "sha256": _digest(own, text)}
-    write_atomically(path, to_bytes(own, header))
-
-
-def read_bundle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and description of a file that `write_bundle` wrote.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, damaged, not dynnet's, or of a newer format.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint {str(path)!r}")
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} is truncated or damaged ({error}); take another copy") from error
-    if not {"dynnet", "format", "sha256"} <= header.keys():
-        raise CheckpointError(f"{str(path)!r} is a safetensors file, but not one of dynnet's")
-    if not header["format"].isdecimal() or int(header["format"]) < 1:
-        raise CheckpointError(f"{str(path)!r} is damaged: its format is {header['format']!r}; take another copy")
-    if int(header["format"]) > FORMAT:
-        raise CheckpointError(
-            f"{str(path)!r} has format {header['format']}, this dynnet reads up to {FORMAT}; upgrade dynnet"
-        )
-    if _digest(tensors, header["dynnet"]) != header["sha256"]:
-        raise CheckpointError(f"{str(path)!r} is damaged: its SHA-256 does not match; take another copy")
-    return tensors, json.loads(header["dynnet"])
-
-
-def is_bundle(path: str | Path) -> bool:
-    """Did `write_bundle` write this file?"""
-    try:
-        with safe_open(path, "pt") as file:
-            return "dynnet" in (file.metadata() or {})
-    except (SafetensorError, OSError, ValueError):
-        return False
 
 
 def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = None, *, sparse: bool = False) -> None:
@@ -406,25 +349,3 @@ def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str |
             else "",
         ]
         raise CheckpointError(f"{str(source)!r} is of another model: {'; '.join(p for p in problems if p)}")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it to disk, rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from dynnet.checkpoint import write_atomically
+from dynnet.bundle import write_atomically
 from dynnet.errors import DynnetError, InputError, did_you_mean
 
 

@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 from dynnet import DynamicModel, fold, latency, measure
 from dynnet.allocator import keep_freed_memory
 from dynnet.answers import Answers, collect, named_right
+from dynnet.bundle import write_atomically
 from dynnet.calibrate import trade_off
-from dynnet.checkpoint import write_atomically
 from dynnet.data import Data
 from dynnet.errors import DynnetError
 from dynnet.gates import Gates, mean_masks

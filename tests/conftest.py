@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import dynnet
+from tests.cases import FEW
 from training import train
 
 RECIPE = """\
@@ -61,3 +63,12 @@ def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "finished"
     assert train.main(["--recipe", str(recipe), "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The file of a small wrapped model."""
+    path = tmp_path / "m.safetensors"
+    case = FEW[0]
+    dynnet.save(case.wrapped(), path, {"model_name": case.name, "num_classes": 7})
+    return path

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dynnet
+from dynnet.bundle import read_bundle, write_bundle
 from dynnet.calibrate import check_budget
-from dynnet.checkpoint import read_bundle, write_bundle
 from dynnet.errors import CalibrationError, CheckpointError, ExitError, GateError, InputError, NonFiniteError
 from dynnet.gates import cut_frozen, mean_masks
 from dynnet.regions import GateConfig

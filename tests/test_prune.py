@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dynnet
-from dynnet.checkpoint import read_bundle
+from dynnet.bundle import read_bundle
 from dynnet.data import load_data
 from dynnet.probe import trace
 from dynnet.pruning import sparsity, structured

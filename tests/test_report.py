@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dynnet
-from dynnet import checkpoint
+from dynnet import bundle
 from dynnet.errors import InputError
 from dynnet.measure import read_table
 from dynnet.recipe import read_recipe, recipe_to_yaml
@@ -191,7 +191,7 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     same = {key: results[key] for key in ("model", "backbone_kwargs", "dataset", "test_images")}
     macs = results["dense_macs"]
     backbone = dynnet.load_backbone(run / "backbone.safetensors")
-    create = checkpoint.read_bundle(run / "backbone.safetensors")[1]["create"]
+    create = bundle.read_bundle(run / "backbone.safetensors")[1]["create"]
     images = torch.randn(4, *SIZE)
     for name, share, accuracy in (("thin", 0.5, 0.2), ("wide", 1.0, 1.0)):
         (tmp_path / name).mkdir()

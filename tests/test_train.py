@@ -17,7 +17,7 @@ import timm
 import torch
 
 import dynnet
-from dynnet import checkpoint
+from dynnet import bundle
 from dynnet.data import load_data
 from dynnet.recipe import read_recipe
 from training import train
@@ -101,7 +101,7 @@ def test_gates_do_not_decay(tmp_path: Path) -> None:
 def test_the_heads_stage_leaves_the_backbone_alone(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert train.main(["--recipe", str(recipe), "--out", str(out), "--joint.epochs", "0", "--ema=null"]) == 0
-    dense, _ = checkpoint.read_bundle(out / "backbone.safetensors")
+    dense, _ = bundle.read_bundle(out / "backbone.safetensors")
     model = dynnet.load(out / "model.safetensors")
     assert all(torch.equal(v, dense[k]) for k, v in model.backbone.state_dict().items())
 
@@ -134,8 +134,8 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
         except Killed:
             continue
     for name in ("model", "backbone", "state"):
-        expected, about = checkpoint.read_bundle(run / f"{name}.safetensors")
-        got, other = checkpoint.read_bundle(out / f"{name}.safetensors")
+        expected, about = bundle.read_bundle(run / f"{name}.safetensors")
+        got, other = bundle.read_bundle(out / f"{name}.safetensors")
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[k], got[k]) for k in expected)
         if name == "model":
@@ -169,8 +169,8 @@ def test_kill_minus_nine_at_random_moments(recipe: Path, tmp_path: Path) -> None
             kills += 1
         process.wait()
     for name in ("model", "backbone"):
-        expected, _ = checkpoint.read_bundle(tmp_path / "alone" / f"{name}.safetensors")
-        got, _ = checkpoint.read_bundle(tmp_path / "killed" / f"{name}.safetensors")
+        expected, _ = bundle.read_bundle(tmp_path / "alone" / f"{name}.safetensors")
+        got, _ = bundle.read_bundle(tmp_path / "killed" / f"{name}.safetensors")
         assert all(torch.equal(expected[k], got[k]) for k in expected)
 
 
@@ -299,8 +299,8 @@ def test_weights_of_a_file_are_taken(run: Path, recipe: Path, tmp_path: Path) ->
         "--joint.epochs=0",
     ]
     assert train.main(["--recipe", str(recipe), "--out", str(out), *more]) == 0
-    a, _ = checkpoint.read_bundle(run / "backbone.safetensors")
-    b, _ = checkpoint.read_bundle(out / "backbone.safetensors")
+    a, _ = bundle.read_bundle(run / "backbone.safetensors")
+    b, _ = bundle.read_bundle(out / "backbone.safetensors")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 

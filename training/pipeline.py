@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynnet.bundle import read_bundle, write_bundle
 from dynnet.checkpoint import (
     check_weights,
     load_backbone,
     pruned_shape,
-    read_bundle,
     save,
-    write_bundle,
 )
 from dynnet.data import Data, Loader
 from dynnet.errors import CheckpointError, RecipeError

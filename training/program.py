@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dynnet.checkpoint import is_bundle, load_backbone, load_weights
+from dynnet.bundle import is_bundle
+from dynnet.checkpoint import load_backbone, load_weights
 from dynnet.data import Data, load_data
 from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
 from dynnet.fold import folded_norms

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from dynnet.allocator import keep_freed_memory
-from dynnet.checkpoint import write_atomically
+from dynnet.bundle import write_atomically
 from dynnet.pruning import make_permanent
 from dynnet.recipe import Recipe, recipe_to_yaml
 from training.compare import table

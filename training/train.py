@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from dynnet import DynamicModel, ExitOutputs, calibrate, wrap
 from dynnet.allocator import keep_freed_memory
+from dynnet.bundle import write_atomically
 from dynnet.calibrate import check_budget
-from dynnet.checkpoint import pruned_shape, save, write_atomically
+from dynnet.checkpoint import pruned_shape, save
 from dynnet.data import Data
 from dynnet.errors import CalibrationError, RecipeError
 from dynnet.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise
