@@ -20,6 +20,7 @@ from dynnet.cost import Ledger, price
 from dynnet.errors import GateError, InputError
 from dynnet.flow import Tag
 from dynnet.gates import Decisions, Gates
+from dynnet.layout import at_risk, right_gradients
 from dynnet.policy import Measure, active, check_thresholds, make_measure
 from dynnet.probe import on_meta
 from dynnet.regions import GateConfig, GatePlan
@@ -202,7 +203,8 @@ class DynamicModel(nn.Module):
                 "gradient checkpointing runs blocks a second time, and their exits with them; switch it off with "
                 "backbone.set_grad_checkpointing(False)"
             )
-        return self.run_every_exit(x, equilibrium, gated)
+        with right_gradients(torch.is_grad_enabled() and at_risk(self)):
+            return self.run_every_exit(x, equilibrium, gated)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Prediction:
@@ -280,7 +282,9 @@ class DynamicModel(nn.Module):
         self._check(x)
         decisions = self._decisions(sparse=self.execution == "sparse")
         answers = Answering(self.tag, len(x), decisions, list(self.heads), self.measure, self.thresholds, self.active)
-        with flow.run(answers, self._notes_size):
+        # Gates may leave any layer with few inputs.
+        exposed = torch.is_grad_enabled() and (self.gates is not None or at_risk(self))
+        with right_gradients(exposed), flow.run(answers, self._notes_size):
             answers.finish(self.backbone(x))
         return answers
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dynnet.channels import Group, Member
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
 from dynnet.layers import channel_dim
+from dynnet.layout import at_risk, right_gradients
 from dynnet.probe import BATCH, evaluating, reading, trace
 from dynnet.pruning.batches import Batches
 from dynnet.pruning.weights import curvature, weight_of
@@ -60,7 +61,7 @@ def score(model: nn.Module, groups: Sequence[Group], criterion: str, batches: Ba
         DataError: as in `Batches.on`.
     """
     chosen = find_criterion(criterion)
-    with evaluating(model):
+    with evaluating(model), right_gradients(at_risk(model)):
         found = [None if s is None else s.detach().double().cpu() for s in chosen.score(model, groups, batches)]
     for group, scores in zip(groups, found, strict=True):
         if scores is not None and not bool(scores.isfinite().all()):

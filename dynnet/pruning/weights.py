@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
 from dynnet.layers import channel_dim
+from dynnet.layout import at_risk, right_gradients
 from dynnet.probe import evaluating, reading
 from dynnet.pruning.batches import Batches
 from dynnet.pruning.masks import is_masked
@@ -45,7 +46,7 @@ def score_weights(model: nn.Module, layers: Sequence[str], criterion: str, batch
             f"{', '.join(WEIGHT_CRITERIA)}"
         )
     weights = {layer: weight_of(model.get_submodule(layer)) for layer in layers}
-    with evaluating(model):
+    with evaluating(model), right_gradients(at_risk(model)):
         found = WEIGHT_CRITERIA[criterion](model, weights, batches)
     for layer, scores in found.items():
         if not bool(scores.isfinite().all()):
