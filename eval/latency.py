@@ -22,6 +22,7 @@ from torch import Tensor
 from dynnet import DynamicModel, Latency, fold, latency, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.probe import device_of
+from dynnet.threads import fit_threads
 from eval.programs import errors_told, timm_model, write_json
 from eval.runs import Run, open_run, test_images
 
@@ -73,9 +74,13 @@ def _of_run(run: Run, samples: int, batch: Sequence[int], folded: bool) -> list[
     model = fold(run.model) if folded else run.model
     found = []
     for size in batch:
+        print(f"batch {size}: {fit_threads(model, run.data.input_size, size)}", flush=True)
         timed = latency(model, pictures, batch_size=size)
         found.append(timed.summary())
-        print(f"batch {size}: {_percentiles(timed)}; speed-up {timed.speedup:.2f}x over {len(timed.dense_ms)} calls")
+        print(
+            f"batch {size}: {_percentiles(timed)}; speed-up {timed.speedup:.2f}x over {len(timed.dense_ms)} calls",
+            flush=True,
+        )
         if size == 1:
             for exit, (n, ms) in timed.by_exit().items():
                 name = run.model.exits[exit] if exit < len(run.model.exits) else "end"
@@ -102,6 +107,7 @@ def _of_model(
     dense = dynamic.ledger().dense
     found = []
     for size in batch:
+        print(f"{name}, batch {size}: {fit_threads(dynamic, dynamic.config.input_size, size)}", flush=True)
         images = torch.randn(max(16, size), *dynamic.config.input_size)
         for scenario, thresholds in _scenarios(dynamic, images).items():
             dynamic.thresholds = thresholds

@@ -38,6 +38,7 @@ from dynnet.gates import Gates, mean_masks
 from dynnet.measure import Measurement, read_table, write_table
 from dynnet.policy import active, to_json
 from dynnet.regions import GatePlan
+from dynnet.threads import fit_threads
 from eval import figures
 from eval.programs import errors_told, write_json
 from eval.runs import Run, open_run, test_images
@@ -82,6 +83,7 @@ def main(
         table = read_table(out / "table.csv")
         if static is not None and opened is not None:
             rows = read_static(static, results)
+            print(f"timed beside: {fit_threads(opened.model, opened.data.input_size, 1)}", flush=True)
             results["static_timing"] = time_beside(rows, opened.model, test_images(opened.data, latency_samples)[1])
             results["static"] = beside(rows, table)
             write_json(results, out / "results.json")
@@ -101,8 +103,9 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
     thresholds = model.thresholds
     calibration = model.calibration
     test = data.loader("test", batch_size)
+    print(f"evaluation: {fit_threads(model, data.input_size, batch_size)}", flush=True)
     measured = measure(model, test)
-    print(measured)
+    print(measured, flush=True)
     table = measured.table()
     table["class"] = np.array(data.classes)[measured.answers.labels]
     table["file"] = np.array([data.test.name(i) for i in range(len(data.test))])
@@ -123,6 +126,7 @@ def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dic
     gates = None if model.gates is None else _gates(model, model.gates, measured, held_out, test, table)
 
     rows, images = test_images(data, latency_samples)
+    print(f"latency: {fit_threads(model, data.input_size, 1)}", flush=True)
     timed = latency(fold(model), images)
     for name, values in (("latency_ms", timed.dynamic_ms), ("dense_latency_ms", timed.dense_ms)):
         column = np.full(len(measured.exit), np.nan)

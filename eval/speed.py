@@ -27,6 +27,7 @@ from dynnet.gates import cut_frozen
 from dynnet.latency import take_turns
 from dynnet.probe import trace
 from dynnet.pruning import make_permanent, sparsify
+from dynnet.threads import fit_threads
 from eval.programs import errors_told, timm_model, write_json
 
 WARMUP = 3  # batches
@@ -99,12 +100,15 @@ def measure_speed(
     images = images.to(where)
     share = gated.predict(images).macs.double().mean().item() / gated.ledger().dense
     assert gated.gates is not None
-    print(f"{model}: {gated.gates.plan.share:.0%} of the MACs under gates, {share:.1%} run at keep {keep:g}")
+    print(
+        f"{model}: {gated.gates.plan.share:.0%} of the MACs under gates, {share:.1%} run at keep {keep:g}", flush=True
+    )
     executed = {name: trace(each, gated.config.input_size, 1).macs for name, each in others.items()}
     shares = {"dense": 1.0, "masked": 1.0, "sparse": share}
     shares |= {name: count / gated.ledger().dense for name, count in executed.items()}
     found = []
     for size in batch:
+        print(f"  batch {size}: {fit_threads(gated, gated.config.input_size, size)}", flush=True)
         times = compare(gated, others, images, size, calls * (4 if size == 1 else 1), channels_last)
         for name, taken in times.items():
             ratio, typical = float(np.median(times["dense"] / taken)), float(np.median(taken))
@@ -118,7 +122,7 @@ def measure_speed(
                     "macs_share": shares[name],
                 }
             )
-            print(f"  batch {size}, {name}, {shares[name]:.0%} of the MACs: {typical:.2f} ms, {ratio:.2f}x")
+            print(f"  batch {size}, {name}, {shares[name]:.0%} of the MACs: {typical:.2f} ms, {ratio:.2f}x", flush=True)
     return found
 
 

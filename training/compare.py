@@ -16,8 +16,10 @@ from dynnet.fold import fold
 from dynnet.latency import one_at_a_time
 from dynnet.probe import device_of, trace
 from dynnet.quantize import Int8Layer, int8_layers
+from dynnet.threads import fit_threads
 
 TIMED = 200  # images, one at a time
+BATCH = 256  # of the evaluation
 
 
 def compare(models: Mapping[str, nn.Module], paths: Mapping[str, Path], data: Data) -> dict[str, Any]:
@@ -33,18 +35,20 @@ def compare(models: Mapping[str, nn.Module], paths: Mapping[str, Path], data: Da
         at a time; for all but the dense one also "compression" of the file, "accuracy_retention" and "speedup", a
         median of ratios.
     """
+    dense, size = models["dense"], data.input_size
+    print(f"timed one image at a time: {fit_threads(dense, size, 1)}", flush=True)
     times = _times(models, data)
+    print(f"evaluation: {fit_threads(dense, size, BATCH)}", flush=True)
     found: dict[str, Any] = {}
     for name, model in models.items():
-        macs = trace(model, data.input_size, 1).macs
-        size = paths[name].stat().st_size
+        macs = trace(model, size, 1).macs
         found[name] = {
             "accuracy": accuracy(model, data, "test"),
             "macs": macs,
             "flops": 2 * macs,
             "parameters": _parameters(model),
             "sparsity": _zeros(model),
-            "size_bytes": size,
+            "size_bytes": paths[name].stat().st_size,
             "p50_ms": float(np.median(times[name])),
         }
     before = found["dense"]
@@ -58,7 +62,7 @@ def compare(models: Mapping[str, nn.Module], paths: Mapping[str, Path], data: Da
 
 def accuracy(model: nn.Module, data: Data, split: Any) -> float:
     """The share of a split's images that a model names right."""
-    return float(named_right(model, data.loader(split, 256)).mean())
+    return float(named_right(model, data.loader(split, BATCH)).mean())
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from dynnet.data import Data, Loader
 from dynnet.errors import NonFiniteError, RecipeError
+from dynnet.layout import at_risk, right_gradients
 from dynnet.recipe import Recipe, StageConfig
+from dynnet.threads import fit_threads
 from training.distributed import SyncedBatchNorm, World
 from training.state import Log, Position, State
 
@@ -123,6 +125,8 @@ def run_stage(stage: Stage, desk: Desk, begin: Position, state: State | None) ->
     parallel = here.parallel(stage.called)
     mixup = _mixup(recipe, len(desk.data.classes))
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    exposed = at_risk(stage.trained) if here.device.type == "cpu" else []
+    _tell_settings(stage, desk, exposed)
 
     def checkpoint(epoch: int, step: int) -> None:
         position = dataclasses.replace(begin, epoch=epoch, step=step)
@@ -154,7 +158,7 @@ def run_stage(stage: Stage, desk: Desk, begin: Position, state: State | None) ->
             if mixup is not None:
                 images, target = mixup(images, target)
 
-            with _forward_context(recipe, here):
+            with _forward_context(recipe, here), right_gradients(exposed):
                 given = stage.forward(parallel, images, update / (steps * config.epochs))
             found = stage.objective(given, target, (update + 1) / (steps * config.epochs))
             _refuse_non_finite(found, stage.name, epoch, step)
@@ -180,11 +184,25 @@ def run_stage(stage: Stage, desk: Desk, begin: Position, state: State | None) ->
         desk.log.write({"kind": "epoch", "stage": stage.name, "epoch": epoch, **said, "seconds": round(seconds, 1)})
         if here.first:
             shown = stage.shown(said)
-            print(f"{stage.name} {epoch + 1}/{config.epochs}: held-out accuracy {shown}, {seconds:.0f} s", flush=True)
+            print(f"{stage.name} {epoch + 1}/{config.epochs}: held-out accuracy {shown}, {seconds:.1f} s", flush=True)
         checkpoint(epoch + 1, 0)
     if ema is not None:
         model.load_state_dict(ema.module.state_dict())
     model.requires_grad_(True)
+
+
+def _tell_settings(stage: Stage, desk: Desk, exposed: Sequence[str]) -> None:
+    """Choose threads for a stage's steps, and say how it runs."""
+    here = desk.here
+    threads = fit_threads(stage.model, desk.data.input_size, stage.config.batch_size // here.size)
+    if not here.first:
+        return
+    print(f"{stage.name}: {threads}", flush=True)
+    if exposed and desk.recipe.channels_last:
+        print(
+            f"{stage.name}: not in channels_last, where some CPUs get their gradients wrong: {', '.join(exposed)}",
+            flush=True,
+        )
 
 
 def make_tools(trained: nn.Module, config: StageConfig, name: str, recipe: Recipe, data: Data, here: World) -> Tools:

@@ -50,6 +50,7 @@ from dynnet.pruning.unstructured import SparsityScope, set_masks
 from dynnet.pruning.weights import weight_of
 from dynnet.quantize import quantize
 from dynnet.recipe import PruningConfig, Recipe, StageConfig
+from dynnet.threads import fit_threads
 from training.compare import accuracy, compare
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools
@@ -228,13 +229,15 @@ class Pipeline:
             elif config.method == "n:m":
                 left = sparsify_n_m(model, config.n, config.m, exclude=config.exclude)
                 if self.here.first and left:
-                    print(f"left dense, as {config.m} does not divide their inputs: {', '.join(left)}")
+                    print(f"left dense, as {config.m} does not divide their inputs: {', '.join(left)}", flush=True)
             elif config.method in SINGLE_WEIGHTS:
                 goal = scheduled(config.schedule, target, number, config.steps)
                 sparsify(model, goal, scope=self._sparsity_scope, exclude=config.exclude)
                 if config.method == "lottery":
                     rewind(model, read_early(config.early or self.out / "early.safetensors", self._teacher))
             else:
+                if kind == "latency":
+                    print(f"timed one image at a time: {fit_threads(self._teacher, self.size, 1)}", flush=True)
                 aim: dict[str, Any] = {kind: target**share, "of": self._teacher}
                 model = prune(model, self._sample(), **self._structured(number), **aim)
                 if config.method == "scratch":

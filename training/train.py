@@ -60,7 +60,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "recipe.yaml", recipe_to_yaml(recipe).encode())
         print(f"{model.config.exits} on {recipe.backbone.name}, {data.label}: {len(data.train)} training images, "
-              f"{len(data.calibration)} for calibration, {len(data.test)} for testing")  # fmt: skip
+              f"{len(data.calibration)} for calibration, {len(data.test)} for testing", flush=True)  # fmt: skip
     start = Position()
     if state is not None:
         start = state.position
@@ -82,7 +82,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
             if model.exits:
                 fitted = calibrate(model, data.loader("calibration", 256), **recipe.calibration.goal())
                 log.write({"kind": "calibration", **dataclasses.asdict(fitted)})
-                print(fitted)
+                print(fitted, flush=True)
             save(model, out / "model.safetensors", create)
         here.wait()
     return model
