@@ -9,6 +9,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
+# A worker that dies names its test, and another takes the rest. (--dist loadfile loses the tests of that file.)
+SURVIVE := --dist worksteal --max-worker-restart 1000
+
+# Progress is seen as it happens, also where stdout is no terminal.
+export PYTHONUNBUFFERED := 1
+
 .PHONY: demo test lint sweep clean
 
 demo: $(READY)
@@ -17,7 +23,7 @@ demo: $(READY)
 	$(BIN)/python -m eval.report $(DEMO)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 $(SURVIVE)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -30,7 +36,9 @@ sweep: $(READY)
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo "installing PyTorch and all else that is needed: about 6 GB, some minutes"
+	@(s=0; while sleep 10 >/dev/null 2>&1; do s=$$((s + 10)); echo "... installing, $$s s"; done) & beat=$$!; \
+	$(BIN)/python -m pip install --progress-bar off --editable '.[dev]'; failed=$$?; kill $$beat; exit $$failed
 	touch $@
 
 clean:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,11 @@ import torch
 import dynnet
 from tests.cases import FEW
 from training import train
+
+# The models are small: a second thread would only wait. Subprocesses and programs that choose threads are told so too.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 RECIPE = """\
 data: {name: digits, crop: 1}
