@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dynnet
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
@@ -20,6 +20,12 @@ from tests.cases import CASES, Case, enliven, leave_one_by_one, tiny
 
 NAMES = {"cifar_resnet20", "mobilenetv3_small_050", "test_efficientnet", "test_convnext", "test_vit", "regnetx_002"}
 SOME = [case for case in CASES if case.name in NAMES]
+MODULE = sys.modules[Int8Layer.__module__]  # `dynnet.quantize` is the function
+
+
+def steps_of_inputs() -> int:
+    """On this processor."""
+    return MODULE._levels()
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)
@@ -31,7 +37,8 @@ def test_int8_answers_nearly_alike_for_the_same_macs(case: Case) -> None:
     small = dynnet.quantize(model, [(images,)])
     assert any(isinstance(m, Int8Layer) for m in small.modules())
     expected, got = model(images), small(images)
-    assert (got - expected).norm() < 0.05 * expected.norm()
+    # Without VNNI inputs have half as many steps, each twice as coarse.
+    assert (got - expected).norm() < 0.05 * 255 / steps_of_inputs() * expected.norm()
     assert not torch.equal(got, expected)
     assert trace(small, case.size, 1).macs == trace(model, case.size, 1).macs
     assert torch.equal(copy.deepcopy(small)(images), got)
@@ -68,10 +75,13 @@ def test_half_as_many_steps_of_inputs_are_nearly_as_good(monkeypatch: pytest.Mon
     case = CASES[0]
     model, images = case.backbone(), case.images(6)
     enliven(model)
-    expected, fine = model(images), dynnet.quantize(model, [images])(images)
-    monkeypatch.setattr(sys.modules[Int8Layer.__module__], "_levels", lambda: 127)
-    coarse = dynnet.quantize(model, [images])(images)
-    assert not torch.equal(coarse, fine)
+
+    def answers(steps: int) -> Tensor:
+        monkeypatch.setattr(MODULE, "_levels", lambda: steps)
+        return dynnet.quantize(model, [images])(images)
+
+    expected, coarse = model(images), answers(127)
+    assert not torch.equal(coarse, answers(255))  # whatever this processor makes of so many
     assert (coarse - expected).norm() < 0.05 * expected.norm()
 
 
