@@ -1,10 +1,11 @@
 """Gradients that are right in every memory layout.
 
 In PyTorch 2.14.1 with oneDNN, on x86 processors without AVX-512, the weight gradient of a strided 1x1 convolution with
-fewer than 8 input channels, not grouped, is wrong by up to half of its size if its input or its weight lies in
-channels_last; with one thread it is written past its memory, which aborts the process. Of 4,464 convolutions (1d, 2d,
-3d, grouped, transposed; one thread and two; float32 and bfloat16) no other was wrong, and no output or gradient of an
-input. Such layers are small; dynnet runs them in the contiguous layout wherever their weights learn on a CPU.
+fewer than 8 input channels, not grouped, is wrong if its input or its weight lies in channels_last: by half of its
+size, or by orders of magnitude. With one thread it is also written past its memory, which aborts the process. Of 4,464
+convolutions (1d, 2d, 3d, grouped, transposed; one thread and two; float32 and bfloat16) no other was wrong, and no
+output or gradient of an input. Such layers are small; dynnet runs them in the contiguous layout wherever their weights
+learn on a CPU.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ class DynamicModel(nn.Module):
                 "gradient checkpointing runs blocks a second time, and their exits with them; switch it off with "
                 "backbone.set_grad_checkpointing(False)"
             )
-        with right_gradients(torch.is_grad_enabled() and at_risk(self)):
+        with right_gradients(_learns(x) and at_risk(self)):
             return self.run_every_exit(x, equilibrium, gated)
 
     @torch.no_grad()
@@ -283,7 +283,7 @@ class DynamicModel(nn.Module):
         decisions = self._decisions(sparse=self.execution == "sparse")
         answers = Answering(self.tag, len(x), decisions, list(self.heads), self.measure, self.thresholds, self.active)
         # Gates may leave any layer with few inputs.
-        exposed = torch.is_grad_enabled() and (self.gates is not None or at_risk(self))
+        exposed = _learns(x) and (self.gates is not None or at_risk(self))
         with right_gradients(exposed), flow.run(answers, self._notes_size):
             answers.finish(self.backbone(x))
         return answers
@@ -305,3 +305,8 @@ class DynamicModel(nn.Module):
                 )
         if tuple(x.shape[1:]) not in self._ledgers:
             self.ledger(tuple(x.shape[1:]))  # a dry run, which tells in words where a size does not fit
+
+
+def _learns(x: Tensor) -> bool:
+    """May gradients be asked for, and computed on a CPU?"""
+    return torch.is_grad_enabled() and x.device.type == "cpu"

@@ -47,7 +47,7 @@ def fit_threads(model: nn.Module, input_size: tuple[int, int, int], batch_size: 
     share = cost.macs * batch_size / max(layers, 1)
     torch.set_num_threads(max(1, min(_MOST, int(share // MACS_PER_THREAD))))
     return (
-        f"{_threads(torch.get_num_threads())} of {_MOST}, for {share / 1e6:.1f} M multiply-adds a layer in a batch of "
+        f"{_threads(torch.get_num_threads())} of {_MOST}, for {share / 1e6:.2f} M multiply-adds a layer in a batch of "
         f"{batch_size} (OMP_NUM_THREADS=n sets n)"
     )
 

@@ -43,7 +43,7 @@ def test_a_thread_gets_five_million_multiply_adds_of_a_layer(width: int, batch: 
     said = fit_threads(network(width), (1, 32, 32), batch)
     assert torch.get_num_threads() == expected
     assert said.startswith(f"{expected} thread")
-    assert f"{1024 * width * batch / 1e6:.1f} M multiply-adds a layer in a batch of {batch}" in said
+    assert f"{1024 * width * batch / 1e6:.2f} M multiply-adds a layer in a batch of {batch}" in said
 
 
 def test_of_a_dynamic_model_the_backbone_counts() -> None:
