@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +25,18 @@ _INPUTS = 8  # from here on gradients are right
 _here = threading.local()  # as function modes are
 
 
-def at_risk(model: nn.Module) -> list[str]:
-    """Names of the convolutions whose weight gradients channels_last may get wrong, on some CPUs."""
+def at_risk(model: nn.Module, narrowed: Collection[str] = ()) -> list[str]:
+    """Names of the convolutions whose weight gradients channels_last may get wrong, on some CPUs.
+
+    Args:
+        model: any.
+        narrowed: layers that may run on fewer inputs than they have.
+    """
     return [
         name
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d)
-        and _is_at_risk(layer.kernel_size, layer.stride, layer.in_channels // layer.groups, layer.groups)
+        and _is_at_risk(layer.kernel_size, layer.stride, 1 if name in narrowed else layer.in_channels, layer.groups)
     ]
 
 

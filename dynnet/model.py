@@ -122,6 +122,8 @@ class DynamicModel(nn.Module):
         self.measure: Measure = make_measure(confidence, len(self.boundaries))
         self.calibration: dict[str, Any] | None = None
         self._thresholds = (float("inf"),) * len(self.boundaries)
+        gated = () if plan is None else {f"backbone.{site.layer}" for site in plan.sites if site.reads is not None}
+        self._at_risk = at_risk(self, gated)  # looked up once: a wrapped model is not cut
         self._ledgers: dict[tuple[int, ...], Ledger] = {}
         # In a tuple, so that it is no submodule.
         self._shadow: tuple[DynamicModel] | None = None
@@ -203,7 +205,7 @@ class DynamicModel(nn.Module):
                 "gradient checkpointing runs blocks a second time, and their exits with them; switch it off with "
                 "backbone.set_grad_checkpointing(False)"
             )
-        with right_gradients(_learns(x) and at_risk(self)):
+        with right_gradients(_learns(x) and self._at_risk):
             return self.run_every_exit(x, equilibrium, gated)
 
     @torch.no_grad()
@@ -282,9 +284,7 @@ class DynamicModel(nn.Module):
         self._check(x)
         decisions = self._decisions(sparse=self.execution == "sparse")
         answers = Answering(self.tag, len(x), decisions, list(self.heads), self.measure, self.thresholds, self.active)
-        # Gates may leave any layer with few inputs.
-        exposed = _learns(x) and (self.gates is not None or at_risk(self))
-        with right_gradients(exposed), flow.run(answers, self._notes_size):
+        with right_gradients(_learns(x) and self._at_risk), flow.run(answers, self._notes_size):
             answers.finish(self.backbone(x))
         return answers
 
