@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynnet.backbone.dry_run import device_of, evaluating
 from dynnet.cost import Ledger
 from dynnet.errors import DataError, NonFiniteError
 from dynnet.model import DynamicModel
 from dynnet.policy import active
-from dynnet.probe import device_of, evaluating
 
 
 @dataclass(frozen=True)

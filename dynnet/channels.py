@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from dynnet.backbone.dry_run import evaluating, on_meta, watching
 from dynnet.labels import HEADS, TOGETHER
-from dynnet.probe import evaluating, on_meta, watching
 from dynnet.tracer import Kept, Role, Tracer
 
 _FEWEST = 4  # bundles of a group, where its units allow

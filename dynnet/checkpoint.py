@@ -14,15 +14,15 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from dynnet.backbone.dry_run import on_meta
+from dynnet.backbone.masks import not_plain
+from dynnet.backbone.names import is_inside, title
 from dynnet.bundle import read_bundle, write_bundle
 from dynnet.errors import CheckpointError, DynnetError, PruneError
 from dynnet.fold import FoldedNorm, fold_again, folded_norms
 from dynnet.heads import HeadFactory
 from dynnet.model import DynamicModel
-from dynnet.names import is_inside, title
 from dynnet.policy import to_json
-from dynnet.probe import on_meta
-from dynnet.pruning.masks import not_plain
 from dynnet.pruning.packed import pack, unpack
 from dynnet.pruning.shape import UNCHANGED, Shape, Skipped, bring_into_shape, shape_of
 from dynnet.quantize import Int8Layer, int8_layers, put_int8

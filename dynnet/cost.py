@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dynnet.backbone.dry_run import Trace, trace
 from dynnet.errors import InputError
-from dynnet.probe import Trace, trace
 from dynnet.regions import Side, Site
 
 
@@ -92,7 +92,7 @@ def price(
     """Price a model whose `backbone` has boundaries `exits`, where its `heads` answer when `forward` is called.
 
     Args:
-        model, forward, input_size: as for `dynnet.probe.trace`; nothing may be gated.
+        model, forward, input_size: as for `dynnet.backbone.dry_run.trace`; nothing may be gated.
         exits: module names.
         sites: layers of the backbone that gates will switch.
 

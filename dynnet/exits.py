@@ -18,10 +18,10 @@ from typing import Literal
 
 from torch import nn
 
+from dynnet.backbone.dry_run import BATCH, Call, Trace, trace
+from dynnet.backbone.input_size import first_run
+from dynnet.backbone.names import title
 from dynnet.errors import ExitError, did_you_mean
-from dynnet.input_size import first_run
-from dynnet.names import title
-from dynnet.probe import BATCH, Call, Trace, trace
 
 # No exit is proposed after this share of the MACs: it could save next to nothing.
 _LATEST = 0.95

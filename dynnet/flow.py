@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from dynnet.backbone.gather import pick
 from dynnet.exits import Boundary, Companion
-from dynnet.gather import pick
 
 _running: ContextVar[Flow | None] = ContextVar("dynnet_flow", default=None)
 

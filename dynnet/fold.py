@@ -15,10 +15,10 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from dynnet.backbone.dry_run import BATCH, Trace, trace
+from dynnet.backbone.input_size import input_size_of
 from dynnet.errors import CheckpointError
-from dynnet.input_size import input_size_of
 from dynnet.model import DynamicModel
-from dynnet.probe import BATCH, Trace, trace
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from dynnet import flow
+from dynnet.backbone.dry_run import evaluating
+from dynnet.backbone.kinds import channel_dim
 from dynnet.cost import Ledger
 from dynnet.errors import GateError
 from dynnet.flow import Flow, Tag
-from dynnet.layers import channel_dim
-from dynnet.probe import evaluating
 from dynnet.regions import GatePlan, Region, Side, Site
 from dynnet.slicing import HALF, Subset, cut, run
 

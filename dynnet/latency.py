@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynnet.backbone.dry_run import device_of, evaluating
 from dynnet.errors import InputError
 from dynnet.fold import folded_norms
 from dynnet.model import DynamicModel
-from dynnet.probe import device_of, evaluating
 
 # Samples that a percentile needs for its estimate to be an upper bound with 99% confidence in rank statistics.
 NEEDED = {50: 1, 90: 64, 99: 662}

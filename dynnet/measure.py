@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dynnet.answers import Answers, BatchAnswers, ask, join
+from dynnet.backbone.dry_run import device_of, evaluating
 from dynnet.cost import Ledger
 from dynnet.model import DynamicModel, Prediction
-from dynnet.probe import device_of, evaluating
 
 
 @dataclass(frozen=True)

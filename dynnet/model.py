@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from dynnet import flow, gates
+from dynnet.backbone.dry_run import on_meta
+from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.calls import Answering, EveryExit
 from dynnet.cost import Ledger, price
 from dynnet.errors import GateError, InputError
 from dynnet.flow import Tag
 from dynnet.gates import Decisions, Gates
-from dynnet.layout import at_risk, right_gradients
 from dynnet.policy import Measure, active, check_thresholds, make_measure
-from dynnet.probe import on_meta
 from dynnet.regions import GateConfig, GatePlan
 from dynnet.rehearse import Placement
 

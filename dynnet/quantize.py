@@ -24,14 +24,14 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynnet.backbone.dry_run import evaluating, reading
+from dynnet.backbone.kinds import layer_kind
+from dynnet.backbone.masks import not_plain
+from dynnet.backbone.names import check_excluded, is_inside, title
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
 from dynnet.fold import fold
-from dynnet.layers import layer_kind
 from dynnet.model import DynamicModel
-from dynnet.names import check_excluded, is_inside, title
-from dynnet.probe import evaluating, reading
 from dynnet.pruning.batches import Batches, Loader, every_layer
-from dynnet.pruning.masks import not_plain
 
 M = TypeVar("M", bound=nn.Module)
 

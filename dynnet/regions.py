@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynnet.backbone.names import check_excluded, is_inside
 from dynnet.channels import Group, Member, bundle
 from dynnet.errors import GateError
-from dynnet.names import check_excluded, is_inside
 
 _WORTHWHILE = 4.0  # times what its gate network costs: what a region must be able to save when half of it is closed
 _BLIND = 8  # channels that a gate network reads, at least: the mean colour of an image tells nothing

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dynnet import flow
+from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.exits import Boundary, Companion, Places
 from dynnet.flow import Flow, Tag
-from dynnet.probe import BATCH, trace
 
 
 class _Rehearsal(Flow):

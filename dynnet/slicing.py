@@ -18,9 +18,9 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dynnet.backbone.gather import pick
+from dynnet.backbone.kinds import channel_dim
 from dynnet.errors import GateError
-from dynnet.gather import pick
-from dynnet.layers import channel_dim
 
 HALF = (torch.float16, torch.bfloat16)  # sums over channels or pixels are taken in single precision, or overflow
 
@@ -67,7 +67,7 @@ def run(layer: nn.Module, x: Tensor, reads: Subset | None, makes: Subset | None)
     """What `layer` makes of an input that has only some of its channels.
 
     Args:
-        layer: of a kind that `dynnet.layers.layer_kind` knows; a batch norm in eval mode.
+        layer: of a kind that `dynnet.backbone.kinds.layer_kind` knows; a batch norm in eval mode.
         x: the input, with the channels of `reads` only, in their order.
         reads: input channels that are there; None for all. Those that are missing count as zero.
         makes: output channels wanted; None for all. What passes channels on, a depthwise convolution or a norm, makes
@@ -105,7 +105,7 @@ def cut(layer: nn.Module, reads: Subset | None, makes: Subset | None) -> None:
     once: a norm over channels, or weights standardised over the inputs, then see those only that are left.
 
     Args:
-        layer: of a kind that `dynnet.layers.layer_kind` knows.
+        layer: of a kind that `dynnet.backbone.kinds.layer_kind` knows.
         reads, makes: as in `run`.
 
     Raises:

@@ -15,8 +15,8 @@ import os
 import torch
 from torch import nn
 
+from dynnet.backbone.dry_run import device_of, trace
 from dynnet.model import DynamicModel
-from dynnet.probe import device_of, trace
 
 # Multiply-adds of a layer that feed one thread. Measured on two cores, channels_last, gain of two threads over one:
 # training, at 1 M 1.1, 7 M 1.1 to 1.3, 30 M 1.4, 119 M 1.9; inference, at 0.02 M 0.9, 3 M 1.2, 30 M 1.7.

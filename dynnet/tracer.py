@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dynnet.backbone.kinds import channel_dim, layer_kind
+from dynnet.backbone.meta import run_on_meta
 from dynnet.labels import FREE, Labels
-from dynnet.layers import channel_dim, layer_kind
-from dynnet.meta import run_on_meta
 from dynnet.operators import rule_of
 
 Role = Literal["produces", "passes", "mixes", "reads"]

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynnet import prune, wrap
+from dynnet.backbone.dry_run import trace
+from dynnet.backbone.gradients import at_risk, right_gradients
+from dynnet.backbone.input_size import input_size_of
 from dynnet.errors import DynnetError, GateError, PruneError
-from dynnet.input_size import input_size_of
-from dynnet.layout import at_risk, right_gradients
-from dynnet.probe import trace
 
 COLUMNS = (
     "name", "wrapped", "exits", "shares", "gmacs", "mparams", "unpriced", "gated", "pruned", "real", "identical",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dynnet import DynamicModel, Latency, fold, latency, wrap
 from dynnet.allocator import keep_freed_memory
-from dynnet.probe import device_of
+from dynnet.backbone.dry_run import device_of
 from dynnet.threads import fit_threads
 from eval.programs import errors_told, timm_model, write_json
 from eval.runs import Run, open_run, test_images

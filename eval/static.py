@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dynnet import DynamicModel, fold, load, load_backbone
+from dynnet.backbone.dry_run import device_of
 from dynnet.errors import CheckpointError
 from dynnet.latency import one_at_a_time
-from dynnet.probe import device_of
 from dynnet.quantize import int8_layers
 from dynnet.recipe import read_recipe
 from eval.figures import Table, operating_line

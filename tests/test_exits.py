@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import dynnet
+from dynnet.backbone.input_size import input_size_of
 from dynnet.errors import ExitError
 from dynnet.exits import Places
-from dynnet.input_size import input_size_of
 from tests.cases import CASES, tiny
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from dynnet.backbone.dry_run import trace
 from dynnet.exits import Boundary, Feature
 from dynnet.heads import ExitHead, TokenNeck, VectorNeck
-from dynnet.probe import trace
 
 
 def head(*features: Feature, budget: float = 1e6, grid: int = 4) -> ExitHead:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynnet
-from dynnet.layout import at_risk, right_gradients
+from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.pruning.batches import Batches
 from dynnet.pruning.units import score
 from dynnet.pruning.weights import score_weights

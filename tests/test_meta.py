@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dynnet.meta import run_on_meta
+from dynnet.backbone.meta import run_on_meta
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import dynnet
+from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.errors import InputError
-from dynnet.probe import BATCH, trace
 from tests.cases import tiny
 from tests.counting import flop_counter
 

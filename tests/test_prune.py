@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import dynnet
+from dynnet.backbone.dry_run import trace
 from dynnet.bundle import read_bundle
 from dynnet.data import load_data
-from dynnet.probe import trace
 from dynnet.pruning import sparsity, structured
 from dynnet.pruning.slimming import shrink_scales
 from dynnet.quantize import int8_layers

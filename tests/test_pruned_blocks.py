@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import dynnet
+from dynnet.backbone.dry_run import trace
 from dynnet.errors import NonFiniteError, PruneError
-from dynnet.probe import trace
 from dynnet.pruning import prune_layers, removable_blocks, remove_blocks, sensitivity
 
 SIZE = (3, 32, 32)

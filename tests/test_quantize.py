@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import dynnet
+from dynnet.backbone.dry_run import trace
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
-from dynnet.probe import trace
 from dynnet.quantize import Int8Conv2d, Int8Layer, Int8Linear, int8_layers, put_int8
 from tests.cases import CASES, Case, enliven, leave_one_by_one, tiny
 

@@ -20,8 +20,8 @@ from timm.layers import (
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
+from dynnet.backbone.kinds import channel_dim, layer_kind
 from dynnet.errors import GateError
-from dynnet.layers import channel_dim, layer_kind
 from dynnet.slicing import cut, run, subset
 
 

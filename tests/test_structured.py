@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dynnet
+from dynnet.backbone.dry_run import trace
 from dynnet.channels import find_groups
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, PruneError
-from dynnet.probe import trace
 from dynnet.pruning import prune_layers, recalibrate, sparsify, sparsify_n_m, structured
 from dynnet.pruning.costs import Costs
 from dynnet.pruning.structured import narrow

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import dynnet
+from dynnet.backbone.masks import is_masked
 from dynnet.errors import CheckpointError, NonFiniteError, PruneError
 from dynnet.pruning import (
     make_permanent,
@@ -26,7 +27,6 @@ from dynnet.pruning import (
     unstructured,
 )
 from dynnet.pruning.batches import Batches
-from dynnet.pruning.masks import is_masked
 from dynnet.pruning.unstructured import weighted_layers
 from dynnet.pruning.weights import score_weights
 from tests.cases import tiny

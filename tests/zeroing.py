@@ -11,8 +11,8 @@ from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
+from dynnet.backbone.kinds import channel_dim
 from dynnet.channels import Group, find_groups
-from dynnet.layers import channel_dim
 from dynnet.pruning.structured import bound_units, narrow
 from dynnet.slicing import cut, subset
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.answers import named_right
+from dynnet.backbone.dry_run import device_of, trace
 from dynnet.data import Data
 from dynnet.fold import fold
 from dynnet.latency import one_at_a_time
-from dynnet.probe import device_of, trace
 from dynnet.quantize import Int8Layer, int8_layers
 from dynnet.threads import fit_threads
 

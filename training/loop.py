@@ -23,9 +23,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.data import Data, Loader
 from dynnet.errors import NonFiniteError, RecipeError
-from dynnet.layout import at_risk, right_gradients
 from dynnet.recipe import Recipe, StageConfig
 from dynnet.threads import fit_threads
 from training.distributed import SyncedBatchNorm, World

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynnet.backbone.dry_run import trace
+from dynnet.backbone.masks import is_masked
 from dynnet.bundle import read_bundle, write_bundle
 from dynnet.checkpoint import (
     check_weights,
@@ -29,7 +31,6 @@ from dynnet.checkpoint import (
 from dynnet.data import Data, Loader
 from dynnet.errors import CheckpointError, RecipeError
 from dynnet.losses import distillation
-from dynnet.probe import trace
 from dynnet.pruning import (
     CRITERIA,
     prune,
@@ -43,7 +44,6 @@ from dynnet.pruning import (
     sparsify_n_m,
     sparsity,
 )
-from dynnet.pruning.masks import is_masked
 from dynnet.pruning.shape import bring_into_shape
 from dynnet.pruning.slimming import norm_scales, shrink_scales
 from dynnet.pruning.unstructured import SparsityScope, set_masks

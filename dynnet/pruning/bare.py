@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from dynnet.backbone.masks import not_plain
 from dynnet.errors import PruneError
-from dynnet.pruning.masks import not_plain
 from dynnet.wrap import is_wrapped
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynnet.backbone.dry_run import device_of
 from dynnet.errors import DataError
 from dynnet.model import DynamicModel
-from dynnet.probe import device_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Loader = Iterable[Sequence[Tensor]]

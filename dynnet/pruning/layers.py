@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from torch import nn
 from tqdm import tqdm
 
+from dynnet.backbone.dry_run import BATCH, Call, Trace, trace
+from dynnet.backbone.input_size import first_run, input_size_of
+from dynnet.backbone.kinds import layer_kind
+from dynnet.backbone.names import check_list, title
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
-from dynnet.input_size import first_run, input_size_of
-from dynnet.layers import layer_kind
-from dynnet.names import check_list, title
-from dynnet.probe import BATCH, Call, Trace, trace
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.shape import remove
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dynnet.backbone.dry_run import evaluating
 from dynnet.errors import NonFiniteError
-from dynnet.probe import evaluating
 from dynnet.pruning.batches import Batches, Loader, every_layer
 
 

@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dynnet.backbone.dry_run import BATCH, trace
+from dynnet.backbone.kinds import layer_kind
 from dynnet.errors import PruneError
 from dynnet.labels import HEADS, TOGETHER
-from dynnet.layers import layer_kind
-from dynnet.probe import BATCH, trace
 from dynnet.slicing import Subset, cut, subset
 
 Shape = dict[str, Any]

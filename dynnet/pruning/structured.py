@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from dynnet.backbone.input_size import first_run, input_size_of
+from dynnet.backbone.names import check_excluded, check_list, is_inside, title
 from dynnet.channels import Group, bundle, find_groups
 from dynnet.errors import PruneError
 from dynnet.fold import fold
-from dynnet.input_size import first_run, input_size_of
-from dynnet.names import check_excluded, check_list, is_inside, title
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.costs import Costs, Side

@@ -19,11 +19,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dynnet.backbone.dry_run import BATCH, evaluating, reading, trace
+from dynnet.backbone.gradients import at_risk, right_gradients
+from dynnet.backbone.kinds import channel_dim
 from dynnet.channels import Group, Member
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
-from dynnet.layers import channel_dim
-from dynnet.layout import at_risk, right_gradients
-from dynnet.probe import BATCH, evaluating, reading, trace
 from dynnet.pruning.batches import Batches
 from dynnet.pruning.weights import curvature, weight_of
 

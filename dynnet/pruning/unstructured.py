@@ -16,11 +16,11 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
+from dynnet.backbone.masks import Masked, is_masked
+from dynnet.backbone.names import check_excluded, is_inside, title
 from dynnet.errors import PruneError
-from dynnet.names import check_excluded, is_inside, title
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
-from dynnet.pruning.masks import Masked, is_masked
 from dynnet.pruning.weights import score_weights, weight_of
 
 SparsityScope = Literal["global", "layer"]

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dynnet.backbone.dry_run import evaluating, reading
+from dynnet.backbone.gradients import at_risk, right_gradients
+from dynnet.backbone.kinds import channel_dim
+from dynnet.backbone.masks import is_masked
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
-from dynnet.layers import channel_dim
-from dynnet.layout import at_risk, right_gradients
-from dynnet.probe import evaluating, reading
 from dynnet.pruning.batches import Batches
-from dynnet.pruning.masks import is_masked
 
 Weights = Mapping[str, Tensor]
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dynnet.meta import run_on_meta
+from dynnet.backbone.meta import run_on_meta
 
 # A batch size that is no channel count, no resolution and no divisor of either: a dimension that is a multiple of it
 # belongs to the batch. The dry run has no numbers, so a large batch costs nothing.

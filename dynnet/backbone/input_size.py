@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from dynnet.backbone.names import title
 from dynnet.errors import DynnetError
-from dynnet.names import title
 
 
 def input_size_of(backbone: nn.Module) -> tuple[int, int, int]:
