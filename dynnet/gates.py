@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from dynnet import flow
 from dynnet.backbone.dry_run import evaluating
 from dynnet.backbone.kinds import channel_dim
+from dynnet.channels.slicing import HALF, Subset, cut, run
 from dynnet.cost import Ledger
 from dynnet.errors import GateError
 from dynnet.flow import Flow, Tag
 from dynnet.regions import GatePlan, Region, Side, Site
-from dynnet.slicing import HALF, Subset, cut, run
 
 TEMPERATURE = 2 / 3  # of the sigmoid, as in DGNet
 _SPARSE = 0.8  # of a region's units: if more are open for some row of a batch, it pays to compute all

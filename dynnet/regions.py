@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dynnet.backbone.names import check_excluded, is_inside
-from dynnet.channels import Group, Member, bundle
+from dynnet.channels.groups import Group, Member, bundle
 from dynnet.errors import GateError
 
 _WORTHWHILE = 4.0  # times what its gate network costs: what a region must be able to save when half of it is closed

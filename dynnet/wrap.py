@@ -11,7 +11,7 @@ from dynnet import flow
 from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.names import title
-from dynnet.channels import find_groups
+from dynnet.channels.groups import find_groups
 from dynnet.errors import ExitError, HeadError
 from dynnet.exits import Boundary, Places
 from dynnet.gates import attach as attach_gates

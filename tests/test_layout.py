@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynnet
 from dynnet.backbone.gradients import at_risk, right_gradients
+from dynnet.channels.groups import find_groups
 from dynnet.pruning.batches import Batches
 from dynnet.pruning.units import score
 from dynnet.pruning.weights import score_weights
@@ -133,7 +134,7 @@ def gates_that_narrow_a_layer_in_eval_mode() -> None:
 
 def criteria_of_units() -> None:
     model, size = narrow(), (3, 16, 16)
-    groups = dynnet.channels.find_groups(model, size)
+    groups = find_groups(model, size)
     for criterion in ("taylor", "fisher", "hessian"):
         score(model, groups, criterion, Batches([(images(), torch.arange(4))]))
 

@@ -21,8 +21,8 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
 from dynnet.backbone.kinds import channel_dim, layer_kind
+from dynnet.channels.slicing import cut, run, subset
 from dynnet.errors import GateError
-from dynnet.slicing import cut, run, subset
 
 
 def some(width: int, *, groups: int = 1, seed: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 import dynnet
 from dynnet.backbone.dry_run import trace
-from dynnet.channels import find_groups
+from dynnet.channels.groups import find_groups
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, PruneError
 from dynnet.pruning import prune_layers, recalibrate, sparsify, sparsify_n_m, structured
 from dynnet.pruning.costs import Costs

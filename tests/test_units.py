@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynnet.channels import Group, find_groups
+from dynnet.channels.groups import Group, find_groups
 from dynnet.errors import DataError, NonFiniteError, PruneError
 from dynnet.pruning.batches import Batches
 from dynnet.pruning.units import CRITERIA, score

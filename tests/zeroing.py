@@ -12,9 +12,9 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
 from dynnet.backbone.kinds import channel_dim
-from dynnet.channels import Group, find_groups
+from dynnet.channels.groups import Group, find_groups
+from dynnet.channels.slicing import cut, subset
 from dynnet.pruning.structured import bound_units, narrow
-from dynnet.slicing import cut, subset
 
 LOOKS_AT_ALL = (
     nn.LayerNorm,

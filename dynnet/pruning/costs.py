@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from dynnet.backbone.dry_run import trace
-from dynnet.channels import Group, Role
+from dynnet.channels.groups import Group, Role
 
 Side = tuple[str, Role]  # of a layer
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.backbone.kinds import layer_kind
+from dynnet.channels.labels import HEADS, TOGETHER
+from dynnet.channels.slicing import Subset, cut, subset
 from dynnet.errors import PruneError
-from dynnet.labels import HEADS, TOGETHER
-from dynnet.slicing import Subset, cut, subset
 
 Shape = dict[str, Any]
 UNCHANGED: Shape = {"removed": [], "widths": {}, "stated": {}, "features": []}

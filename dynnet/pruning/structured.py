@@ -23,7 +23,8 @@ from torch import nn
 
 from dynnet.backbone.input_size import first_run, input_size_of
 from dynnet.backbone.names import check_excluded, check_list, is_inside, title
-from dynnet.channels import Group, bundle, find_groups
+from dynnet.channels.groups import Group, bundle, find_groups
+from dynnet.channels.slicing import Subset, cut, subset
 from dynnet.errors import PruneError
 from dynnet.fold import fold
 from dynnet.pruning.bare import check_bare
@@ -32,7 +33,6 @@ from dynnet.pruning.costs import Costs, Side
 from dynnet.pruning.shape import restate
 from dynnet.pruning.timed import time_share
 from dynnet.pruning.units import Scores, find_criterion, score
-from dynnet.slicing import Subset, cut, subset
 
 Scope = Literal["global", "group"]
 

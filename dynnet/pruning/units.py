@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dynnet.backbone.dry_run import BATCH, evaluating, reading, trace
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.backbone.kinds import channel_dim
-from dynnet.channels import Group, Member
+from dynnet.channels.groups import Group, Member
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
 from dynnet.pruning.batches import Batches
 from dynnet.pruning.weights import curvature, weight_of
@@ -48,7 +48,7 @@ def score(model: nn.Module, groups: Sequence[Group], criterion: str, batches: Ba
 
     Args:
         model: whose groups they are; left as it was.
-        groups: as `dynnet.channels.find_groups` gives them.
+        groups: as `dynnet.channels.groups.find_groups` gives them.
         criterion: a name from `CRITERIA`.
         batches: what data-driven criteria look at.
 

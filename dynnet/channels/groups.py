@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dynnet.backbone.dry_run import evaluating, on_meta, watching
-from dynnet.labels import HEADS, TOGETHER
-from dynnet.tracer import Kept, Role, Tracer
+from dynnet.channels.following import Kept, Role, Tracer
+from dynnet.channels.labels import HEADS, TOGETHER
 
 _FEWEST = 4  # bundles of a group, where its units allow
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dynnet.labels import FREE, Labels, settled, varies
+from dynnet.channels.labels import FREE, Labels, settled, varies
 
 aten = torch.ops.aten
 

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from dynnet.backbone.kinds import channel_dim, layer_kind
 from dynnet.backbone.meta import run_on_meta
-from dynnet.labels import FREE, Labels
-from dynnet.operators import rule_of
+from dynnet.channels.labels import FREE, Labels
+from dynnet.channels.operators import rule_of
 
 Role = Literal["produces", "passes", "mixes", "reads"]
 
