@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import device_of, evaluating
-from dynnet.cost import Ledger
+from dynnet.cost.ledger import Ledger
 from dynnet.errors import DataError, NonFiniteError
 from dynnet.model import DynamicModel
 from dynnet.policy import active

@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from dynnet.answers import Answers, collect
-from dynnet.cost import Ledger
+from dynnet.cost.ledger import Ledger
 from dynnet.errors import CalibrationError
 from dynnet.model import DynamicModel
 from dynnet.policy import active, to_json

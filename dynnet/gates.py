@@ -24,7 +24,7 @@ from dynnet import flow
 from dynnet.backbone.dry_run import evaluating
 from dynnet.backbone.kinds import channel_dim
 from dynnet.channels.slicing import HALF, Subset, cut, run
-from dynnet.cost import Ledger
+from dynnet.cost.ledger import Ledger
 from dynnet.errors import GateError
 from dynnet.flow import Flow, Tag
 from dynnet.regions import GatePlan, Region, Side, Site

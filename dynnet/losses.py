@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynnet.cost import Ledger
+from dynnet.cost.ledger import Ledger
 from dynnet.errors import RecipeError
 from dynnet.policy import Measure
 

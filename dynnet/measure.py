@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dynnet.answers import Answers, BatchAnswers, ask, join
 from dynnet.backbone.dry_run import device_of, evaluating
-from dynnet.cost import Ledger
+from dynnet.cost.ledger import Ledger
 from dynnet.model import DynamicModel, Prediction
 
 

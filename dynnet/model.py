@@ -18,7 +18,7 @@ from dynnet import flow, gates
 from dynnet.backbone.dry_run import on_meta
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.calls import Answering, EveryExit
-from dynnet.cost import Ledger, price
+from dynnet.cost.ledger import Ledger, price
 from dynnet.errors import GateError, InputError
 from dynnet.flow import Tag
 from dynnet.gates import Decisions, Gates

@@ -13,7 +13,7 @@ import torch
 import dynnet
 from dynnet.answers import Answers, collect
 from dynnet.calibrate import OperatingPoint, _spending, _within_drop, trade_off
-from dynnet.cost import Ledger
+from dynnet.cost.ledger import Ledger
 from dynnet.errors import CalibrationError, DataError, NonFiniteError
 from tests.cases import tiny
 

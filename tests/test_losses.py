@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import dynnet
-from dynnet.cost import Ledger
+from dynnet.cost.ledger import Ledger
 from dynnet.errors import RecipeError
 from dynnet.losses import (
     BudgetConfig,

@@ -18,9 +18,9 @@ from torch import nn
 import dynnet
 from dynnet.backbone.dry_run import trace
 from dynnet.channels.groups import find_groups
+from dynnet.cost.widths import Costs
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, PruneError
 from dynnet.pruning import prune_layers, recalibrate, sparsify, sparsify_n_m, structured
-from dynnet.pruning.costs import Costs
 from dynnet.pruning.structured import narrow
 from dynnet.pruning.timed import time_share
 from tests.cases import CASES, CLASSES, Case, enliven

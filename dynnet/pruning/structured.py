@@ -25,11 +25,11 @@ from dynnet.backbone.input_size import first_run, input_size_of
 from dynnet.backbone.names import check_excluded, check_list, is_inside, title
 from dynnet.channels.groups import Group, bundle, find_groups
 from dynnet.channels.slicing import Subset, cut, subset
+from dynnet.cost.widths import Costs, Side
 from dynnet.errors import PruneError
 from dynnet.fold import fold
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
-from dynnet.pruning.costs import Costs, Side
 from dynnet.pruning.shape import restate
 from dynnet.pruning.timed import time_share
 from dynnet.pruning.units import Scores, find_criterion, score
