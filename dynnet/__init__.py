@@ -3,7 +3,7 @@
 from dynnet import backbones, zoo
 from dynnet.calibrate import Calibration, calibrate
 from dynnet.checkpoint import load, load_backbone, save
-from dynnet.exits import Boundary
+from dynnet.exits.boundaries import Boundary
 from dynnet.fold import fold
 from dynnet.latency import Latency, latency
 from dynnet.measure import Measurement, measure

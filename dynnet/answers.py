@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dynnet.backbone.dry_run import device_of, evaluating
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import DataError, NonFiniteError
+from dynnet.exits.confidence import active
 from dynnet.model import DynamicModel
-from dynnet.policy import active
 
 
 @dataclass(frozen=True)

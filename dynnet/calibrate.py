@@ -24,8 +24,8 @@ from torch import Tensor
 from dynnet.answers import Answers, collect
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import CalibrationError
+from dynnet.exits.confidence import active, to_json
 from dynnet.model import DynamicModel
-from dynnet.policy import active, to_json
 
 # Prices of compute to try; neighbours differ by a quarter.
 _PRICES = 48

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynnet import flow
 from dynnet.backbone.dry_run import evaluating
 from dynnet.backbone.kinds import channel_dim
 from dynnet.channels.slicing import HALF, Subset, cut, run
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import GateError
-from dynnet.flow import Flow, Tag
+from dynnet.exits import flow
+from dynnet.exits.flow import Flow, Tag
 from dynnet.regions import GatePlan, Region, Side, Site
 
 TEMPERATURE = 2 / 3  # of the sigmoid, as in DGNet

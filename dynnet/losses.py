@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import RecipeError
-from dynnet.policy import Measure
+from dynnet.exits.confidence import Measure
 
 
 @dataclass(frozen=True)

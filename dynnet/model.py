@@ -14,17 +14,18 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from dynnet import flow, gates
+from dynnet import gates
 from dynnet.backbone.dry_run import on_meta
 from dynnet.backbone.gradients import at_risk, right_gradients
-from dynnet.calls import Answering, EveryExit
 from dynnet.cost.ledger import Ledger, price
 from dynnet.errors import GateError, InputError
-from dynnet.flow import Tag
+from dynnet.exits import flow
+from dynnet.exits.calls import Answering, EveryExit
+from dynnet.exits.confidence import Measure, active, check_thresholds, make_measure
+from dynnet.exits.flow import Tag
+from dynnet.exits.rehearsal import Placement
 from dynnet.gates import Decisions, Gates
-from dynnet.policy import Measure, active, check_thresholds, make_measure
 from dynnet.regions import GateConfig, GatePlan
-from dynnet.rehearse import Placement
 
 _PRICING = threading.Lock()
 

@@ -7,21 +7,21 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from dynnet import flow
 from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.names import title
 from dynnet.channels.groups import find_groups
 from dynnet.errors import ExitError, HeadError
-from dynnet.exits import Boundary, Places
+from dynnet.exits import flow
+from dynnet.exits.boundaries import Boundary, Places
+from dynnet.exits.confidence import make_measure
+from dynnet.exits.heads import ExitHead, HeadFactory
+from dynnet.exits.rehearsal import place
 from dynnet.gates import attach as attach_gates
 from dynnet.gates import detach as detach_gates
 from dynnet.gates import is_attached as gates_attached
-from dynnet.heads import ExitHead, HeadFactory
 from dynnet.model import DynamicModel, WrapConfig
-from dynnet.policy import make_measure
 from dynnet.regions import GateConfig, GatePlan, check_gates, plan_gates
-from dynnet.rehearse import place
 
 
 def wrap(

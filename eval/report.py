@@ -34,9 +34,9 @@ from dynnet.bundle import write_atomically
 from dynnet.calibrate import trade_off
 from dynnet.data import Data
 from dynnet.errors import DynnetError
+from dynnet.exits.confidence import active, to_json
 from dynnet.gates import Gates, mean_masks
 from dynnet.measure import Measurement, read_table, write_table
-from dynnet.policy import active, to_json
 from dynnet.regions import GatePlan
 from dynnet.threads import fit_threads
 from eval import figures

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dynnet
 from dynnet.backbone.input_size import input_size_of
 from dynnet.errors import ExitError
-from dynnet.exits import Places
+from dynnet.exits.boundaries import Places
 from tests.cases import CASES, tiny
 
 

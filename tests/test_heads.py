@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dynnet.backbone.dry_run import trace
-from dynnet.exits import Boundary, Feature
-from dynnet.heads import ExitHead, TokenNeck, VectorNeck
+from dynnet.exits.boundaries import Boundary, Feature
+from dynnet.exits.heads import ExitHead, TokenNeck, VectorNeck
 
 
 def head(*features: Feature, budget: float = 1e6, grid: int = 4) -> ExitHead:

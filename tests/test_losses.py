@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import dynnet
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import RecipeError
+from dynnet.exits.confidence import Instant, max_probability
 from dynnet.losses import (
     BudgetConfig,
     LossConfig,
@@ -19,7 +20,6 @@ from dynnet.losses import (
     expected_macs,
     gate_noise,
 )
-from dynnet.policy import Instant, max_probability
 from tests.cases import tiny
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import dynnet
-from dynnet import flow
 from dynnet.errors import ExitError, HeadError, InputError
+from dynnet.exits import flow
 from tests.cases import CASES, CLASSES, FEW, Case, leave_one_by_one, tiny
 from tests.counting import flop_counter
 

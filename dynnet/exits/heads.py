@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynnet.exits import Boundary, Feature
-from dynnet.flow import features
+from dynnet.exits.boundaries import Boundary, Feature
+from dynnet.exits.flow import features
 
 HeadFactory = Callable[[Boundary, int], nn.Module]
 

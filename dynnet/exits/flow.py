@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dynnet.backbone.gather import pick
-from dynnet.exits import Boundary, Companion
+from dynnet.exits.boundaries import Boundary, Companion
 
 _running: ContextVar[Flow | None] = ContextVar("dynnet_flow", default=None)
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynnet import flow
 from dynnet.backbone.dry_run import BATCH, trace
-from dynnet.exits import Boundary, Companion, Places
-from dynnet.flow import Flow, Tag
+from dynnet.exits import flow
+from dynnet.exits.boundaries import Boundary, Companion, Places
+from dynnet.exits.flow import Flow, Tag
 
 
 class _Rehearsal(Flow):
@@ -38,7 +38,7 @@ class Placement:
     Attributes:
         exits: in running order.
         companions: modules that receive older tensors.
-        notes_size: the backbone notes the batch size before an exit; see `dynnet.flow.run`.
+        notes_size: the backbone notes the batch size before an exit; see `dynnet.exits.flow.run`.
         problem: why rows cannot leave there; None where they can.
     """
 

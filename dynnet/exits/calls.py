@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dynnet.flow import Finished, Flow, Tag
+from dynnet.exits.confidence import Measure, leaves
+from dynnet.exits.flow import Finished, Flow, Tag
 from dynnet.gates import Decisions
-from dynnet.policy import Measure, leaves
 
 
 class EveryExit(Flow):
