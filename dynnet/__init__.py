@@ -5,12 +5,12 @@ from dynnet.calibrate import Calibration, calibrate
 from dynnet.checkpoint import load, load_backbone, save
 from dynnet.exits.boundaries import Boundary
 from dynnet.fold import fold
+from dynnet.gates.plan import GateConfig
 from dynnet.latency import Latency, latency
 from dynnet.measure import Measurement, measure
 from dynnet.model import DynamicModel, ExitOutputs, Prediction
 from dynnet.pruning import prune
 from dynnet.quantize import quantize
-from dynnet.regions import GateConfig
 from dynnet.wrap import unwrap, wrap
 
 __version__ = "0.1.0"

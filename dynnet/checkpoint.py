@@ -22,11 +22,11 @@ from dynnet.errors import CheckpointError, DynnetError, PruneError
 from dynnet.exits.confidence import to_json
 from dynnet.exits.heads import HeadFactory
 from dynnet.fold import FoldedNorm, fold_again, folded_norms
+from dynnet.gates.plan import GateConfig
 from dynnet.model import DynamicModel
 from dynnet.pruning.packed import pack, unpack
 from dynnet.pruning.shape import UNCHANGED, Shape, Skipped, bring_into_shape, shape_of
 from dynnet.quantize import Int8Layer, int8_layers, put_int8
-from dynnet.regions import GateConfig
 from dynnet.wrap import wrap
 
 # What modules of one class may differ in, though their tensors do not, so that their answers differ.

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from dynnet import gates
 from dynnet.backbone.dry_run import on_meta
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.cost.ledger import Ledger, price
@@ -24,8 +23,9 @@ from dynnet.exits.calls import Answering, EveryExit
 from dynnet.exits.confidence import Measure, active, check_thresholds, make_measure
 from dynnet.exits.flow import Tag
 from dynnet.exits.rehearsal import Placement
-from dynnet.gates import Decisions, Gates
-from dynnet.regions import GateConfig, GatePlan
+from dynnet.gates import networks as gates
+from dynnet.gates.networks import Decisions, Gates
+from dynnet.gates.plan import GateConfig, GatePlan
 
 _PRICING = threading.Lock()
 

@@ -13,8 +13,8 @@ import yaml
 
 from dynnet.data import DataConfig
 from dynnet.errors import RecipeError, did_you_mean
+from dynnet.gates.plan import GateConfig
 from dynnet.losses import BudgetConfig, LossConfig
-from dynnet.regions import GateConfig
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from dynnet.exits.boundaries import Boundary, Places
 from dynnet.exits.confidence import make_measure
 from dynnet.exits.heads import ExitHead, HeadFactory
 from dynnet.exits.rehearsal import place
-from dynnet.gates import attach as attach_gates
-from dynnet.gates import detach as detach_gates
-from dynnet.gates import is_attached as gates_attached
+from dynnet.gates.networks import attach as attach_gates
+from dynnet.gates.networks import detach as detach_gates
+from dynnet.gates.networks import is_attached as gates_attached
+from dynnet.gates.plan import GateConfig, GatePlan, check_gates, plan_gates
 from dynnet.model import DynamicModel, WrapConfig
-from dynnet.regions import GateConfig, GatePlan, check_gates, plan_gates
 
 
 def wrap(

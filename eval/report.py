@@ -35,9 +35,9 @@ from dynnet.calibrate import trade_off
 from dynnet.data import Data
 from dynnet.errors import DynnetError
 from dynnet.exits.confidence import active, to_json
-from dynnet.gates import Gates, mean_masks
+from dynnet.gates.networks import Gates, mean_masks
+from dynnet.gates.plan import GatePlan
 from dynnet.measure import Measurement, read_table, write_table
-from dynnet.regions import GatePlan
 from dynnet.threads import fit_threads
 from eval import figures
 from eval.programs import errors_told, write_json

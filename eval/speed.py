@@ -24,7 +24,7 @@ from dynnet import DynamicModel, GateConfig, fold, prune, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.backbone.dry_run import trace
 from dynnet.errors import DynnetError, GateError
-from dynnet.gates import cut_frozen
+from dynnet.gates.networks import cut_frozen
 from dynnet.latency import take_turns
 from dynnet.pruning import make_permanent, sparsify
 from dynnet.threads import fit_threads

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import dynnet
+from dynnet.gates.plan import GateConfig
 from dynnet.losses import BudgetConfig, budget_loss, expected_macs
-from dynnet.regions import GateConfig
 from tests.cases import open_at_random
 from training.distributed import SyncedBatchNorm, World, world
 

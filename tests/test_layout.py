@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dynnet
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.channels.groups import find_groups
+from dynnet.gates.plan import GateConfig
 from dynnet.pruning.batches import Batches
 from dynnet.pruning.units import score
 from dynnet.pruning.weights import score_weights
-from dynnet.regions import GateConfig
 from tests.cases import open_at_random
 from training import prune, train
 

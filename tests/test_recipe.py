@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dynnet.errors import RecipeError
+from dynnet.gates.plan import GateConfig
 from dynnet.recipe import Recipe, read_recipe, recipe_to_yaml
-from dynnet.regions import GateConfig
 
 
 def write(path: Path, text: str) -> Path:

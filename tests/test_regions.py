@@ -10,7 +10,7 @@ from torch import nn
 import dynnet
 from dynnet.channels.groups import find_groups
 from dynnet.errors import GateError
-from dynnet.regions import GateConfig, Region
+from dynnet.gates.plan import GateConfig, Region
 from tests.cases import tiny
 
 SIZE = (3, 32, 32)

@@ -14,9 +14,9 @@ import torch
 import dynnet
 from dynnet import bundle
 from dynnet.errors import InputError
+from dynnet.gates.plan import GatePlan, Region
 from dynnet.measure import read_table
 from dynnet.recipe import read_recipe, recipe_to_yaml
-from dynnet.regions import GatePlan, Region
 from eval import coverage, report, speed
 from eval.figures import classifiers
 from eval.static import beside

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import Trace, trace
 from dynnet.errors import InputError
-from dynnet.regions import Side, Site
+from dynnet.gates.plan import Side, Site
 
 
 @dataclass(frozen=True, eq=False)

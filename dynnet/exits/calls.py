@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from dynnet.exits.confidence import Measure, leaves
 from dynnet.exits.flow import Finished, Flow, Tag
-from dynnet.gates import Decisions
+from dynnet.gates.networks import Decisions
 
 
 class EveryExit(Flow):

@@ -35,7 +35,7 @@ class Tag:
 
 
 class Switch(Protocol):
-    """Runs layers in place of their own forward; see `dynnet.gates.Decisions`."""
+    """Runs layers in place of their own forward; see `dynnet.gates.networks.Decisions`."""
 
     def apply(self, site: Any, layer: nn.Module, x: Tensor, of: Flow) -> Tensor: ...
 

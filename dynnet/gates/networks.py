@@ -27,7 +27,7 @@ from dynnet.cost.ledger import Ledger
 from dynnet.errors import GateError
 from dynnet.exits import flow
 from dynnet.exits.flow import Flow, Tag
-from dynnet.regions import GatePlan, Region, Side, Site
+from dynnet.gates.plan import GatePlan, Region, Side, Site
 
 TEMPERATURE = 2 / 3  # of the sigmoid, as in DGNet
 _SPARSE = 0.8  # of a region's units: if more are open for some row of a batch, it pays to compute all
