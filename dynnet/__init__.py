@@ -11,7 +11,7 @@ from dynnet.measure import Measurement, measure
 from dynnet.model import DynamicModel, ExitOutputs, Prediction
 from dynnet.pruning import prune
 from dynnet.quantize import quantize
-from dynnet.wrap import unwrap, wrap
+from dynnet.wrapping import unwrap, wrap
 
 __version__ = "0.1.0"
 

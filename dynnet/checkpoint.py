@@ -27,7 +27,7 @@ from dynnet.model import DynamicModel
 from dynnet.pruning.packed import pack, unpack
 from dynnet.pruning.shape import UNCHANGED, Shape, Skipped, bring_into_shape, shape_of
 from dynnet.quantize import Int8Layer, int8_layers, put_int8
-from dynnet.wrap import wrap
+from dynnet.wrapping import wrap
 
 # What modules of one class may differ in, though their tensors do not, so that their answers differ.
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "eps", "negative_slope", "approximate")

@@ -6,7 +6,7 @@ from torch import nn
 
 from dynnet.backbone.masks import not_plain
 from dynnet.errors import PruneError
-from dynnet.wrap import is_wrapped
+from dynnet.wrapping import is_wrapped
 
 
 def check_bare(model: nn.Module, masked: bool = False) -> None:
