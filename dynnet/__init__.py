@@ -1,7 +1,6 @@
 """dynnet: image models that spend compute where the input needs it."""
 
 from dynnet import backbones, zoo
-from dynnet.calibrate import Calibration, calibrate
 from dynnet.checkpoint import load, load_backbone, save
 from dynnet.exits.boundaries import Boundary
 from dynnet.fold import fold
@@ -11,6 +10,7 @@ from dynnet.measure import Measurement, measure
 from dynnet.model import DynamicModel, ExitOutputs, Prediction
 from dynnet.pruning import prune
 from dynnet.quantize import quantize
+from dynnet.thresholds.calibration import Calibration, calibrate
 from dynnet.wrapping import unwrap, wrap
 
 __version__ = "0.1.0"

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynnet.answers import Answers, BatchAnswers, ask, join
 from dynnet.backbone.dry_run import device_of, evaluating
 from dynnet.cost.ledger import Ledger
 from dynnet.model import DynamicModel, Prediction
+from dynnet.thresholds.answers import Answers, BatchAnswers, ask, join
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def measure(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Measurem
         loader: batches of (images (B, C, H, W), labels (B,), ...).
 
     Raises:
-        DataError, NonFiniteError: see `dynnet.answers.ask` and `join`.
+        DataError, NonFiniteError: see `dynnet.thresholds.answers.ask` and `join`.
     """
     device = device_of(model)
     said: list[BatchAnswers] = []

@@ -29,9 +29,7 @@ from matplotlib.figure import Figure
 
 from dynnet import DynamicModel, fold, latency, measure
 from dynnet.allocator import keep_freed_memory
-from dynnet.answers import Answers, collect, named_right
 from dynnet.bundle import write_atomically
-from dynnet.calibrate import trade_off
 from dynnet.data import Data
 from dynnet.errors import DynnetError
 from dynnet.exits.confidence import active, to_json
@@ -39,6 +37,8 @@ from dynnet.gates.networks import Gates, mean_masks
 from dynnet.gates.plan import GatePlan
 from dynnet.measure import Measurement, read_table, write_table
 from dynnet.threads import fit_threads
+from dynnet.thresholds.answers import Answers, collect, named_right
+from dynnet.thresholds.calibration import trade_off
 from eval import figures
 from eval.programs import errors_told, write_json
 from eval.runs import Run, open_run, test_images

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import dynnet
-from dynnet.answers import Answers, collect
-from dynnet.calibrate import OperatingPoint, _spending, _within_drop, trade_off
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import CalibrationError, DataError, NonFiniteError
+from dynnet.thresholds.answers import Answers, collect
+from dynnet.thresholds.calibration import OperatingPoint, _spending, _within_drop, trade_off
 from tests.cases import tiny
 
 LEDGER = Ledger((100, 100, 100), (5, 5), {})

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import dynnet
 from dynnet.bundle import read_bundle, write_bundle
-from dynnet.calibrate import check_budget
 from dynnet.errors import CalibrationError, CheckpointError, ExitError, GateError, InputError, NonFiniteError
 from dynnet.gates.networks import cut_frozen, mean_masks
 from dynnet.gates.plan import GateConfig
+from dynnet.thresholds.calibration import check_budget
 from tests.cases import CASES, Case, enliven, leave_one_by_one, open_at_random, tiny
 from tests.counting import flop_counter
 from tests.generated import PARTS, Generated

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynnet.answers import named_right
 from dynnet.backbone.dry_run import device_of, trace
 from dynnet.data import Data
 from dynnet.fold import fold
 from dynnet.latency import one_at_a_time
 from dynnet.quantize import Int8Layer, int8_layers
 from dynnet.threads import fit_threads
+from dynnet.thresholds.answers import named_right
 
 TIMED = 200  # images, one at a time
 BATCH = 256  # of the evaluation

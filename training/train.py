@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from dynnet import DynamicModel, ExitOutputs, calibrate, wrap
 from dynnet.allocator import keep_freed_memory
 from dynnet.bundle import write_atomically
-from dynnet.calibrate import check_budget
 from dynnet.checkpoint import pruned_shape, save
 from dynnet.data import Data
 from dynnet.errors import CalibrationError, RecipeError
 from dynnet.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise
 from dynnet.recipe import Recipe, StageConfig, recipe_to_yaml
+from dynnet.thresholds.calibration import check_budget
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools, run_stage
 from training.program import make_backbone, open_data, run_program

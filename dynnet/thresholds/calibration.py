@@ -21,11 +21,11 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from dynnet.answers import Answers, collect
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import CalibrationError
 from dynnet.exits.confidence import active, to_json
 from dynnet.model import DynamicModel
+from dynnet.thresholds.answers import Answers, collect
 
 # Prices of compute to try; neighbours differ by a quarter.
 _PRICES = 48
