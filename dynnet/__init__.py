@@ -2,14 +2,14 @@
 
 from dynnet import backbones, zoo
 from dynnet.checkpoint import load, load_backbone, save
+from dynnet.deploy.folding import fold
+from dynnet.deploy.int8 import quantize
 from dynnet.exits.boundaries import Boundary
-from dynnet.fold import fold
 from dynnet.gates.plan import GateConfig
 from dynnet.latency import Latency, latency
 from dynnet.measure import Measurement, measure
 from dynnet.model import DynamicModel, ExitOutputs, Prediction
 from dynnet.pruning import prune
-from dynnet.quantize import quantize
 from dynnet.thresholds.calibration import Calibration, calibrate
 from dynnet.wrapping import unwrap, wrap
 

@@ -18,15 +18,15 @@ from dynnet.backbone.dry_run import on_meta
 from dynnet.backbone.masks import not_plain
 from dynnet.backbone.names import is_inside, title
 from dynnet.bundle import read_bundle, write_bundle
+from dynnet.deploy.folding import FoldedNorm, fold_again, folded_norms
+from dynnet.deploy.int8 import Int8Layer, int8_layers, put_int8
 from dynnet.errors import CheckpointError, DynnetError, PruneError
 from dynnet.exits.confidence import to_json
 from dynnet.exits.heads import HeadFactory
-from dynnet.fold import FoldedNorm, fold_again, folded_norms
 from dynnet.gates.plan import GateConfig
 from dynnet.model import DynamicModel
 from dynnet.pruning.packed import pack, unpack
 from dynnet.pruning.shape import UNCHANGED, Shape, Skipped, bring_into_shape, shape_of
-from dynnet.quantize import Int8Layer, int8_layers, put_int8
 from dynnet.wrapping import wrap
 
 # What modules of one class may differ in, though their tensors do not, so that their answers differ.

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import device_of, evaluating
+from dynnet.deploy.folding import folded_norms
 from dynnet.errors import InputError
-from dynnet.fold import folded_norms
 from dynnet.model import DynamicModel
 
 # Samples that a percentile needs for its estimate to be an upper bound with 99% confidence in rank statistics.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dynnet import DynamicModel, fold, load, load_backbone
 from dynnet.backbone.dry_run import device_of
+from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError
 from dynnet.latency import one_at_a_time
-from dynnet.quantize import int8_layers
 from dynnet.recipe import read_recipe
 from eval.figures import Table, operating_line
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import dynnet
 from dynnet.backbone.dry_run import trace
+from dynnet.deploy.int8 import Int8Conv2d, Int8Layer, Int8Linear, int8_layers, put_int8
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
-from dynnet.quantize import Int8Conv2d, Int8Layer, Int8Linear, int8_layers, put_int8
 from tests.cases import CASES, Case, enliven, leave_one_by_one, tiny
 
 NAMES = {"cifar_resnet20", "mobilenetv3_small_050", "test_efficientnet", "test_convnext", "test_vit", "regnetx_002"}

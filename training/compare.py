@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import device_of, trace
 from dynnet.data import Data
-from dynnet.fold import fold
+from dynnet.deploy.folding import fold
+from dynnet.deploy.int8 import Int8Layer, int8_layers
 from dynnet.latency import one_at_a_time
-from dynnet.quantize import Int8Layer, int8_layers
 from dynnet.threads import fit_threads
 from dynnet.thresholds.answers import named_right
 

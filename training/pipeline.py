@@ -29,6 +29,7 @@ from dynnet.checkpoint import (
     save,
 )
 from dynnet.data import Data, Loader
+from dynnet.deploy.int8 import quantize
 from dynnet.errors import CheckpointError, RecipeError
 from dynnet.losses import distillation
 from dynnet.pruning import (
@@ -48,7 +49,6 @@ from dynnet.pruning.shape import bring_into_shape
 from dynnet.pruning.slimming import norm_scales, shrink_scales
 from dynnet.pruning.unstructured import SparsityScope, set_masks
 from dynnet.pruning.weights import weight_of
-from dynnet.quantize import quantize
 from dynnet.recipe import PruningConfig, Recipe, StageConfig
 from dynnet.threads import fit_threads
 from training.compare import accuracy, compare

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from dynnet.bundle import is_bundle
 from dynnet.checkpoint import load_backbone, load_weights
 from dynnet.data import Data, load_data
+from dynnet.deploy.folding import folded_norms
+from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
-from dynnet.fold import folded_norms
 from dynnet.pruning.shape import Shape, bring_into_shape
-from dynnet.quantize import int8_layers
 from dynnet.recipe import BackboneConfig, Recipe, read_recipe, recipe_parser
 from training.distributed import World, world
 

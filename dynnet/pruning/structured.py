@@ -26,8 +26,8 @@ from dynnet.backbone.names import check_excluded, check_list, is_inside, title
 from dynnet.channels.groups import Group, bundle, find_groups
 from dynnet.channels.slicing import Subset, cut, subset
 from dynnet.cost.widths import Costs, Side
+from dynnet.deploy.folding import fold
 from dynnet.errors import PruneError
-from dynnet.fold import fold
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.shape import restate

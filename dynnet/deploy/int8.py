@@ -28,8 +28,8 @@ from dynnet.backbone.dry_run import evaluating, reading
 from dynnet.backbone.kinds import layer_kind
 from dynnet.backbone.masks import not_plain
 from dynnet.backbone.names import check_excluded, is_inside, title
+from dynnet.deploy.folding import fold
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
-from dynnet.fold import fold
 from dynnet.model import DynamicModel
 from dynnet.pruning.batches import Batches, Loader, every_layer
 

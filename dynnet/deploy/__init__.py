@@ -1,0 +1,1 @@
+"""Models made ready for use: batch norms folded, layers in int8."""
