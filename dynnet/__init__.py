@@ -4,10 +4,10 @@ from dynnet import backbones, zoo
 from dynnet.checkpoint import load, load_backbone, save
 from dynnet.deploy.folding import fold
 from dynnet.deploy.int8 import quantize
+from dynnet.evaluation.measurement import Measurement, measure
+from dynnet.evaluation.timing import Latency, latency
 from dynnet.exits.boundaries import Boundary
 from dynnet.gates.plan import GateConfig
-from dynnet.latency import Latency, latency
-from dynnet.measure import Measurement, measure
 from dynnet.model import DynamicModel, ExitOutputs, Prediction
 from dynnet.pruning import prune
 from dynnet.thresholds.calibration import Calibration, calibrate

@@ -20,9 +20,9 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from dynnet import DynamicModel, Latency, fold, latency, wrap
-from dynnet.allocator import keep_freed_memory
 from dynnet.backbone.dry_run import device_of
-from dynnet.threads import fit_threads
+from dynnet.evaluation.allocator import keep_freed_memory
+from dynnet.evaluation.threads import fit_threads
 from eval.programs import errors_told, timm_model, write_json
 from eval.runs import Run, open_run, test_images
 

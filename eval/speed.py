@@ -21,13 +21,13 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from dynnet import DynamicModel, GateConfig, fold, prune, wrap
-from dynnet.allocator import keep_freed_memory
 from dynnet.backbone.dry_run import trace
 from dynnet.errors import DynnetError, GateError
+from dynnet.evaluation.allocator import keep_freed_memory
+from dynnet.evaluation.threads import fit_threads
+from dynnet.evaluation.timing import take_turns
 from dynnet.gates.networks import cut_frozen
-from dynnet.latency import take_turns
 from dynnet.pruning import make_permanent, sparsify
-from dynnet.threads import fit_threads
 from eval.programs import errors_told, timm_model, write_json
 
 WARMUP = 3  # batches

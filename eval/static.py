@@ -16,7 +16,7 @@ from dynnet import DynamicModel, fold, load, load_backbone
 from dynnet.backbone.dry_run import device_of
 from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError
-from dynnet.latency import one_at_a_time
+from dynnet.evaluation.timing import one_at_a_time
 from dynnet.recipe import read_recipe
 from eval.figures import Table, operating_line
 

@@ -14,8 +14,8 @@ import torch
 import dynnet
 from dynnet import bundle
 from dynnet.errors import InputError
+from dynnet.evaluation.measurement import read_table
 from dynnet.gates.plan import GatePlan, Region
-from dynnet.measure import read_table
 from dynnet.recipe import read_recipe, recipe_to_yaml
 from eval import coverage, report, speed
 from eval.figures import classifiers

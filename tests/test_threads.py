@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import dynnet
-from dynnet import threads
-from dynnet.threads import fit_threads
+from dynnet.evaluation import threads
+from dynnet.evaluation.threads import fit_threads
 from training import train
 
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.data import Data, Loader
 from dynnet.errors import NonFiniteError, RecipeError
+from dynnet.evaluation.threads import fit_threads
 from dynnet.recipe import Recipe, StageConfig
-from dynnet.threads import fit_threads
 from training.distributed import SyncedBatchNorm, World
 from training.state import Log, Position, State
 

@@ -31,6 +31,7 @@ from dynnet.checkpoint import (
 from dynnet.data import Data, Loader
 from dynnet.deploy.int8 import quantize
 from dynnet.errors import CheckpointError, RecipeError
+from dynnet.evaluation.threads import fit_threads
 from dynnet.losses import distillation
 from dynnet.pruning import (
     CRITERIA,
@@ -50,7 +51,6 @@ from dynnet.pruning.slimming import norm_scales, shrink_scales
 from dynnet.pruning.unstructured import SparsityScope, set_masks
 from dynnet.pruning.weights import weight_of
 from dynnet.recipe import PruningConfig, Recipe, StageConfig
-from dynnet.threads import fit_threads
 from training.compare import accuracy, compare
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dynnet.latency import one_at_a_time
+from dynnet.evaluation.timing import one_at_a_time
 
 _CALLS = 40
 

@@ -1,0 +1,1 @@
+"""What was done for every input, and how long it took."""
