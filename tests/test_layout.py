@@ -21,8 +21,8 @@ from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.channels.groups import find_groups
 from dynnet.gates.plan import GateConfig
 from dynnet.pruning.batches import Batches
-from dynnet.pruning.units import score
-from dynnet.pruning.weights import score_weights
+from dynnet.pruning.criteria.units import score
+from dynnet.pruning.criteria.weights import score_weights
 from tests.cases import open_at_random
 from training import prune, train
 

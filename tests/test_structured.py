@@ -21,7 +21,7 @@ from dynnet.channels.groups import find_groups
 from dynnet.cost.widths import Costs
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, PruneError
 from dynnet.pruning import prune_layers, recalibrate, sparsify, sparsify_n_m, structured
-from dynnet.pruning.structured import narrow
+from dynnet.pruning.channels import narrow
 from dynnet.pruning.timed import time_share
 from tests.cases import CASES, CLASSES, Case, enliven
 from tests.generated import PARTS, Generated

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dynnet.channels.groups import Group, find_groups
 from dynnet.errors import DataError, NonFiniteError, PruneError
 from dynnet.pruning.batches import Batches
-from dynnet.pruning.units import CRITERIA, score
+from dynnet.pruning.criteria.units import CRITERIA, score
 from tests.cases import CASES, Case, enliven
 
 SIZE = (2, 8, 8)

@@ -27,8 +27,8 @@ from dynnet.pruning import (
     unstructured,
 )
 from dynnet.pruning.batches import Batches
-from dynnet.pruning.unstructured import weighted_layers
-from dynnet.pruning.weights import score_weights
+from dynnet.pruning.criteria.weights import score_weights
+from dynnet.pruning.single_weights import weighted_layers
 from tests.cases import tiny
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dynnet.backbone.kinds import channel_dim
 from dynnet.channels.groups import Group, find_groups
 from dynnet.channels.slicing import cut, subset
-from dynnet.pruning.structured import bound_units, narrow
+from dynnet.pruning.channels import bound_units, narrow
 
 LOOKS_AT_ALL = (
     nn.LayerNorm,

@@ -46,10 +46,10 @@ from dynnet.pruning import (
     sparsify_n_m,
     sparsity,
 )
+from dynnet.pruning.criteria.weights import weight_of
 from dynnet.pruning.shape import bring_into_shape
+from dynnet.pruning.single_weights import SparsityScope, set_masks
 from dynnet.pruning.slimming import norm_scales, shrink_scales
-from dynnet.pruning.unstructured import SparsityScope, set_masks
-from dynnet.pruning.weights import weight_of
 from dynnet.recipe import PruningConfig, Recipe, StageConfig
 from training.compare import accuracy, compare
 from training.distributed import World

@@ -1,10 +1,11 @@
 """Static pruning: what a network can do without, once for all inputs."""
 
-from dynnet.pruning.layers import Sensitivity, prune_layers, removable_blocks, remove_blocks, sensitivity
-from dynnet.pruning.recalibrate import recalibrate
-from dynnet.pruning.structured import prune
-from dynnet.pruning.units import CRITERIA
-from dynnet.pruning.unstructured import (
+from dynnet.pruning.blocks import Sensitivity, prune_layers, removable_blocks, remove_blocks, sensitivity
+from dynnet.pruning.channels import prune
+from dynnet.pruning.criteria.units import CRITERIA
+from dynnet.pruning.criteria.weights import WEIGHT_CRITERIA
+from dynnet.pruning.norms import recalibrate
+from dynnet.pruning.single_weights import (
     make_permanent,
     rewind,
     scheduled,
@@ -13,7 +14,6 @@ from dynnet.pruning.unstructured import (
     sparsity,
     to_semi_structured,
 )
-from dynnet.pruning.weights import WEIGHT_CRITERIA
 
 __all__ = [
     "CRITERIA",

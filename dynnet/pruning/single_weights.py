@@ -21,7 +21,7 @@ from dynnet.backbone.names import check_excluded, is_inside, title
 from dynnet.errors import PruneError
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
-from dynnet.pruning.weights import score_weights, weight_of
+from dynnet.pruning.criteria.weights import score_weights, weight_of
 
 SparsityScope = Literal["global", "layer"]
 Schedule = Literal["linear", "cubic"]

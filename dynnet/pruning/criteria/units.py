@@ -25,7 +25,7 @@ from dynnet.backbone.kinds import channel_dim
 from dynnet.channels.groups import Group, Member
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
 from dynnet.pruning.batches import Batches
-from dynnet.pruning.weights import curvature, weight_of
+from dynnet.pruning.criteria.weights import curvature, weight_of
 
 Scores = Sequence[Tensor | None]  # None where a criterion has nothing to say of a group
 
@@ -193,7 +193,7 @@ def fisher(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Score
 
 def hessian(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Scores:
     """Sum of h w^2 / 2 over the weights w that read a unit, with h the diagonal of the loss's Hessian (optimal brain
-    damage, LeCun et al., 1989; see `dynnet.pruning.weights.curvature`).
+    damage, LeCun et al., 1989; see `dynnet.pruning.criteria.weights.curvature`).
 
     A noisy estimate: for ResNet-20, two from 20 batches each rank the units of a group with a correlation of 0.4, where
     those of `fisher` have 0.9.

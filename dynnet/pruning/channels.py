@@ -30,9 +30,9 @@ from dynnet.deploy.folding import fold
 from dynnet.errors import PruneError
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.batches import Batches, Loader, Loss
+from dynnet.pruning.criteria.units import Scores, find_criterion, score
 from dynnet.pruning.shape import restate
 from dynnet.pruning.timed import time_share
-from dynnet.pruning.units import Scores, find_criterion, score
 
 Scope = Literal["global", "group"]
 

@@ -1,0 +1,1 @@
+"""What units of channels, and single weights, are worth."""
