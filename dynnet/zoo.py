@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynnet.checkpoint import load as load_file
 from dynnet.errors import CheckpointError, did_you_mean
+from dynnet.files.checkpoints import load as load_file
 from dynnet.model import DynamicModel
 
 _WEIGHTS = "model.safetensors"

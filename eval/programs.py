@@ -12,8 +12,8 @@ from typing import Any
 import timm
 from torch import nn
 
-from dynnet.bundle import write_atomically
 from dynnet.errors import DynnetError, InputError, did_you_mean
+from dynnet.files.bundles import write_atomically
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import dynnet
-from dynnet import bundle
 from dynnet.errors import CheckpointError
+from dynnet.files import bundles as bundle
 
 
 def test_every_flipped_bit_is_noticed(saved: Path) -> None:

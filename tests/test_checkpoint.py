@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import dynnet
-from dynnet import bundle
 from dynnet.errors import CheckpointError
 from dynnet.exits import flow
+from dynnet.files import bundles as bundle
 from tests.cases import CLASSES, FEW, Case, enliven, leave_one_by_one, tiny
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dynnet
-from dynnet.bundle import read_bundle, write_bundle
 from dynnet.errors import CalibrationError, CheckpointError, ExitError, GateError, InputError, NonFiniteError
+from dynnet.files.bundles import read_bundle, write_bundle
 from dynnet.gates.networks import cut_frozen, mean_masks
 from dynnet.gates.plan import GateConfig
 from dynnet.thresholds.calibration import check_budget

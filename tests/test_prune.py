@@ -11,9 +11,9 @@ import torch
 
 import dynnet
 from dynnet.backbone.dry_run import trace
-from dynnet.bundle import read_bundle
 from dynnet.data import load_data
 from dynnet.deploy.int8 import int8_layers
+from dynnet.files.bundles import read_bundle
 from dynnet.pruning import sparsity, structured
 from dynnet.pruning.slimming import shrink_scales
 from dynnet.recipe import read_recipe

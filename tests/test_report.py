@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import dynnet
-from dynnet import bundle
 from dynnet.errors import InputError
 from dynnet.evaluation.measurement import read_table
+from dynnet.files import bundles as bundle
 from dynnet.gates.plan import GatePlan, Region
 from dynnet.recipe import read_recipe, recipe_to_yaml
 from eval import coverage, report, speed

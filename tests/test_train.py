@@ -17,8 +17,8 @@ import timm
 import torch
 
 import dynnet
-from dynnet import bundle
 from dynnet.data import load_data
+from dynnet.files import bundles as bundle
 from dynnet.recipe import read_recipe
 from training import train
 from training.distributed import World

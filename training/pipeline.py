@@ -21,17 +21,17 @@ from torch.nn import functional as F
 
 from dynnet.backbone.dry_run import trace
 from dynnet.backbone.masks import is_masked
-from dynnet.bundle import read_bundle, write_bundle
-from dynnet.checkpoint import (
+from dynnet.data import Data, Loader
+from dynnet.deploy.int8 import quantize
+from dynnet.errors import CheckpointError, RecipeError
+from dynnet.evaluation.threads import fit_threads
+from dynnet.files.bundles import read_bundle, write_bundle
+from dynnet.files.checkpoints import (
     check_weights,
     load_backbone,
     pruned_shape,
     save,
 )
-from dynnet.data import Data, Loader
-from dynnet.deploy.int8 import quantize
-from dynnet.errors import CheckpointError, RecipeError
-from dynnet.evaluation.threads import fit_threads
 from dynnet.losses import distillation
 from dynnet.pruning import (
     CRITERIA,

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dynnet.bundle import write_atomically
 from dynnet.evaluation.allocator import keep_freed_memory
+from dynnet.files.bundles import write_atomically
 from dynnet.pruning import make_permanent
 from dynnet.recipe import Recipe, recipe_to_yaml
 from training.compare import table

@@ -13,9 +13,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from dynnet.bundle import read_bundle, write_bundle
-from dynnet.checkpoint import load_weights
 from dynnet.errors import CheckpointError
+from dynnet.files.bundles import read_bundle, write_bundle
+from dynnet.files.checkpoints import load_weights
 from dynnet.pruning.shape import UNCHANGED, Shape
 from training.distributed import World
 

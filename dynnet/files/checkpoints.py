@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from dynnet.backbone.dry_run import on_meta
 from dynnet.backbone.masks import not_plain
 from dynnet.backbone.names import is_inside, title
-from dynnet.bundle import read_bundle, write_bundle
 from dynnet.deploy.folding import FoldedNorm, fold_again, folded_norms
 from dynnet.deploy.int8 import Int8Layer, int8_layers, put_int8
 from dynnet.errors import CheckpointError, DynnetError, PruneError
 from dynnet.exits.confidence import to_json
 from dynnet.exits.heads import HeadFactory
+from dynnet.files.bundles import read_bundle, write_bundle
+from dynnet.files.packed import pack, unpack
 from dynnet.gates.plan import GateConfig
 from dynnet.model import DynamicModel
-from dynnet.pruning.packed import pack, unpack
 from dynnet.pruning.shape import UNCHANGED, Shape, Skipped, bring_into_shape, shape_of
 from dynnet.wrapping import wrap
 
