@@ -1,6 +1,6 @@
 """dynnet: image models that spend compute where the input needs it."""
 
-from dynnet import backbones, zoo
+from dynnet import zoo
 from dynnet.deploy.folding import fold
 from dynnet.deploy.int8 import quantize
 from dynnet.evaluation.measurement import Measurement, measure
@@ -8,6 +8,7 @@ from dynnet.evaluation.timing import Latency, latency
 from dynnet.exits.boundaries import Boundary
 from dynnet.files.checkpoints import load, load_backbone, save
 from dynnet.gates.plan import GateConfig
+from dynnet.learning import backbones
 from dynnet.model import DynamicModel, ExitOutputs, Prediction
 from dynnet.pruning import prune
 from dynnet.thresholds.calibration import Calibration, calibrate

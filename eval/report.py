@@ -28,7 +28,6 @@ from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
 from dynnet import DynamicModel, fold, latency, measure
-from dynnet.data import Data
 from dynnet.errors import DynnetError
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.evaluation.measurement import Measurement, read_table, write_table
@@ -37,6 +36,7 @@ from dynnet.exits.confidence import active, to_json
 from dynnet.files.bundles import write_atomically
 from dynnet.gates.networks import Gates, mean_masks
 from dynnet.gates.plan import GatePlan
+from dynnet.learning.data import Data
 from dynnet.thresholds.answers import Answers, collect, named_right
 from dynnet.thresholds.calibration import trade_off
 from eval import figures

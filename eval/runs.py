@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynnet import DynamicModel, load, load_backbone
-from dynnet.data import Data, load_data
 from dynnet.errors import CheckpointError
-from dynnet.recipe import Recipe, read_recipe
+from dynnet.learning.data import Data, load_data
+from dynnet.learning.recipes import Recipe, read_recipe
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dynnet.backbone.dry_run import device_of
 from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError
 from dynnet.evaluation.timing import one_at_a_time
-from dynnet.recipe import read_recipe
+from dynnet.learning.recipes import read_recipe
 from eval.figures import Table, operating_line
 
 _PRUNED = ("model.safetensors", "int8.safetensors")  # files of a pruning run

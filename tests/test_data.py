@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dynnet.data import DataConfig, load_data
 from dynnet.errors import DataError
+from dynnet.learning.data import DataConfig, load_data
 
 DIGITS = DataConfig(crop=1)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dynnet
 from dynnet.gates.plan import GateConfig
-from dynnet.losses import BudgetConfig, budget_loss, expected_macs
+from dynnet.learning.losses import BudgetConfig, budget_loss, expected_macs
 from tests.cases import open_at_random
 from training.distributed import SyncedBatchNorm, World, world
 

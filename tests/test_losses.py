@@ -10,7 +10,7 @@ import dynnet
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import RecipeError
 from dynnet.exits.confidence import Instant, max_probability
-from dynnet.losses import (
+from dynnet.learning.losses import (
     BudgetConfig,
     LossConfig,
     budget_loss,

@@ -59,8 +59,8 @@ def test_the_zoo_keeps_what_it_promises() -> None:
 
 
 def test_the_digits_model_gives_its_published_figures() -> None:
-    from dynnet.data import load_data
-    from dynnet.recipe import read_recipe
+    from dynnet.learning.data import load_data
+    from dynnet.learning.recipes import read_recipe
 
     recipe = read_recipe(zoo.folder() / "digits" / "recipe.yaml")
     model, results = zoo.load("digits"), zoo.results("digits")

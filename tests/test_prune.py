@@ -11,12 +11,12 @@ import torch
 
 import dynnet
 from dynnet.backbone.dry_run import trace
-from dynnet.data import load_data
 from dynnet.deploy.int8 import int8_layers
 from dynnet.files.bundles import read_bundle
+from dynnet.learning.data import load_data
+from dynnet.learning.recipes import read_recipe
 from dynnet.pruning import sparsity, structured
 from dynnet.pruning.slimming import shrink_scales
-from dynnet.recipe import read_recipe
 from training import pipeline, prune, train
 
 RECIPE = """\

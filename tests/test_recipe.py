@@ -8,7 +8,7 @@ import pytest
 
 from dynnet.errors import RecipeError
 from dynnet.gates.plan import GateConfig
-from dynnet.recipe import Recipe, read_recipe, recipe_to_yaml
+from dynnet.learning.recipes import Recipe, read_recipe, recipe_to_yaml
 
 
 def write(path: Path, text: str) -> Path:

@@ -16,7 +16,7 @@ from dynnet.errors import InputError
 from dynnet.evaluation.measurement import read_table
 from dynnet.files import bundles as bundle
 from dynnet.gates.plan import GatePlan, Region
-from dynnet.recipe import read_recipe, recipe_to_yaml
+from dynnet.learning.recipes import read_recipe, recipe_to_yaml
 from eval import coverage, report, speed
 from eval.figures import classifiers
 from eval.static import beside

@@ -17,9 +17,9 @@ import timm
 import torch
 
 import dynnet
-from dynnet.data import load_data
 from dynnet.files import bundles as bundle
-from dynnet.recipe import read_recipe
+from dynnet.learning.data import load_data
+from dynnet.learning.recipes import read_recipe
 from training import train
 from training.distributed import World
 from training.loop import make_tools

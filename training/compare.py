@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import device_of, trace
-from dynnet.data import Data
 from dynnet.deploy.folding import fold
 from dynnet.deploy.int8 import Int8Layer, int8_layers
 from dynnet.evaluation.threads import fit_threads
 from dynnet.evaluation.timing import one_at_a_time
+from dynnet.learning.data import Data
 from dynnet.thresholds.answers import named_right
 
 TIMED = 200  # images, one at a time

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynnet.backbone.gradients import at_risk, right_gradients
-from dynnet.data import Data, Loader
 from dynnet.errors import NonFiniteError, RecipeError
 from dynnet.evaluation.threads import fit_threads
-from dynnet.recipe import Recipe, StageConfig
+from dynnet.learning.data import Data, Loader
+from dynnet.learning.recipes import Recipe, StageConfig
 from training.distributed import SyncedBatchNorm, World
 from training.state import Log, Position, State
 

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from dynnet.backbone.dry_run import trace
 from dynnet.backbone.masks import is_masked
-from dynnet.data import Data, Loader
 from dynnet.deploy.int8 import quantize
 from dynnet.errors import CheckpointError, RecipeError
 from dynnet.evaluation.threads import fit_threads
@@ -32,7 +31,9 @@ from dynnet.files.checkpoints import (
     pruned_shape,
     save,
 )
-from dynnet.losses import distillation
+from dynnet.learning.data import Data, Loader
+from dynnet.learning.losses import distillation
+from dynnet.learning.recipes import PruningConfig, Recipe, StageConfig
 from dynnet.pruning import (
     CRITERIA,
     prune,
@@ -50,7 +51,6 @@ from dynnet.pruning.criteria.weights import weight_of
 from dynnet.pruning.shape import bring_into_shape
 from dynnet.pruning.single_weights import SparsityScope, set_masks
 from dynnet.pruning.slimming import norm_scales, shrink_scales
-from dynnet.recipe import PruningConfig, Recipe, StageConfig
 from training.compare import accuracy, compare
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools

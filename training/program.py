@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dynnet.data import Data, load_data
 from dynnet.deploy.folding import folded_norms
 from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
 from dynnet.files.bundles import is_bundle
 from dynnet.files.checkpoints import load_backbone, load_weights
+from dynnet.learning.data import Data, load_data
+from dynnet.learning.recipes import BackboneConfig, Recipe, read_recipe, recipe_parser
 from dynnet.pruning.shape import Shape, bring_into_shape
-from dynnet.recipe import BackboneConfig, Recipe, read_recipe, recipe_parser
 from training.distributed import World, world
 
 Run = Callable[[Recipe, Path, bool, World], object]

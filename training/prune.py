@@ -22,8 +22,8 @@ from torch import nn
 
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.files.bundles import write_atomically
+from dynnet.learning.recipes import Recipe, recipe_to_yaml
 from dynnet.pruning import make_permanent
-from dynnet.recipe import Recipe, recipe_to_yaml
 from training.compare import table
 from training.distributed import World
 from training.loop import Desk, run_stage

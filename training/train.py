@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from dynnet import DynamicModel, ExitOutputs, calibrate, wrap
-from dynnet.data import Data
 from dynnet.errors import CalibrationError, RecipeError
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.files.bundles import write_atomically
 from dynnet.files.checkpoints import pruned_shape, save
-from dynnet.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise
-from dynnet.recipe import Recipe, StageConfig, recipe_to_yaml
+from dynnet.learning.data import Data
+from dynnet.learning.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise
+from dynnet.learning.recipes import Recipe, StageConfig, recipe_to_yaml
 from dynnet.thresholds.calibration import check_budget
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools, run_stage

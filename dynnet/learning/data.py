@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dynnet.errors import DataError
-from dynnet.sources import MemorySource, Source, StreamSource, digits, open_source
+from dynnet.learning.sources import MemorySource, Source, StreamSource, digits, open_source
 
 
 @dataclass(frozen=True)

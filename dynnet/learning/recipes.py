@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
-from dynnet.data import DataConfig
 from dynnet.errors import RecipeError, did_you_mean
 from dynnet.gates.plan import GateConfig
-from dynnet.losses import BudgetConfig, LossConfig
+from dynnet.learning.data import DataConfig
+from dynnet.learning.losses import BudgetConfig, LossConfig
 
 
 @dataclass(frozen=True)

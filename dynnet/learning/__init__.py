@@ -1,0 +1,1 @@
+"""What training needs: recipes, losses, data, and backbones for small images."""
