@@ -1,1 +1,1 @@
-"""Where samples may leave, how a head answers there, when a sample is confident, and how rows leave a running forward."""
+"""Where samples may leave, how heads answer, when a sample is confident, and how rows leave a running forward."""

@@ -19,7 +19,7 @@ def test_dies(number):
 
 
 def test_a_worker_that_dies_names_its_test_and_takes_no_other_with_it(tmp_path: Path) -> None:
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     options = re.search(r"^SURVIVE := (.*)$", makefile, re.MULTILINE)
     assert options is not None
     (tmp_path / "test_first.py").write_text(TESTS)

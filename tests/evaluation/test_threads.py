@@ -79,7 +79,7 @@ def test_threads_that_wait_soon_sleep(package: str) -> None:
         environment = {key: value for key, value in os.environ.items() if "OMP" not in key} | told
         code = f"import {package}, os, sys; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
         command = [sys.executable, "-c", code]
-        root = Path(__file__).parents[1]
+        root = Path(__file__).parents[2]
         return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True).stdout.strip()
 
     assert spins() == "1000"

@@ -27,7 +27,7 @@ from tests.cases import open_at_random
 from training import prune, train
 
 LAST = torch.channels_last
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
