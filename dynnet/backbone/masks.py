@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from dynnet.backbone.layers.table import weighing_kind
+
 
 class Masked(nn.Module):
     """A parametrization of a weight: zero where the mask is. Its gradient is zero there, too."""
@@ -34,12 +36,12 @@ def not_plain(model: nn.Module, masked: bool = False) -> str | None:
     for name, module in model.named_modules():
         if is_masked(module):
             if not masked:
-                return f"{name} has a mask on its weights; call dynnet.pruning.make_permanent(model) first"
+                return f"{name} has a mask on its weights; call dynnet.pruning.make_permanent_(model) first"
         elif is_parametrized(module):
             return (
                 f"{name} has a parametrization that is no mask; call torch.nn.utils.parametrize.remove_parametrizations"
             )
-        elif isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module.weight, nn.Parameter):
+        elif weighing_kind(module) and not isinstance(module.weight, nn.Parameter):
             return (
                 f"the weights of {name} are no parameter: a hook makes them; take it away first, with "
                 f"torch.nn.utils.prune.remove or the like"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -40,3 +42,15 @@ def check_excluded(exclude: Sequence[str], modules: Collection[str], model: str,
     for name in exclude:
         if name not in modules:
             raise error(f"exclude: {model} has no module {name!r}{did_you_mean(name, modules)}")
+
+
+def check_fields(given: Mapping[str, Any], config: type, verb: str, error: type[DynnetError]) -> None:
+    """Refuse arguments that are no fields of a verb's configuration.
+
+    Raises:
+        error: with the nearest that there is.
+    """
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in given:
+        if name not in known:
+            raise error(f"{verb} has no {name!r}{did_you_mean(name, known)}; it takes {', '.join(known)}")

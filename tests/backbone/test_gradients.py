@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynnet
+from dynnet.backbone.batches import Batches
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.channels.groups import find_groups
 from dynnet.gates.plan import GateConfig
-from dynnet.pruning.batches import Batches
 from dynnet.pruning.criteria.units import score
 from dynnet.pruning.criteria.weights import score_weights
 from tests.cases import open_at_random

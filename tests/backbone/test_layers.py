@@ -20,8 +20,8 @@ from timm.layers import (
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-from dynnet.backbone.kinds import channel_dim, layer_kind
-from dynnet.channels.slicing import cut, run, subset
+from dynnet.backbone.layers.table import channel_dim, cut_, role_of, run
+from dynnet.backbone.subsets import subset
 from dynnet.errors import GateError
 
 
@@ -90,7 +90,7 @@ MIXING = {
 @pytest.mark.parametrize("name", [*PASSING, *MIXING])
 def test_norms_and_depthwise_layers_pass_on_what_they_read(name: str) -> None:
     layer = alive((PASSING | MIXING)[name])
-    assert layer_kind(layer) == ("passes" if name in PASSING else "mixes")
+    assert role_of(layer) == ("passes" if name in PASSING else "mixes")
     x = torch.randn(2, 16, 16, 16) * 3 + 1
     dim = channel_dim(layer, x)
     read = some(16)
@@ -120,7 +120,7 @@ def test_grouped_convolutions_lose_whole_groups() -> None:
 
 def cut_copy(layer: nn.Module, reads: Tensor | None, read_of: int, makes: Tensor | None, made_of: int) -> nn.Module:
     narrow = copy.deepcopy(layer)
-    cut(narrow, *(None if c is None else subset(c, w) for c, w in ((reads, read_of), (makes, made_of))))
+    cut_(narrow, *(None if c is None else subset(c, w) for c, w in ((reads, read_of), (makes, made_of))))
     return narrow
 
 
@@ -147,7 +147,7 @@ def test_cut_norms_and_depthwise_layers_have_the_width_that_is_left() -> None:
         dim = channel_dim(layer, x)
         after = cut_copy(layer, read, 16, None, 16)
         narrow = x.index_select(dim, read)
-        if layer_kind(layer) == "passes":
+        if role_of(layer) == "passes":
             torch.testing.assert_close(after(narrow), layer(x).index_select(dim, read))
         assert after(narrow).shape == narrow.shape
         assert all(len(tensor) == 8 for tensor in [*after.parameters(), *after.buffers()] if tensor.ndim)
@@ -160,7 +160,7 @@ def test_a_group_norm_is_cut_to_equal_groups_only() -> None:
     assert (after.num_groups, after.num_channels) == (2, 8)
     torch.testing.assert_close(after(x[:, whole]), layer(x)[:, whole])
     with pytest.raises(GateError, match=r"groups of \[2, 1\] channels; keep equally many of each"):
-        cut(layer, subset(torch.tensor([0, 1, 4]), 16), None)
+        cut_(layer, subset(torch.tensor([0, 1, 4]), 16), None)
     assert layer.num_channels == len(layer.weight) == 16
 
 

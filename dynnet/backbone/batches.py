@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynnet.backbone.dry_run import device_of
+from dynnet.backbone.modes import device_of
 from dynnet.errors import DataError
-from dynnet.model import DynamicModel
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Loader = Iterable[Sequence[Tensor]]
@@ -78,11 +77,6 @@ class Batches:
                 f"{labels.min().item():g} to {labels.max().item():g} ({error}); give (B,) int64 class numbers below "
                 f"K, or loss="
             ) from error
-
-
-def every_layer(model: nn.Module) -> Callable[[Tensor], object]:
-    """A forward in which every layer sees every sample: in a wrapped model nobody leaves and nothing is skipped."""
-    return model.forward_exits if isinstance(model, DynamicModel) else model
 
 
 def _checked(labels: object, number: int) -> Tensor:

@@ -1,0 +1,88 @@
+"""What timm's tools ask of a model, answered for a module that has the model inside, as `backbone`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dynnet.errors import UnsupportedError
+
+# What of timm's `pretrained_cfg` says how images are prepared, and what the classes are called.
+PREPARATION = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation", "label_names")
+
+_REFUSED = {
+    "reset_classifier": "exits have classifiers of their own; call it on the backbone, before wrap",
+    "set_grad_checkpointing": "blocks would run a second time, and their exits with them; train without it",
+    "forward_features": "a sample may have left before they are computed; call unwrap(), and ask the backbone",
+    "forward_head": "a sample may have left before it runs; call unwrap(), and ask the backbone",
+    "forward_intermediates": "a sample may have left before they are computed; call unwrap(), and ask the backbone",
+    "get_intermediate_layers": "a sample may have left before they are computed; call unwrap(), and ask the backbone",
+    "prune_intermediate_layers": "exits stand on layers that would go; call it on the backbone, before wrap",
+}
+
+
+def preparation_of(model: nn.Module) -> dict[str, Any]:
+    """How a model's images are prepared and its classes are called, as far as its `pretrained_cfg` says."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return {key: config[key] for key in PREPARATION if config.get(key) is not None}
+
+
+def prepare_(model: nn.Module, preparation: dict[str, Any]) -> None:
+    """Let a plain model say how its images are prepared, in its `pretrained_cfg`, where timm's tools look for it."""
+    held: Any = model
+    config = {**(getattr(model, "pretrained_cfg", None) or {}), **preparation}
+    held.pretrained_cfg = held.default_cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+
+
+class Hosted(nn.Module):
+    """A module that answers for the `backbone` inside it.
+
+    Attributes:
+        backbone: timm's model, or another.
+        pretrained_cfg, default_cfg, num_features, head_hidden_size, feature_info: the backbone's, where it has them.
+    """
+
+    backbone: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("pretrained_cfg", "default_cfg", "num_features", "head_hidden_size", "feature_info"):
+            return getattr(self.backbone, name)
+        if name in _REFUSED:
+            return _refusal(name)
+        return super().__getattr__(name)
+
+    def get_classifier(self) -> nn.Module:
+        """The backbone's own, the last of all classifiers."""
+        host: Any = self.backbone
+        return host.get_classifier()
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimisers are to spare: position embeddings and the like."""
+        spared = getattr(self.backbone, "no_weight_decay", None)
+        return {f"backbone.{name}" for name in spared()} if callable(spared) else set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters by depth, as timm's layer-wise learning rates ask for; what is not the backbone's comes
+        last, with its classifier."""
+        host: Any = self.backbone
+        return {name: _inside(spec) for name, spec in host.group_matcher(coarse=coarse).items()}
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(f"a wrapped model has no {name}(): {_REFUSED[name]}")
+
+    return refuse
+
+
+def _inside(spec: Any) -> Any:
+    """A pattern of parameter names, or several with their orders, for names that begin with "backbone."."""
+    if isinstance(spec, (list, tuple)):
+        return [(_inside(pattern), order) for pattern, order in spec]
+    if spec is None:
+        return None
+    anchored = re.sub(r"(^|[|(])\^", r"\1", spec)  # `re.match` anchors the whole
+    return rf"backbone\.(?:{anchored})"

@@ -1,0 +1,228 @@
+"""Norms. A batch norm passes channels on one by one; the others look at several, or all, at once.
+
+Where channels are missing, a norm that looks at several counts them as zeros, so that what is skipped equals what is masked;
+cut for good, it sees only those that are left.
+
+    B batch; C channels, k of them there
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import (
+    BatchNormAct2d,
+    GroupNorm,
+    GroupNorm1,
+    GroupNormAct,
+    LayerNorm,
+    LayerNorm2d,
+    LayerNormAct,
+    LayerNormAct2d,
+    RmsNorm,
+    RmsNorm2d,
+)
+from timm.layers.grn import GlobalResponseNorm
+from timm.layers.norm_act import GroupNorm1Act, RmsNormAct, RmsNormAct2d
+from torch import Tensor, nn
+
+from dynnet.backbone.layers.kind import HALF, Kind, Role, activated, replace_
+from dynnet.backbone.subsets import Subset
+from dynnet.errors import GateError
+
+
+class Norm(Kind):
+    """Of exact types: what a subclass does is not known.
+
+    Attributes:
+        types: these.
+        tensors: parameters and statistics, one entry a channel.
+    """
+
+    types: frozenset[type]
+    tensors: tuple[str, ...] = ("weight", "bias")
+
+    def matches(self, layer: nn.Module) -> bool:
+        return type(layer) in self.types
+
+    def role(self, layer: nn.Module) -> Role:
+        return "mixes"
+
+    def run(self, layer: nn.Module, x: Tensor, reads: Subset | None, makes: Subset | None) -> Tensor:
+        assert reads is not None
+        return activated(layer, self.normed(layer, x, reads))
+
+    def normed(self, layer: nn.Module, x: Tensor, reads: Subset) -> Tensor:
+        """x with the channels of `reads` only, normalised."""
+        raise NotImplementedError
+
+    def cut_(self, layer: nn.Module, reads: Subset | None, makes: Subset | None) -> None:
+        if reads is None:
+            return
+        stated = self.stated(layer, reads)  # first: it may refuse
+        names = [name for name in self.tensors if getattr(layer, name, None) is not None]
+        replace_(layer, {name: reads.take(getattr(layer, name), 0) for name in names})
+        for key, value in stated.items():
+            setattr(layer, key, value)
+
+    def stated(self, layer: nn.Module, reads: Subset) -> dict[str, Any]:
+        """What a layer says of its width, with only some of its channels left."""
+        return {}
+
+
+class BatchNorm(Norm):
+    """In eval mode a scale and a shift a channel."""
+
+    types = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d})
+    tensors = ("weight", "bias", "running_mean", "running_var")
+
+    def role(self, layer: nn.Module) -> Role:
+        return "passes"
+
+    def widths(self, layer: nn.Module) -> tuple[int, int]:
+        norm: Any = layer
+        return norm.num_features, norm.num_features
+
+    def normed(self, layer: nn.Module, x: Tensor, reads: Subset) -> Tensor:
+        norm: Any = layer
+        mean, var, weight, bias = (
+            None if p is None else reads.take(p, 0)
+            for p in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        )
+        return F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, norm.eps)
+
+    def stated(self, layer: nn.Module, reads: Subset) -> dict[str, Any]:
+        return {"num_features": len(reads)}
+
+
+class ShapedNorm(Norm):
+    """Over all channels, which its `normalized_shape` counts: of tokens, or of maps where `maps` says so."""
+
+    maps: frozenset[type]
+
+    def matches(self, layer: nn.Module) -> bool:
+        return super().matches(layer) and len(getattr(layer, "normalized_shape", ())) == 1
+
+    def channel_dim(self, layer: nn.Module, x: Tensor) -> int:
+        return 1 if type(layer) in self.maps else x.ndim - 1
+
+    def widths(self, layer: nn.Module) -> tuple[int, int]:
+        shape: Any = layer.normalized_shape
+        return shape[0], shape[0]
+
+    def stated(self, layer: nn.Module, reads: Subset) -> dict[str, Any]:
+        return {"normalized_shape": (len(reads),)}
+
+
+class LayerNormKind(ShapedNorm):
+    """(x - mean) / deviation, over the channels of a pixel or token."""
+
+    types = frozenset({nn.LayerNorm, LayerNorm, LayerNorm2d, LayerNormAct, LayerNormAct2d})
+    maps = frozenset({LayerNorm2d, LayerNormAct2d})
+
+    def normed(self, layer: nn.Module, x: Tensor, reads: Subset) -> Tensor:
+        norm: Any = layer
+        dim, width, given = self.channel_dim(layer, x), reads.width, x.dtype
+        x = x.float() if given in HALF else x
+        mean = x.sum(dim, keepdim=True) / width
+        centred = x - mean
+        missing = (width - len(reads)) * mean.square()
+        var = (centred.square().sum(dim, keepdim=True) + missing) / width
+        return _scaled(layer, centred * torch.rsqrt(var + norm.eps), reads, dim).to(given)
+
+
+class RmsNormKind(ShapedNorm):
+    """x / root of the mean square, over the channels of a pixel or token (Zhang & Sennrich,
+    https://arxiv.org/abs/1910.07467)."""
+
+    types = frozenset({nn.RMSNorm, RmsNorm, RmsNormAct, RmsNorm2d, RmsNormAct2d})
+    maps = frozenset({RmsNorm2d, RmsNormAct2d})
+
+    def normed(self, layer: nn.Module, x: Tensor, reads: Subset) -> Tensor:
+        norm: Any = layer
+        dim, given = self.channel_dim(layer, x), x.dtype
+        eps = torch.finfo(given).eps if norm.eps is None else norm.eps
+        x = x.float() if given in HALF else x
+        square = x.square().sum(dim, keepdim=True) / reads.width
+        return _scaled(layer, x * torch.rsqrt(square + eps), reads, dim).to(given)
+
+
+class GroupNormKind(Norm):
+    """As a layer norm, over the pixels and channels of each group."""
+
+    types = frozenset({nn.GroupNorm, GroupNorm, GroupNorm1, GroupNormAct, GroupNorm1Act})
+
+    def widths(self, layer: nn.Module) -> tuple[int, int]:
+        norm: Any = layer
+        return norm.num_channels, norm.num_channels
+
+    def normed(self, layer: nn.Module, x: Tensor, reads: Subset) -> Tensor:
+        norm: Any = layer
+        given = x.dtype
+        x = x.float() if given in HALF else x
+        per_group = norm.num_channels // norm.num_groups
+        group = reads.channels() // per_group
+        pixels = math.prod(x.shape[2:])
+        shape = (len(x), len(reads), *[1] * (x.ndim - 2))
+
+        def mean_of(channels: Tensor) -> Tensor:
+            """(B, k) sums over the pixels of each channel to (B, groups) means over the groups."""
+            sums = channels.new_zeros(len(x), norm.num_groups).index_add(1, group, channels)
+            return sums / (per_group * pixels)
+
+        mean = mean_of(x.flatten(2).sum(2))
+        centred = x - mean[:, group].view(shape)
+        missing = (per_group - group.bincount(minlength=norm.num_groups)) / per_group * mean.square()
+        var = mean_of(centred.square().flatten(2).sum(2)) + missing
+        return _scaled(layer, centred * torch.rsqrt(var + norm.eps)[:, group].view(shape), reads, 1).to(given)
+
+    def stated(self, layer: nn.Module, reads: Subset) -> dict[str, Any]:
+        norm: Any = layer
+        left = (reads.channels() // (norm.num_channels // norm.num_groups)).bincount()
+        if (left[left > 0] != left.max()).any():
+            raise GateError(
+                f"a group norm cannot be cut to groups of {left.tolist()} channels; keep equally many of each"
+            )
+        return {"num_channels": len(reads), "num_groups": int((left > 0).sum())}
+
+
+class ResponseNorm(Norm):
+    """Global response norm: x times its energy over that of the mean channel (ConvNeXt V2)."""
+
+    types = frozenset({GlobalResponseNorm})
+
+    def matches(self, layer: nn.Module) -> bool:
+        return isinstance(layer, GlobalResponseNorm)
+
+    def channel_dim(self, layer: nn.Module, x: Tensor) -> int:
+        return x.ndim - 1 if layer.channel_dim == -1 else 1
+
+    def widths(self, layer: nn.Module) -> tuple[int, int]:
+        norm: Any = layer
+        return norm.weight.numel(), norm.weight.numel()
+
+    def normed(self, layer: nn.Module, x: Tensor, reads: Subset) -> Tensor:
+        norm: Any = layer
+        given = x.dtype
+        x = x.float() if given in HALF else x
+        energy = x.norm(p=2, dim=norm.spatial_dim, keepdim=True)
+        mean = energy.sum(norm.channel_dim, keepdim=True) / reads.width
+        bias, weight = (reads.take(p, 0).view(norm.wb_shape) for p in (norm.bias, norm.weight))
+        response = torch.addcmul(bias.to(x.dtype), weight.to(x.dtype), x * (energy / (mean + norm.eps)))
+        return (x + response).to(given)
+
+
+KINDS: tuple[Kind, ...] = (BatchNorm(), LayerNormKind(), RmsNormKind(), GroupNormKind(), ResponseNorm())
+
+
+def _scaled(layer: nn.Module, x: Tensor, reads: Subset, dim: int) -> Tensor:
+    """With the weight and bias of a norm, where it has them."""
+    norm: Any = layer
+    shape = [-1 if d == dim else 1 for d in range(x.ndim)]
+    if norm.weight is not None:
+        x = x * reads.take(norm.weight, 0).view(shape)
+    bias = getattr(norm, "bias", None)
+    return x if bias is None else x + reads.take(bias, 0).view(shape)
