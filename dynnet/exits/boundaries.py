@@ -21,6 +21,7 @@ from torch import nn
 from dynnet.backbone.dry_run import BATCH, Call, Trace, trace
 from dynnet.backbone.input_size import first_run
 from dynnet.backbone.names import title
+from dynnet.backbone.twin import meta_twin
 from dynnet.errors import ExitError, did_you_mean
 
 # No exit is proposed after this share of the MACs: it could save next to nothing.
@@ -73,13 +74,13 @@ class Boundary:
         name: the module, as in `named_modules()`.
         leaves: the batch's tensors among the leaves of the output, as (position, entries per sample).
         features: what a head may read.
-        share: of the backbone's MACs that are spent when the module is done, in (0, 1).
+        macs_share: of the backbone's MACs that are spent when the module is done, in (0, 1).
     """
 
     name: str
     leaves: tuple[tuple[int, int], ...]
     features: tuple[Feature, ...]
-    share: float
+    macs_share: float
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,22 @@ class Companion:
     Attributes:
         name: the receiving module.
         leaves: (position among the leaves of (args, kwargs), dimension of the batch, entries per sample).
+        together: are the entries of a sample neighbours in all of them?
     """
 
     name: str
     leaves: tuple[tuple[int, int, int], ...]
+    together: bool
 
 
 class Places:
     """All that a dry run tells about exits in one backbone.
+
+    Attributes:
+        twin: the backbone without numbers.
+        trace: what the dry run saw.
+        candidates: boundaries worth proposing, in running order.
+        num_classes: K.
 
     Args:
         backbone: a timm model, or any module from (B, C, H, W) images to (B, K) logits.
@@ -108,8 +117,9 @@ class Places:
 
     def __init__(self, backbone: nn.Module, input_size: tuple[int, int, int]) -> None:
         self.backbone, self.input_size = backbone, input_size
+        self.twin = meta_twin(backbone)
         with first_run(backbone, input_size, ExitError):
-            self.trace: Trace = trace(backbone, input_size, BATCH)
+            self.trace: Trace = trace(self.twin, input_size, BATCH)
         output = self.trace.output
         if len(output) != 1 or len(output[0].shape) != 2 or output[0].batch_dim != 0:
             raise ExitError(
@@ -133,6 +143,10 @@ class Places:
         """Pixels a side of the last maps; 1 where there are none."""
         grids = [min(f.grid) for b in self.candidates for f in b.features if f.layout != "vector"]
         return min(grids, default=1)
+
+    def end(self, boundary: Boundary) -> int:
+        """The clock at which a boundary is done."""
+        return self._calls[boundary.name].end
 
     def among(self, candidates: Sequence[Boundary]) -> Places:
         """The same dry run, with only these boundaries to propose."""
@@ -162,49 +176,15 @@ class Places:
         boundary = self._boundary(call)
         if not boundary.features:
             raise ExitError(f"the output of {name!r} holds no floating-point features {where}")
-        if not 0 < boundary.share < 1:
+        if not 0 < boundary.macs_share < 1:
             raise ExitError(
-                f"{name!r} ends when {boundary.share:.0%} of the MACs are spent, an exit must save some {where}"
+                f"{name!r} ends when {boundary.macs_share:.0%} of the MACs are spent, an exit must save some {where}"
             )
         return boundary
 
-    def resolve(self, exits: int | Sequence[str | float]) -> list[Boundary]:
-        """Turn names, fractions of the MACs, or a number of exits into boundaries, in running order.
-
-        Raises:
-            ExitError: a name that is none, a fraction outside (0, 1), exits out of order or twice, too many exits.
-        """
-        if isinstance(exits, bool) or not isinstance(exits, (int, Sequence)) or isinstance(exits, str):
-            raise ExitError(f"exits={exits!r}: give a list of module names and fractions, or a number of exits")
-        if isinstance(exits, int):
-            if exits < 0:
-                raise ExitError(f"exits={exits}: the number of exits cannot be negative")
-            exits = [(i + 1) / (exits + 1) for i in range(exits)]
-        for exit in exits:
-            if not isinstance(exit, (str, float)):
-                raise ExitError(f"exit {exit!r}: give a module name, or a fraction of the MACs such as 0.5")
-        named: list[Boundary | None] = [self.boundary(e) if isinstance(e, str) else None for e in exits]
-        chosen: list[Boundary] = []
-        for i, boundary in enumerate(named):
-            if i < len(chosen):
-                continue  # a fraction that was placed together with the one before
-            if boundary is None:
-                following = next((b for b in named[i:] if b is not None), None)
-                stop = named.index(following) if following else len(named)
-                fractions = [e for e in exits[i:stop] if isinstance(e, float)]
-                chosen += self._nearest(fractions, chosen[-1] if chosen else None, following)
-                continue
-            if chosen and self._calls[boundary.name].end <= self._calls[chosen[-1].name].end:
-                verb = (
-                    "stands twice" if boundary.name == chosen[-1].name else f"does not come after {chosen[-1].name!r}"
-                )
-                raise ExitError(f"exit {boundary.name!r} {verb}; list exits once each, in the order of the forward")
-            chosen.append(boundary)
-        return chosen
-
     def companions(self, exits: Sequence[Boundary]) -> list[Companion]:
         """Modules after an exit that receive batch tensors which no earlier module could thin out."""
-        found: dict[str, set[tuple[int, int, int]]] = {}
+        received: dict[str, dict[tuple[int, int, int], bool]] = {}
         # A head reads all that its boundary gives, also what is only handed through and never used again (CoaT).
         trace = self.trace.with_readers([self._calls[boundary.name] for boundary in exits])
         for boundary in exits:
@@ -213,46 +193,14 @@ class Places:
                 for position, tensor in call.inputs.items():
                     leaf = self.trace.lives[tensor].leaf if tensor in tensors else None
                     if leaf is not None and leaf.batch_dim is not None:
-                        found.setdefault(call.name, set()).add((position, leaf.batch_dim, leaf.per_sample))
-        return [Companion(name, tuple(sorted(leaves))) for name, leaves in found.items()]
-
-    def _nearest(self, fractions: Sequence[float], after: Boundary | None, before: Boundary | None) -> list[Boundary]:
-        """Boundaries in running order between two given ones, as near to the fractions in sum as can be."""
-        for fraction in fractions:
-            if not 0 < fraction < 1:
-                raise ExitError(f"exit {fraction}: a fraction of the MACs lies strictly between 0 and 1")
-            if (after and fraction <= after.share) or (before and fraction >= before.share):
-                named = after if after and fraction <= after.share else before
-                assert named is not None
-                raise ExitError(
-                    f"exit {fraction} is out of order: {named.name!r} stands at {named.share:.3f} of the MACs; list "
-                    f"exits in the order of the forward"
-                )
-        if any(b <= a for a, b in pairwise(fractions)):
-            raise ExitError(f"exits {list(fractions)}: list fractions in rising order, each once")
-        low = self._calls[after.name].end if after else -1
-        high = self._calls[before.name].end if before else float("inf")
-        free = [b for b in self.candidates if low < self._calls[b.name].end < high]
-        if len(free) < len(fractions):
-            between = f" between {after.name if after else 'the input'!r} and {before.name if before else 'the head'!r}"
-            raise ExitError(
-                f"{title(self.backbone)} has {len(free)} usable boundaries{between if after or before else ''}, "
-                f"too few for {len(fractions)} exits; a boundary is a module whose output carries the whole state, "
-                f"batch first"
-            )
-        # best[k]: the cheapest choice of the first k + 1 fractions among the boundaries seen so far.
-        best: list[tuple[float, list[Boundary]]] = [(0.0, []), *((float("inf"), []) for _ in fractions)]
-        for boundary in free:
-            for k in range(len(fractions), 0, -1):
-                cost = best[k - 1][0] + abs(boundary.share - fractions[k - 1])
-                if cost < best[k][0]:
-                    best[k] = (cost, [*best[k - 1][1], boundary])
-        return best[-1][1]
+                        place = (position, leaf.batch_dim, leaf.per_sample)
+                        received.setdefault(call.name, {})[place] = leaf.together
+        return [Companion(name, tuple(sorted(leaves)), all(leaves.values())) for name, leaves in received.items()]
 
     def _candidates(self) -> list[Boundary]:
         """Boundaries worth proposing: whole blocks and stages rather than single layers within a block."""
         clean = self._outermost({n: c for n, c in self._calls.items() if not self.trace.beside(c)})
-        shares = [0.0, *(b.share for b in clean), 1.0]
+        shares = [0.0, *(b.macs_share for b in clean), 1.0]
         if max(b - a for a, b in pairwise(shares)) <= _WIDEST_GAP:
             return clean
         # Cells with two inputs (NASNet): no place is clean, but rows can leave with the help of companions.
@@ -323,6 +271,6 @@ class Places:
 
 
 def _batch_first(call: Call) -> bool:
-    """Does the output carry the batch, and all of it in the first dimension?"""
+    """Does the output carry the batch, and all of it in the first dimension, sample by sample?"""
     dims = {leaf.batch_dim for leaf in call.leaves}
-    return 0 in dims and dims <= {0, None}
+    return 0 in dims and dims <= {0, None} and all(leaf.together for leaf in call.leaves)

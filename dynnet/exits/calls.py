@@ -6,24 +6,22 @@ B batch, K classes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dynnet.exits.confidence import Measure, leaves
-from dynnet.exits.flow import Finished, Flow, Tag
-from dynnet.gates.networks import Decisions
+from dynnet.exits.confidence import Measure
+from dynnet.exits.flow import Finished, Flow, Switch, Tag, thinned
+from dynnet.exits.rows import leaves
 
 
 class EveryExit(Flow):
     """All heads answer, all samples go on."""
 
-    decisions: Decisions | None
-
     def __init__(
-        self, tag: Tag, size: int, decisions: Decisions | None, heads: Sequence[nn.Module], equilibrium: bool
+        self, tag: Tag, size: int, decisions: Switch | None, heads: Sequence[nn.Module], equilibrium: bool
     ) -> None:
         super().__init__(tag, size, decisions)
         self.heads, self.equilibrium = heads, equilibrium
@@ -46,13 +44,11 @@ class EveryExit(Flow):
 class Answering(Flow):
     """Each sample leaves at the first exit that is confident of it."""
 
-    decisions: Decisions | None
-
     def __init__(
         self,
         tag: Tag,
         size: int,
-        decisions: Decisions | None,
+        decisions: Switch | None,
         heads: Sequence[nn.Module],
         measure: Measure,
         thresholds: Sequence[float],
@@ -61,60 +57,56 @@ class Answering(Flow):
         super().__init__(tag, size, decisions)
         self.heads, self.measure, self.thresholds, self.active = heads, measure, thresholds, active
         self.memory: Tensor | None = None
-        # One entry for each group that left: exit, original rows (None: all), logits, confidence (None: not asked yet).
-        self.left: list[tuple[int, Tensor | None, Tensor, Tensor | None]] = []
+        # Of each group that left, in that order; confidence is None where nobody has asked yet.
+        self.answers: list[tuple[Tensor, Tensor | None]] = []
 
     def reach(self, index: int, output: Any, batched: Sequence[tuple[int, int]]) -> Any:
         if not self.active[index]:
             return None
         logits = self.heads[index](output)
         confidence, memory = self.measure(logits, self.memory)
-        threshold = self.thresholds[index]
-        # The one synchronisation of an exit.
-        if len(confidence) == 1:
-            # Python compares, also in float64, in less time than the three operators that a batch takes.
-            leaving, count = confidence, int(confidence.item() >= threshold)
-        else:
-            leaving = leaves(confidence, threshold)
-            count = int(leaving.sum())
+        # The one synchronisation of an exit. For a single sample Python compares, in less time than operators take.
+        single = len(confidence) == 1
+        leaving = leaves(confidence.item() if single else confidence, self.thresholds[index])
+        count = int(leaving if single else leaving.sum())
         if count == 0:
             self.memory = memory
             return None
         if count == len(confidence):
-            self.left.append((index, self.rows, logits, confidence))
+            self._finish(index, logits, confidence)
             raise Finished
-        gone, kept = leaving.nonzero().squeeze(1), (~leaving).nonzero().squeeze(1)
-        rows = gone if self.rows is None else self.rows[gone]
-        self.left.append((index, rows, logits[gone], confidence[gone]))
+        gone, kept = self.rows.leave(index, leaving)
+        self.answers.append((logits[gone], confidence[gone]))
         self.memory = None if memory is None else memory[kept]
-        return self.thin_out(output, batched, kept)
+        return thinned(output, batched, kept)
 
     def finish(self, logits: Tensor) -> None:
-        self.left.append((len(self.active), self.rows, logits, None))
+        """The backbone's own head has answered."""
+        self._finish(len(self.active), logits, None)
+
+    def _finish(self, exit: int, logits: Tensor, confidence: Tensor | None) -> None:
+        self.answers.append((logits, confidence))
+        self.rows.finish(exit)
 
     def logits(self) -> Tensor:
-        return self._in_order([logits for _, _, logits, _ in self.left])
+        """(B, K)."""
+        return cast(Tensor, self.rows.in_order([logits for logits, _ in self.answers]))
 
     def confidence(self) -> Tensor:
-        return self._in_order(
-            [
-                self.measure(logits, self.memory)[0] if confidence is None else confidence
-                for _, _, logits, confidence in self.left
-            ]
-        )
+        """(B,)."""
+        asked = [
+            self.measure(logits, self.memory)[0] if confidence is None else confidence
+            for logits, confidence in self.answers
+        ]
+        return cast(Tensor, self.rows.in_order(asked))
 
     def exits(self) -> Tensor:
-        return self._in_order(
-            [torch.full((len(logits),), exit, device=logits.device) for exit, _, logits, _ in self.left]
-        )
-
-    def _in_order(self, parts: list[Tensor]) -> Tensor:
-        """Parts of the batch, in the order of leaving, put back into the order of the batch."""
-        if len(parts) == 1:
-            return parts[0]
-        rows = torch.cat([rows for _, rows, _, _ in self.left if rows is not None])
-        joined = torch.cat(parts)
-        return torch.empty_like(joined).index_copy(0, rows, joined)
+        """(B,) int64."""
+        taken = [
+            torch.full((len(logits),), exit, device=logits.device)
+            for (exit, _), (logits, _) in zip(self.rows.exits(), self.answers, strict=True)
+        ]
+        return cast(Tensor, self.rows.in_order(taken))
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -1,14 +1,15 @@
-"""When a sample answers early. B batch, K classes, E exits.
+"""How sure an exit is: measures of confidence, and the thresholds that they are held against.
 
-A measure turns the logits of an exit into a confidence for every sample. A sample leaves where its own confidence
-reaches the threshold of the exit; what its neighbours do has no say in it.
+A measure turns the logits of an exit into a confidence for every sample. Who leaves is decided in `rows.py`.
+
+    B batch, K classes, E exits
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +17,18 @@ from torch import Tensor
 from dynnet.errors import ThresholdError, did_you_mean
 
 
-class Measure(Protocol):
-    """Turns logits into confidence, possibly remembering what earlier exits said of the same samples."""
+class Measure(ABC):
+    """Turns logits into confidence, possibly remembering what earlier exits said of the same samples.
 
+    Attributes:
+        name: by which a configuration or a file names it.
+        every_vote: does it need what every exit says, so that all heads run whatever the thresholds?
+    """
+
+    name: str
+    every_vote: bool = False
+
+    @abstractmethod
     def __call__(self, logits: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """
         Args:
@@ -28,14 +38,20 @@ class Measure(Protocol):
         Returns:
             confidence (B,), and the memory for the next exit or None.
         """
-        ...
+
+    def running(self, thresholds: Sequence[float]) -> list[bool]:
+        """Which heads run: one at inf is switched off, unless every vote counts."""
+        return [self.every_vote or threshold < math.inf for threshold in thresholds]
 
 
-class Instant:
+MEASURES: dict[str, Callable[[int], Measure]] = {}  # by name: from the number of exits to the measure
+
+
+class Instant(Measure):
     """A measure of one exit's logits alone: `score` maps (B, K) logits to (B,)."""
 
-    def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
-        self.score = score
+    def __init__(self, score: Callable[[Tensor], Tensor], name: str) -> None:
+        self.score, self.name = score, name
 
     def __call__(self, logits: Tensor, memory: Tensor | None) -> tuple[Tensor, None]:
         confidence = self.score(logits)
@@ -47,15 +63,49 @@ class Instant:
         return confidence, None
 
 
-class Patience:
+Score = Callable[[Tensor], Tensor]
+
+
+def instant(score: Score) -> Score:
+    """Make a function from (B, K) logits to (B,) numbers known as a measure, by its name."""
+    MEASURES[score.__name__] = lambda exits: Instant(score, score.__name__)
+    return score
+
+
+@instant
+def max_probability(logits: Tensor) -> Tensor:
+    """(B,) the largest softmax probability, in [1/K, 1]."""
+    return logits.float().softmax(1).amax(1)
+
+
+@instant
+def margin(logits: Tensor) -> Tensor:
+    """(B,) the largest minus the second largest softmax probability, in [0, 1]."""
+    top = logits.float().softmax(1).topk(2, dim=1).values
+    return top[:, 0] - top[:, 1]
+
+
+@instant
+def entropy(logits: Tensor) -> Tensor:
+    """(B,) one minus the entropy of the softmax over its maximum log K, in [0, 1]."""
+    log_p = logits.float().log_softmax(1)
+    # A class of probability zero adds nothing: 0 * -inf would be NaN.
+    terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * log_p)
+    return 1 + terms.sum(1) / math.log(logits.shape[1])
+
+
+class Patience(Measure):
     """How many exits in a row have predicted the same class, as a share of all E + 1 classifiers.
 
     Zhou et al., "BERT Loses Patience" (https://arxiv.org/abs/2006.04152): a threshold of p / (E + 1) leaves after p
     classifiers in agreement.
     """
 
-    def __init__(self, classifiers: int) -> None:
-        self.classifiers = classifiers
+    name = "patience"
+    every_vote = True
+
+    def __init__(self, exits: int) -> None:
+        self.classifiers = exits + 1
 
     def __call__(self, logits: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
         broken = logits.isnan().any(1)
@@ -69,65 +119,26 @@ class Patience:
         return confidence, torch.stack([prediction, streak], 1)
 
 
-def max_probability(logits: Tensor) -> Tensor:
-    """(B,) the largest softmax probability, in [1/K, 1]."""
-    return logits.float().softmax(1).amax(1)
+MEASURES["patience"] = Patience
 
 
-def margin(logits: Tensor) -> Tensor:
-    """(B,) the largest minus the second largest softmax probability, in [0, 1]."""
-    top = logits.float().softmax(1).topk(2, dim=1).values
-    return top[:, 0] - top[:, 1]
+def make_measure(confidence: str | Score | Measure, exits: int) -> Measure:
+    """The measure of a name, a callable (B, K) -> (B,), or itself.
 
-
-def entropy(logits: Tensor) -> Tensor:
-    """(B,) one minus the entropy of the softmax over its maximum log K, in [0, 1]."""
-    log_p = logits.float().log_softmax(1)
-    # A class of probability zero adds nothing: 0 * -inf would be NaN.
-    terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * log_p)
-    return 1 + terms.sum(1) / math.log(logits.shape[1])
-
-
-MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
-    "max_probability": max_probability,
-    "margin": margin,
-    "entropy": entropy,
-}
-
-
-def make_measure(confidence: str | Callable[[Tensor], Tensor], exits: int) -> Measure:
-    """The measure of a name ("max_probability", "margin", "entropy", "patience"), or of a callable (B, K) -> (B,)."""
-    if callable(confidence):
-        return Instant(confidence)
-    if confidence == "patience":
-        return Patience(exits + 1)
-    if confidence in MEASURES:
-        return Instant(MEASURES[confidence])
-    known = [*MEASURES, "patience"]
-    raise ThresholdError(
-        f"unknown confidence {confidence!r}{did_you_mean(str(confidence), known)}; choose from {', '.join(known)}, or "
-        f"give a callable from (B, K) logits to (B,) numbers"
-    )
-
-
-def leaves(confidence: Tensor, threshold: float) -> Tensor:
-    """Which samples answer at this exit.
-
-    Args:
-        confidence: (B,); NaN never leaves.
-        threshold: leave where confidence >= threshold; inf never, -inf always.
-
-    Returns:
-        (B,) bool.
+    A callable is named after where it is defined: no name of `MEASURES` has a dot, so that a file which was saved with it
+    is never read with another of the same name.
     """
-    # NaN >= -inf is False in IEEE 754, so a broken head can never answer.
-    # In float64, where thresholds were fitted: in float32 one just above the largest confidence would be rounded to it.
-    return confidence.double() >= threshold
-
-
-def active(thresholds: Sequence[float], remembers: bool) -> list[bool]:
-    """Which heads run: one at inf is switched off, unless the measure remembers every exit's vote (patience)."""
-    return [remembers or threshold < math.inf for threshold in thresholds]
+    if isinstance(confidence, Measure):
+        return confidence
+    if callable(confidence):
+        kind = confidence if hasattr(confidence, "__qualname__") else type(confidence)
+        return Instant(confidence, f"{kind.__module__}.{kind.__qualname__}")
+    if confidence in MEASURES:
+        return MEASURES[confidence](exits)
+    raise ThresholdError(
+        f"unknown confidence {confidence!r}{did_you_mean(str(confidence), MEASURES)}; choose from "
+        f"{', '.join(MEASURES)}, or give a callable from (B, K) logits to (B,) numbers"
+    )
 
 
 def to_json(threshold: float) -> float | str:

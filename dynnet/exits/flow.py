@@ -4,7 +4,7 @@ Hooks stand on the backbone's modules and do nothing until a `Flow` is running: 
 the output of every boundary and decides what goes on. What a call knows lives in its flow, never on a module, so models
 can be copied, shared between threads, and left in the middle of a forward.
 
-    B rows of the batch at the start, b rows still in it
+Who is still here is told by `rows.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dynnet.backbone.gather import pick
 from dynnet.exits.boundaries import Boundary, Companion
+from dynnet.exits.noted_sizes import NotedSizes
+from dynnet.exits.rows import Rows
 
 _running: ContextVar[Flow | None] = ContextVar("dynnet_flow", default=None)
 
@@ -44,41 +44,18 @@ class Flow:
     """One call of one wrapped model.
 
     Attributes:
-        rows: (b,) int64, the original rows that are still running; None while all are.
-        size: b.
+        rows: who is still running.
         decisions: of the gates, by which layers run; None where nothing is gated.
     """
 
     def __init__(self, tag: Tag, size: int, decisions: Switch | None = None) -> None:
         self.tag = tag
-        self.rows: Tensor | None = None
-        self.size = size
+        self.rows = Rows(size)
         self.decisions = decisions
-        # For a tensor made when n rows were running: which of its rows are still there. Sizes only ever shrink, so n
-        # tells the time.
-        self._survivors: dict[int, Tensor] = {}
 
     def reach(self, index: int, output: Any, leaves: Sequence[tuple[int, int]]) -> Any:
         """Called with the output of boundary `index`; returns what goes on, None to leave it untouched."""
         raise NotImplementedError
-
-    def thin_out(self, output: Any, leaves: Sequence[tuple[int, int]], kept: Tensor) -> Any:
-        """Take rows out of the batch.
-
-        Args:
-            output: of a boundary, any nesting of tensors.
-            leaves: the batch's tensors in it, as (position, entries per sample).
-            kept: (b',) int64, the rows of `output` that stay.
-        """
-        flat, spec = tree_flatten(output)
-        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
-        position, per_sample = leaves[0]
-        before = tensors[position].shape[0] // per_sample
-        self._survivors = {n: rows[kept] for n, rows in self._survivors.items()}
-        self._survivors[before] = kept
-        self.rows = kept if self.rows is None else self.rows[kept]
-        self.size = len(kept)
-        return tree_unflatten(_replace(flat, {i: _take(tensors[i], kept, 0, n) for i, n in leaves}), spec)
 
     def catch_up(self, args: Any, leaves: Sequence[tuple[int, int, int]]) -> Any:
         """Take the rows that have left out of tensors made earlier; None if there are none.
@@ -91,27 +68,36 @@ class Flow:
         tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
         late = {}
         for i, dim, per_sample in leaves:
-            rows = self._survivors.get(tensors[i].shape[dim] // per_sample)
+            rows = self.rows.since(tensors[i].shape[dim] // per_sample)
             if rows is not None:
                 late[i] = _take(tensors[i], rows, dim, per_sample)
         return tree_unflatten(_replace(flat, late), spec) if late else None
 
-    def present(self, size: int) -> int:
-        """How many rows of a batch that once had `size` are still running."""
-        return len(self._survivors[size]) if size in self._survivors else size
+
+def thinned(output: Any, leaves: Sequence[tuple[int, int]], kept: Tensor) -> Any:
+    """The output of a boundary with only some of its rows.
+
+    Args:
+        output: any nesting of tensors.
+        leaves: the batch's tensors in it, as (position, entries per sample).
+        kept: (b',) int64, the rows that stay.
+    """
+    flat, spec = tree_flatten(output)
+    tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+    return tree_unflatten(_replace(flat, {i: _take(tensors[i], kept, 0, n) for i, n in leaves}), spec)
 
 
 @contextlib.contextmanager
-def run(flow: Flow, notes_size: bool = False) -> Iterator[None]:
+def run(flow: Flow, noted: NotedSizes | None = None) -> Iterator[None]:
     """Let the hooks of the flow's model listen to it; ends early and quietly once all rows have left.
 
     Args:
         flow: of one call.
-        notes_size: the backbone notes the batch size before an exit and reshapes with it afterwards; correct that.
+        noted: corrects sizes of the batch that the backbone notes before an exit and reshapes with afterwards.
     """
     token = _running.set(flow)
     try:
-        with contextlib.suppress(Finished), _NotedSizes(flow) if notes_size else contextlib.nullcontext():
+        with contextlib.suppress(Finished), noted or contextlib.nullcontext():
             yield
     finally:
         _running.reset(token)
@@ -121,31 +107,6 @@ def running(tag: Tag) -> Flow | None:
     """The call that is running, if it is one of the model with this tag."""
     flow = _running.get()
     return flow if flow is not None and flow.tag is tag else None
-
-
-class _NotedSizes(TorchFunctionMode):
-    """Some forwards begin with `B = x.shape[0]` and end with `x.reshape(B, H, W, -1)`, when there may be fewer rows.
-
-    Calls that shape a tensor of the present batch to a past one get the present size. Only for backbones that need it
-    (a rehearsal tells): every torch function then costs a Python call.
-    """
-
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.flow.rows is not None and func in _RESHAPES and len(args) > 1:
-            x, *sizes = args
-            nested = isinstance(sizes[0], (tuple, list))
-            first, *rest = sizes[0] if nested else sizes
-            if isinstance(first, int) and x.shape[0] in (1, len(self.flow.rows)):
-                shape = (self.flow.present(first), *rest)
-                args = (x, shape) if nested else (x, *shape)
-        return func(*args, **(kwargs or {}))
-
-
-_RESHAPES = {Tensor.reshape, Tensor.view, Tensor.expand, torch.reshape}
 
 
 @dataclass(eq=False)
@@ -170,7 +131,7 @@ class CompanionHook:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         flow = running(self.tag)
-        if flow is None or flow.rows is None:
+        if flow is None or flow.rows.here is None:
             return None
         return flow.catch_up((args, kwargs), self.leaves)
 

@@ -1,7 +1,8 @@
 """A rehearsal on the meta device: can a backbone go on without the rows that left at its exits?
 
-Shapes tell. What still needs the whole batch (a residual sum around the boundary, a batch size that the forward noted
-before it and reshapes with afterwards) fails here, before anything is attached for good.
+Shapes tell, and the order in which samples lie in what is handed on beside a boundary. What still needs the whole batch (a
+residual sum around the boundary, a batch size that the forward noted before it and reshapes with afterwards) fails here,
+before anything is attached for good.
 """
 
 from __future__ import annotations
@@ -11,24 +12,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.exits import flow
 from dynnet.exits.boundaries import Boundary, Companion, Places
-from dynnet.exits.flow import Flow, Tag
+from dynnet.exits.flow import Flow, Tag, thinned
+from dynnet.exits.noted_sizes import NotedSizes, Site
+from dynnet.exits.placing import resolve
+
+# Sizes of the batch in a rehearsal: primes, which are the size of nothing else.
+_PRIMES = [n for n in range(BATCH - 1, 1, -1) if all(n % d for d in range(2, int(n**0.5) + 1))]
 
 
 class _Rehearsal(Flow):
-    """A third of the rows leaves at every exit."""
+    """About as many rows leave at every exit, and as many at the end."""
 
-    def __init__(self, tag: Tag) -> None:
+    def __init__(self, tag: Tag, exits: int) -> None:
         super().__init__(tag, BATCH)
-        self.running = BATCH
+        self.left = [_PRIMES[len(_PRIMES) * (i + 1) // (exits + 1)] for i in range(exits)]
 
     def reach(self, index: int, output: Any, leaves: Sequence[tuple[int, int]]) -> Any:
-        self.running = self.running * 2 // 3
-        return self.thin_out(output, leaves, torch.arange(self.running, device="meta"))
+        before, now = self.rows.size, self.left[index]
+        kept = torch.arange(now, device="meta")
+        self.rows.part(index, torch.arange(now, before, device="meta"), kept)
+        return thinned(output, leaves, kept)
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,13 @@ class Placement:
     Attributes:
         exits: in running order.
         companions: modules that receive older tensors.
-        notes_size: the backbone notes the batch size before an exit; see `dynnet.exits.flow.run`.
+        noted: where the backbone reshapes to a size of the batch that it noted before an exit.
         problem: why rows cannot leave there; None where they can.
     """
 
     exits: tuple[Boundary, ...]
     companions: tuple[Companion, ...]
-    notes_size: bool
+    noted: frozenset[Site]
     problem: str | None
 
 
@@ -54,37 +62,49 @@ def place(places: Places, exits: int | Sequence[str | float]) -> Placement:
     Raises:
         ExitError: exits that cannot be resolved at all.
     """
-    placement = rehearse(places, places.resolve(exits))
+    placement = rehearse(places, resolve(places, exits))
     if placement.problem is None or (not isinstance(exits, int) and all(isinstance(e, str) for e in exits)):
         return placement
     usable = [boundary for boundary in places.candidates if rehearse(places, [boundary]).problem is None]
-    return rehearse(places, places.among(usable).resolve(exits))
+    return rehearse(places, resolve(places.among(usable), exits))
 
 
 def rehearse(places: Places, exits: Sequence[Boundary]) -> Placement:
-    """Let rows leave at all `exits` on the meta device, and leave the backbone as it was."""
+    """Let rows leave at all `exits` on the meta device."""
     companions = places.companions(exits)
-    problem = _attempt(places, exits, companions, notes_size=False)
-    notes_size = problem is not None and _attempt(places, exits, companions, notes_size=True) is None
-    return Placement(tuple(exits), tuple(companions), notes_size, None if notes_size else problem)
+    apart = [companion.name for companion in companions if not companion.together]
+    if apart:
+        problem = (
+            f"what {apart[0]!r} receives beside them does not hold the rows of a sample side by side: samples are "
+            f"folded inside, or in an order that nobody can tell"
+        )
+        return Placement(tuple(exits), tuple(companions), frozenset(), problem)
+    problem, _ = _attempt(places, exits, companions, correcting=False)
+    noted: set[Site] = set()
+    if problem is not None:
+        still, noted = _attempt(places, exits, companions, correcting=True)
+        problem = problem if still is not None else None
+    return Placement(tuple(exits), tuple(companions), frozenset(() if problem else noted), problem)
 
 
 def _attempt(
-    places: Places, exits: Sequence[Boundary], companions: Sequence[Companion], notes_size: bool
-) -> str | None:
+    places: Places, exits: Sequence[Boundary], companions: Sequence[Companion], correcting: bool
+) -> tuple[str | None, set[Site]]:
+    """What went wrong, and where noted sizes were corrected."""
     tag = Tag()
-    rehearsal = _Rehearsal(tag)
+    rehearsal = _Rehearsal(tag, len(exits))
+    noted = NotedSizes(rehearsal.rows, None) if correcting else None
 
-    def forward(images: Tensor) -> Any:
-        with flow.run(rehearsal, notes_size):
-            return places.backbone(images)
+    def forward(twin: nn.Module, images: Tensor) -> Any:
+        with flow.run(rehearsal, noted):
+            return twin(images)
 
-    flow.attach(places.backbone, tag, exits, companions)
+    flow.attach(places.twin, tag, exits, companions)
     try:
-        seen = trace(places.backbone, places.input_size, BATCH, forward)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        return f"{type(error).__name__}: {error}"
+        seen = trace(places.twin, places.input_size, BATCH, forward)
+    except Exception as error:  # of any kind: it is the backbone's own forward
+        return f"{type(error).__name__}: {error}", set()
     finally:
-        flow.detach(places.backbone)
-    rows = seen.output[0].shape[0]
-    return None if rows == rehearsal.running else f"{rows} rows came out where {rehearsal.running} went on"
+        flow.detach(places.twin)
+    came, went = seen.output[0].shape[0] if seen.output else 0, rehearsal.rows.size
+    return None if came == went else f"{came} rows came out where {went} went on", noted.met if noted else set()
