@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dynnet.backbone.names import check_excluded, is_inside
 from dynnet.channels.groups import Group, Member, bundle
+from dynnet.cost.ledger import Decider, Switch
 from dynnet.errors import GateError
 
 _WORTHWHILE = 4.0  # times what its gate network costs: what a region must be able to save when half of it is closed
@@ -158,12 +159,25 @@ class GatePlan:
     Attributes:
         regions: in the order in which they are decided.
         sites: in the order in which the layers run.
-        share: of the backbone's MACs, in layers with at least one side under a gate.
+        macs_share: of the backbone's MACs, in layers with at least one side under a gate.
     """
 
     regions: tuple[Region, ...]
     sites: tuple[Site, ...]
-    share: float
+    macs_share: float
+
+    def switches(self) -> list[Switch]:
+        """The sites, for the ledger."""
+        found = []
+        for site in self.sites:
+            sides = [side for side in (site.reads, site.makes) if side is not None]
+            segment = self.regions[sides[0].regions[0]].segment
+            found.append(Switch(site.layer, tuple(sides[: 1 if site.tied else 2]), segment))
+        return found
+
+    def deciders(self) -> list[Decider]:
+        """The gate networks, for the ledger."""
+        return [Decider(number, region.macs, region.segment) for number, region in enumerate(self.regions)]
 
 
 def plan_gates(

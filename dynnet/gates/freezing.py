@@ -1,0 +1,55 @@
+"""Gates that decide alike for every image: the mean decision, and the static network that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynnet.backbone.layers.table import cut_
+from dynnet.errors import GateError
+from dynnet.gates.decisions import Decisions, Taken
+from dynnet.gates.networks import Gates
+from dynnet.gates.plan import GatePlan
+
+
+def mean_masks(masks: Sequence[np.ndarray], plan: GatePlan) -> list[Tensor]:
+    """The decisions that gates take on average, for `Gates.freeze`.
+
+    Of every group as many units as are open on average, rounded, those that are open most often: about the same compute
+    for every image.
+
+    Args:
+        masks: for each region (N, U) bool, what was decided for N images.
+        plan: of the gates.
+    """
+    found = []
+    for mask, region in zip(masks, plan.regions, strict=True):
+        rates = torch.from_numpy(mask).double().mean(0)
+        steady = torch.zeros(region.units, dtype=torch.bool)
+        for part, rate in zip(steady.split(region.groups), rates.split(region.groups), strict=True):
+            part[rate.topk(max(1, round(float(rate.sum())))).indices] = True
+        found.append(steady)
+    return found
+
+
+def cut_frozen_(backbone: nn.Module, gates: Gates) -> None:
+    """Cut every gated layer to what frozen gates leave open, in place: a static network, with nothing to decide.
+
+    Args:
+        backbone: the gates' own, unwrapped.
+        gates: frozen. Answers stay the same, unless a norm over channels is gated: it then sees only what is left.
+
+    Raises:
+        GateError: the gates are not frozen.
+    """
+    if gates.frozen is None:
+        raise GateError("these gates decide by the input; freeze them first")
+    decisions, device = Decisions(gates, sparse=True), next(gates.parameters()).device
+    for number, mask in enumerate(gates.frozen):
+        row = mask[None].to(device, torch.float32)
+        decisions.take(number, Taken(None, row, row))
+    for site in gates.plan.sites:
+        cut_(backbone.get_submodule(site.layer), decisions.subset(site.reads), decisions.subset(site.makes))
