@@ -1,4 +1,4 @@
-"""What every exit says of every sample: the table from which thresholds are fitted and reports are drawn.
+"""What every exit says of every sample: from it thresholds are fitted and reports are drawn.
 
 N samples, K classes, E exits; exit number E is the backbone's own head
 """
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynnet.backbone.dry_run import device_of, evaluating
+from dynnet.backbone.modes import device_of, evaluating
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import DataError, NonFiniteError
-from dynnet.exits.confidence import active
+from dynnet.exits.rows import route
 from dynnet.model import DynamicModel
 
 
@@ -48,12 +48,7 @@ class Answers:
 
     def route(self, thresholds: Sequence[float]) -> np.ndarray:
         """(N,) int64: the exit at which each sample leaves."""
-        exits = self.confidences.shape[1] - 1
-        taken = np.full(len(self.labels), exits)
-        for i in reversed(range(exits)):
-            # NaN compares false: never confident.
-            taken[self.confidences[:, i] >= thresholds[i]] = i
-        return taken
+        return route(self.confidences, thresholds)
 
     def right(self, thresholds: Sequence[float]) -> np.ndarray:
         """(N,) bool: is the exit right at which each sample leaves?"""
@@ -78,13 +73,6 @@ class Answers:
         """(N, E + 1) int64: MACs of every sample, were it to leave at each exit, where the heads `running` run."""
         bill = np.broadcast_to(ledger.bill(running).numpy(), self.confidences.shape)
         return bill if self.gated is None else bill + self.gated
-
-    def score(self, thresholds: Sequence[float], ledger: Ledger, remembers: bool = False) -> tuple[float, float]:
-        """(accuracy in [0, 1], mean MACs) at these thresholds."""
-        taken = self.route(thresholds)
-        bills = self.bills(ledger, active(thresholds, remembers))
-        every = np.arange(len(taken))
-        return float(self.correct[every, taken].mean()), float(bills[every, taken].mean())
 
 
 @dataclass(frozen=True)
