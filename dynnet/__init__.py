@@ -1,41 +1,103 @@
-"""dynnet: image models that spend compute where the input needs it."""
+"""dynnet: image models that spend compute where the input needs it.
 
-from dynnet import zoo
-from dynnet.deploy.folding import fold
-from dynnet.deploy.int8 import quantize
-from dynnet.evaluation.measurement import Measurement, measure
-from dynnet.evaluation.timing import Latency, latency
-from dynnet.exits.boundaries import Boundary
-from dynnet.files.checkpoints import load, load_backbone, save
-from dynnet.gates.plan import GateConfig
-from dynnet.learning import backbones
-from dynnet.model import DynamicModel, ExitOutputs, Prediction
-from dynnet.pruning import prune
-from dynnet.thresholds.calibration import Calibration, calibrate
-from dynnet.wrapping import unwrap, wrap
+Importing it loads nothing but this file; what is used is loaded when it is first used.
+"""
 
-__version__ = "0.1.0"
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dynnet import registration
+
+if TYPE_CHECKING:
+    from dynnet import errors as errors
+    from dynnet import pruning as pruning
+    from dynnet.deploy.folding import fold
+    from dynnet.deploy.int8 import quantize
+    from dynnet.evaluation.measurement import measure
+    from dynnet.evaluation.timing import latency
+    from dynnet.evaluation.verification import verify
+    from dynnet.files.checkpoints import load, save
+    from dynnet.gates.plan import GateConfig
+    from dynnet.learning.losses import loss
+    from dynnet.model import DynamicModel, Prediction, WrapConfig
+    from dynnet.pruning.channels import prune
+    from dynnet.thresholds.calibration import calibrate
+    from dynnet.wrapping import wrap
+    from dynnet.zoo import create_model, list_models
+
+__version__ = "0.2.0"
 
 __all__ = [
-    "Boundary",
-    "Calibration",
     "DynamicModel",
-    "ExitOutputs",
     "GateConfig",
-    "Latency",
-    "Measurement",
     "Prediction",
-    "backbones",
+    "WrapConfig",
     "calibrate",
+    "create_model",
+    "errors",
     "fold",
     "latency",
+    "list_models",
     "load",
-    "load_backbone",
+    "loss",
     "measure",
     "prune",
+    "pruning",
     "quantize",
     "save",
-    "unwrap",
+    "verify",
     "wrap",
-    "zoo",
 ]
+
+_HOMES = {
+    "DynamicModel": "model",
+    "GateConfig": "gates.plan",
+    "Prediction": "model",
+    "WrapConfig": "model",
+    "calibrate": "thresholds.calibration",
+    "create_model": "zoo",
+    "fold": "deploy.folding",
+    "latency": "evaluation.timing",
+    "list_models": "zoo",
+    "load": "files.checkpoints",
+    "loss": "learning.losses",
+    "measure": "evaluation.measurement",
+    "prune": "pruning.channels",
+    "quantize": "deploy.int8",
+    "save": "files.checkpoints",
+    "verify": "evaluation.verification",
+    "wrap": "wrapping",
+}
+
+# Names of version 0.1, and what to write in their place.
+_RENAMED = {
+    "Boundary": "dynnet.exits.boundaries.Boundary",
+    "Calibration": "dynnet.thresholds.calibration.Calibration",
+    "ExitOutputs": "dynnet.model.ExitOutputs",
+    "Latency": "dynnet.evaluation.timing.Latency",
+    "Measurement": "dynnet.evaluation.measurement.Measurement",
+    "backbones": 'timm.create_model("cifar_resnet20")',
+    "load_backbone": "dynnet.load, which gives whatever the file holds",
+    "unwrap": "model.unwrap()",
+}
+
+registration.when_timm_is_there()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        found = getattr(importlib.import_module(f"dynnet.{_HOMES[name]}"), name)
+    elif name in ("errors", "pruning"):
+        found = importlib.import_module(f"dynnet.{name}")
+    elif name in _RENAMED:
+        raise AttributeError(f"dynnet.{name} of version 0.1 is gone; write {_RENAMED[name]}")
+    else:
+        raise AttributeError(f"module 'dynnet' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -58,6 +58,14 @@ class RecipeError(DynnetError, ValueError):
     """A recipe with an unknown key or a value of the wrong type."""
 
 
+class UnsupportedError(DynnetError, NotImplementedError):
+    """Something that timm's models do, and a wrapped one cannot."""
+
+
+class VerificationError(DynnetError, AssertionError):
+    """A model that does not keep its promises."""
+
+
 class CheckpointError(DynnetError, ValueError):
     """A checkpoint that is missing, damaged, or of another model or version."""
 

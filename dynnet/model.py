@@ -5,8 +5,7 @@ B batch, K classes, E exits; exit number E is the backbone's own head
 
 from __future__ import annotations
 
-import copy
-import threading
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -14,20 +13,20 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from dynnet.backbone.dry_run import on_meta
 from dynnet.backbone.gradients import at_risk, right_gradients
+from dynnet.backbone.host import Hosted, preparation_of, prepare_
 from dynnet.cost.ledger import Ledger, price
 from dynnet.errors import GateError, InputError
 from dynnet.exits import flow
 from dynnet.exits.calls import Answering, EveryExit
-from dynnet.exits.confidence import Measure, active, check_thresholds, make_measure
+from dynnet.exits.confidence import Measure, check_thresholds, to_json
 from dynnet.exits.flow import Tag
+from dynnet.exits.noted_sizes import NotedSizes
 from dynnet.exits.rehearsal import Placement
-from dynnet.gates import networks as gates
-from dynnet.gates.networks import Decisions, Gates
+from dynnet.gates import attaching
+from dynnet.gates.decisions import Decisions, least_macs
+from dynnet.gates.networks import Gates
 from dynnet.gates.plan import GateConfig, GatePlan
-
-_PRICING = threading.Lock()
 
 Execution = Literal["sparse", "masked"]
 
@@ -59,46 +58,53 @@ class ExitOutputs(NamedTuple):
     Attributes:
         logits: E + 1 tensors of (B, K), the backbone's own last.
         decisions: what the gates decided on the way; None without gates.
+        macs_shares: of the backbone's MACs that are spent at each of the E exits.
     """
 
     logits: tuple[Tensor, ...]
     decisions: Decisions | None = None
+    macs_shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class WrapConfig:
-    """All that is needed to wrap an equal backbone in the same way.
+    """How a backbone is wrapped.
 
     Attributes:
-        exits: module names, in running order.
-        input_size: (C, H, W) for which fractions, heads and prices were computed.
-        head_share: MACs of one head, as a share of the backbone's.
-        confidence: name of the measure; "custom" for a callable.
-        heads: "fitted", or "custom" for heads of the user's own.
+        exits: module names ("layer2"), fractions of the backbone's MACs (0.5), both mixed, or a number of exits spread
+            evenly in MACs; of a wrapped model the module names, in running order.
         gates: how channels are gated; None where they are not.
+        head_share: MACs that a fitted head may cost, as a share of the backbone's; up to twice that where it cannot be
+            narrower.
+        confidence: name of the measure, see `dynnet.exits.confidence`.
+        input_size: (C, H, W) of the images, for which fractions, heads and prices are computed; None for what the
+            backbone was made for.
     """
 
-    exits: tuple[str, ...]
-    input_size: tuple[int, int, int]
-    head_share: float = 0.005
-    confidence: str = "max_probability"
-    heads: str = "fitted"
+    exits: int | tuple[str | float, ...] = 2
     gates: GateConfig | None = None
+    head_share: float = 0.03
+    confidence: str = "max_probability"
+    input_size: tuple[int, int, int] | None = None
 
 
-class DynamicModel(nn.Module):
+class DynamicModel(Hosted):
     """A timm model that answers each sample as early as its confidence allows. Made by `dynnet.wrap`.
 
     In eval mode `model(x)` gives (B, K) logits, as the backbone does; `model.predict(x)` also tells exits, confidence
-    and MACs. In train mode `model(x)` gives `ExitOutputs`.
+    and MACs. In train mode `model(x)` gives `ExitOutputs`. What timm's tools ask of a model, the backbone answers
+    (`dynnet.backbone.host`). Thresholds, what they were fitted for, the preparation of images and the names of classes
+    travel with copies, `state_dict` and files.
 
     Attributes:
         backbone: as it came, with hooks on its boundaries.
         heads: one for each exit.
         gates: the gate networks, and what they switch; None without gates.
-        config: how it was wrapped.
+        config: how it was wrapped, with names of exits and the size of images.
+        input_size: (C, H, W) for which it was wrapped.
         boundaries: where the exits stand.
         num_classes: K.
+        measure: of confidence.
         calibration: what the thresholds were fitted on and for, as `dynnet.calibrate` reports it; None if set by hand.
     """
 
@@ -109,35 +115,35 @@ class DynamicModel(nn.Module):
         placement: Placement,
         config: WrapConfig,
         num_classes: int,
-        confidence: str | Callable[[Tensor], Tensor],
+        measure: Measure,
         plan: GatePlan | None = None,
     ) -> None:
         super().__init__()
+        assert config.input_size is not None
         self.backbone = backbone
         self.heads = nn.ModuleList(heads)
         self.gates = None if plan is None else Gates(plan)
         self._execution: Execution = "sparse"
         self.boundaries = placement.exits
         self.config = config
+        self.input_size = config.input_size
         self.num_classes = num_classes
-        self.measure: Measure = make_measure(confidence, len(self.boundaries))
+        self.measure = measure
         self.calibration: dict[str, Any] | None = None
         self._thresholds = (float("inf"),) * len(self.boundaries)
         gated = () if plan is None else {f"backbone.{site.layer}" for site in plan.sites if site.reads is not None}
         self._at_risk = at_risk(self, gated)  # looked up once: a wrapped model is not cut
         self._ledgers: dict[tuple[int, ...], Ledger] = {}
-        # In a tuple, so that it is no submodule.
-        self._shadow: tuple[DynamicModel] | None = None
         self._unwrapped = False
         self._dtype: torch.dtype | None = None  # of the backbone, when last looked up
         self.tag = Tag()
-        self._notes_size = placement.notes_size
+        self._noted = placement.noted
         self.train(backbone.training)
 
     @property
     def exits(self) -> tuple[str, ...]:
         """Module names of the E exits."""
-        return self.config.exits
+        return tuple(boundary.name for boundary in self.boundaries)
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -168,14 +174,14 @@ class DynamicModel(nn.Module):
         self._execution = value
 
     @property
-    def remembers(self) -> bool:
-        """Does the measure need every exit's vote, so that all heads run whatever the thresholds?"""
-        return self.config.confidence == "patience"
+    def running(self) -> tuple[bool, ...]:
+        """Which heads run at the present thresholds."""
+        return tuple(self.measure.running(self.thresholds))
 
     @property
-    def active(self) -> tuple[bool, ...]:
-        """Which heads run at the present thresholds."""
-        return tuple(active(self.thresholds, self.remembers))
+    def class_names(self) -> tuple[str, ...] | None:
+        """K names, where the model knows them: `label_names` of the backbone's `pretrained_cfg`."""
+        return preparation_of(self.backbone).get("label_names")
 
     def forward(self, x: Tensor, equilibrium: bool = False, gated: bool = True) -> Tensor | ExitOutputs:
         """Answer a batch.
@@ -189,7 +195,7 @@ class DynamicModel(nn.Module):
         """
         if self.training:
             return self.forward_exits(x, equilibrium, gated)
-        return self._answer(x).logits()
+        return self._answer(x)[0].logits()
 
     def forward_exits(self, x: Tensor, equilibrium: bool = False, gated: bool = True) -> ExitOutputs:
         """The logits of every exit for every sample; nobody leaves.
@@ -221,78 +227,101 @@ class DynamicModel(nn.Module):
         """
         if self.training:
             raise InputError("predict() answers in eval mode; call model.eval() first")
-        answers = self._answer(x)
+        answers, decisions = self._answer(x)
         exits = answers.exits().to(x.device)
         ledger = self.ledger(tuple(x.shape[1:]))
-        macs = ledger.bill(self.active).to(x.device)[exits]
-        if answers.decisions is not None:
-            macs = macs + answers.decisions.price(ledger, len(x)).sum(1)
+        macs = ledger.bill(self.running).to(x.device)[exits]
+        if decisions is not None:
+            macs = macs + decisions.price(ledger, len(x)).sum(1)
         return Prediction(answers.logits(), exits, answers.confidence(), macs)
 
     def ledger(self, input_size: tuple[int, ...] | None = None) -> Ledger:
         """Prices of segments and heads for one sample of (C, H, W); by default of the size it was wrapped for."""
-        size = tuple(input_size or self.config.input_size)
+        size = tuple(input_size or self.input_size)
         if size not in self._ledgers:
-            # On a copy without numbers: a dry run swaps parameters, and other threads may be using these.
-            with _PRICING:
-                if self._shadow is None:
-                    with on_meta(self):
-                        self._shadow = (copy.deepcopy(self),)
-                (shadow,) = self._shadow
-                sites = () if self.gates is None else self.gates.plan.sites
-                self._ledgers[size] = price(shadow, shadow.run_every_exit, size, self.exits, sites)
+            plan = None if self.gates is None else self.gates.plan
+            gated = ((), ()) if plan is None else (plan.switches(), plan.deciders())
+            found = price(self, DynamicModel.run_every_exit, size, self.exits, *gated)
+            self._ledgers = {**self._ledgers, size: found}  # a new one: another thread may be copying the model
         return self._ledgers[size]
 
     def floor(self) -> int:
         """The fewest MACs that a sample can cost: it leaves at the first exit, all gates but one a group closed."""
         ledger = self.ledger()
-        least = [0] * len(ledger.segments) if self.gates is None else self.gates.least(ledger)
-        return ledger.segments[0] + least[0] + (ledger.heads[0] if self.exits else 0)
+        first = ledger.segments[0]
+        return first.macs + first.head + (0 if self.gates is None else least_macs(self.gates, ledger)[0])
 
     def unwrap(self) -> nn.Module:
         """Take the hooks away and return the backbone as it came. This model cannot be used afterwards."""
         flow.detach(self.backbone)
-        gates.detach(self.backbone)
+        attaching.detach(self.backbone)
         self._unwrapped = True
         return self.backbone
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters to be spared (timm's optimisers ask): position embeddings and the like, and gates."""
-        own = getattr(self.backbone, "no_weight_decay", None)
-        spared = {f"backbone.{name}" for name in own()} if callable(own) else set()
-        # Decay would draw logits to zero, where gates are open by chance.
-        return spared | {name for name, _ in self.named_parameters() if name.startswith("gates.")}
+        """The backbone's, and gates: decay would draw logits to zero, where gates are open by chance."""
+        gates = {name for name, _ in self.named_parameters() if name.startswith("gates.")}
+        return super().no_weight_decay() | gates
+
+    def get_extra_state(self) -> Tensor:
+        """What belongs to the model besides its weights, as bytes of JSON: `state_dict` holds tensors only."""
+        state = {
+            "thresholds": [to_json(t) for t in self.thresholds],
+            "calibration": self.calibration,
+            "preparation": preparation_of(self.backbone),
+        }
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what `get_extra_state` gave.
+
+        Raises:
+            ThresholdError: it is of a model with other exits.
+        """
+        found = json.loads(bytes(state.tolist()))
+        self.thresholds = [float(t) for t in found["thresholds"]]
+        self.calibration = found["calibration"]
+        if found["preparation"]:
+            prepare_(self.backbone, found["preparation"])
 
     def _apply(self, fn: Any, recurse: bool = True) -> DynamicModel:
         self._dtype = None  # `.half()` and the like come through here
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"exit {i} at {b.name} ({b.share:.0%} of MACs)" for i, b in enumerate(self.boundaries))
+        told = [
+            f"exit {i} at {boundary.name} ({boundary.macs_share:.0%} of the MACs), "
+            + ("switched off" if threshold == float("inf") else f"leaves at {self.measure.name} >= {threshold:.4g}")
+            for i, (boundary, threshold) in enumerate(zip(self.boundaries, self.thresholds, strict=True))
+        ]
+        told += [] if self.gates is None else [f"gates on {self.gates.plan.macs_share:.0%} of the MACs"]
+        return "\n".join(told)
 
     def run_every_exit(self, x: Tensor, equilibrium: bool = False, gated: bool = False) -> ExitOutputs:
         """`forward_exits` without its checks; also without gates, for dry runs."""
         decisions = self._decisions(sparse=False) if gated else None
         every = EveryExit(self.tag, len(x), decisions, list(self.heads), equilibrium)
-        with flow.run(every, self._notes_size):
+        with flow.run(every):  # nobody leaves, so that noted sizes stay right
             every.logits.append(self.backbone(x))
-        return ExitOutputs(tuple(every.logits), every.decisions)
+        shares = tuple(boundary.macs_share for boundary in self.boundaries)
+        return ExitOutputs(tuple(every.logits), decisions, shares)
 
     def _decisions(self, sparse: bool) -> Decisions | None:
         return None if self.gates is None else Decisions(self.gates, sparse)
 
-    def _answer(self, x: Tensor) -> Answering:
+    def _answer(self, x: Tensor) -> tuple[Answering, Decisions | None]:
         self._check(x)
         decisions = self._decisions(sparse=self.execution == "sparse")
-        answers = Answering(self.tag, len(x), decisions, list(self.heads), self.measure, self.thresholds, self.active)
-        with right_gradients(_learns(x) and self._at_risk), flow.run(answers, self._notes_size):
+        answers = Answering(self.tag, len(x), decisions, list(self.heads), self.measure, self.thresholds, self.running)
+        noted = NotedSizes(answers.rows, self._noted) if self._noted else None
+        with right_gradients(_learns(x) and self._at_risk), flow.run(answers, noted):
             answers.finish(self.backbone(x))
-        return answers
+        return answers, decisions
 
     def _check(self, x: Tensor) -> None:
         if self._unwrapped:
             raise InputError("this model was unwrapped; call dynnet.wrap on the backbone again")
-        channels = self.config.input_size[0]
+        channels = self.input_size[0]
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
             got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"got {got}; expected float images of shape (B, {channels}, H, W), normalised")
@@ -306,6 +335,11 @@ class DynamicModel(nn.Module):
                 )
         if tuple(x.shape[1:]) not in self._ledgers:
             self.ledger(tuple(x.shape[1:]))  # a dry run, which tells in words where a size does not fit
+
+
+def every_layer(model: nn.Module) -> Callable[[Tensor], object]:
+    """A forward in which every layer sees every sample: in a wrapped model nobody leaves and nothing is skipped."""
+    return model.forward_exits if isinstance(model, DynamicModel) else model
 
 
 def _learns(x: Tensor) -> bool:

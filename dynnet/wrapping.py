@@ -2,52 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.backbone.input_size import input_size_of
-from dynnet.backbone.names import title
+from dynnet.backbone.names import check_fields, title
 from dynnet.channels.groups import find_groups
 from dynnet.errors import ExitError, HeadError
 from dynnet.exits import flow
 from dynnet.exits.boundaries import Boundary, Places
 from dynnet.exits.confidence import make_measure
 from dynnet.exits.heads import ExitHead, HeadFactory
-from dynnet.exits.rehearsal import place
-from dynnet.gates.networks import attach as attach_gates
-from dynnet.gates.networks import detach as detach_gates
-from dynnet.gates.networks import is_attached as gates_attached
+from dynnet.exits.rehearsal import Placement, place
+from dynnet.gates import attaching
 from dynnet.gates.plan import GateConfig, GatePlan, check_gates, plan_gates
 from dynnet.model import DynamicModel, WrapConfig
 
 
 def wrap(
     backbone: nn.Module,
-    exits: int | Sequence[str | float] = 2,
+    exits: WrapConfig | int | Sequence[str | float] | None = None,
     *,
-    gates: Literal["channel"] | GateConfig | None = None,
     heads: HeadFactory | None = None,
-    head_share: float = 0.005,
-    confidence: str | Callable[[Tensor], Tensor] = "max_probability",
-    input_size: tuple[int, int, int] | None = None,
+    **fields: Any,
 ) -> DynamicModel:
-    """Give a backbone exits. Its forward is not rewritten; `unwrap()` gives it back as it came.
+    """Give a backbone exits. Its forward is not rewritten; `model.unwrap()` gives it back as it came.
+
+    >>> import timm, torch
+    >>> backbone = timm.create_model("cifar_resnet20", num_classes=10)
+    >>> model = wrap(backbone, exits=["layer1", 0.7])  # module names, shares of the MACs, or how many
+    >>> model.exits
+    ('layer1', 'layer2.1')
+    >>> prediction = model.eval().predict(torch.randn(4, 3, 32, 32))
+    >>> prediction.logits.shape, prediction.exit.tolist()  # with thresholds at inf nobody leaves yet
+    (torch.Size([4, 10]), [2, 2, 2, 2])
 
     Args:
         backbone: any timm classifier, or module from (B, C, H, W) images to (B, K) logits.
-        exits: module names ("layer2"), fractions of the backbone's MACs (0.5), both mixed, or a number of exits spread
-            evenly in MACs.
-        gates: "channel" gives channels learned gates, in blocks of 8; a `GateConfig` says more. By default none.
+        exits: as in `WrapConfig`; or the whole configuration.
         heads: builds a head of your own: called with a `Boundary` and K, gives a module from the boundary's output to
             (B, K) logits. By default heads are fitted to the features.
-        head_share: MACs that a fitted head may cost, as a share of the backbone's; up to twice that where it cannot be
-            narrower.
-        confidence: "max_probability", "margin", "entropy", "patience", or a callable from (B, K) logits to (B,)
-            numbers.
-        input_size: (C, H, W) of the images; by default what the backbone was made for.
+        fields: the fields of `WrapConfig`, in place of the configuration's. `gates="channel"` stands for a `GateConfig`
+            with its defaults; `confidence` may be a callable from (B, K) logits to (B,) numbers.
 
     Returns:
         A model in the backbone's mode, on its device, with all thresholds at inf: nobody leaves yet.
@@ -57,59 +57,76 @@ def wrap(
         GateError: nothing to gate, and why; the backbone is left untouched.
         HeadError: a head that does not answer with (B, K) logits; the backbone is left untouched.
     """
+    config, confidence = _settled(backbone, exits, fields)
+    places = Places(backbone, config.input_size)
+    placement = _placed(places, config)
+    config = replace(config, exits=tuple(boundary.name for boundary in placement.exits))
+    plan = None if config.gates is None else _plan(places, placement.exits, config.gates)
+    factory = heads or _fitted(places, config.head_share)
+    modules = [_checked(factory(boundary, places.num_classes), backbone, boundary) for boundary in placement.exits]
+    measure = make_measure(confidence, len(placement.exits))
+    model = DynamicModel(backbone, modules, placement, config, places.num_classes, measure, plan)
+    _attach(model, placement)
+    return model
+
+
+def _settled(
+    backbone: nn.Module, exits: WrapConfig | int | Sequence[str | float] | None, fields: Mapping[str, Any]
+) -> tuple[WrapConfig, Any]:
+    """The whole configuration, with an input size, and the confidence that was asked for; both checked on their own."""
     if is_wrapped(backbone):
         raise ExitError(f"{title(backbone)} is wrapped already; call unwrap() first")
-    if not 0 < head_share < 1:
-        raise HeadError(f"head_share={head_share}: give a share of the backbone's MACs in (0, 1), such as 0.005")
-    make_measure(confidence, 0)  # an unknown name is refused before anything is built
-    size = input_size or input_size_of(backbone)
-    places = Places(backbone, size)
-    placement = place(places, exits)
-    boundaries = placement.exits
+    given = dict(fields)
+    if exits is not None and not isinstance(exits, WrapConfig):
+        given["exits"] = exits if isinstance(exits, (int, str)) or not isinstance(exits, Sequence) else tuple(exits)
+    base = exits if isinstance(exits, WrapConfig) else WrapConfig()
+    check_fields(given, WrapConfig, "wrap()", ExitError)
+    confidence = given.get("confidence", base.confidence)
+    given |= {"confidence": make_measure(confidence, 0).name, "gates": check_gates(given.get("gates", base.gates))}
+    config = replace(base, **given)
+    if not 0 < config.head_share < 1:
+        raise HeadError(f"head_share={config.head_share}: give a share of the backbone's MACs in (0, 1), such as 0.03")
+    config = replace(config, input_size=config.input_size or input_size_of(backbone))
+    return config, confidence
+
+
+def _placed(places: Places, config: WrapConfig) -> Placement:
+    """Boundaries at which rows can leave.
+
+    Raises:
+        ExitError: there are none, or none such.
+    """
+    placement = place(places, config.exits)
     if placement.problem is not None:
         raise ExitError(
-            f"rows cannot leave {title(backbone)} at {[b.name for b in boundaries]}: what follows still needs the "
-            f"whole batch ({placement.problem}); choose other exits"
+            f"rows cannot leave {title(places.backbone)} at {[b.name for b in placement.exits]}: what follows still "
+            f"needs the whole batch ({placement.problem}); choose other exits"
         )
-    gating = check_gates(gates)
-    plan = None if gating is None else _plan(places, boundaries, gating)
-    config = WrapConfig(
-        exits=tuple(b.name for b in boundaries),
-        input_size=size,
-        head_share=head_share,
-        confidence=confidence if isinstance(confidence, str) else "custom",
-        heads="fitted" if heads is None else "custom",
-        gates=gating,
-    )
-    factory = heads or _fitted(places, head_share)
-    modules = [_checked(factory(boundary, places.num_classes), backbone, boundary) for boundary in boundaries]
-    model = DynamicModel(backbone, modules, placement, config, places.num_classes, confidence, plan)
+    return placement
+
+
+def _attach(model: DynamicModel, placement: Placement) -> None:
+    """Put hooks on the backbone, and try everything once; the backbone is left untouched where that fails."""
+    backbone = model.backbone
     if model.gates is not None:
         _beside(model.gates, backbone)
-        attach_gates(backbone, model.tag, model.gates.plan)
-    flow.attach(backbone, model.tag, boundaries, placement.companions)
+        attaching.attach(backbone, model.tag, model.gates.plan)
+    flow.attach(backbone, model.tag, placement.exits, placement.companions)
     try:
         _check_heads(model)
         model.ledger()
     except BaseException:
-        flow.detach(backbone)
-        detach_gates(backbone)
+        model.unwrap()
         raise
-    return model
 
 
 def is_wrapped(model: nn.Module) -> bool:
     """Is it a wrapped model, or the backbone of one?"""
-    return isinstance(model, DynamicModel) or flow.is_attached(model) or gates_attached(model)
-
-
-def unwrap(model: DynamicModel) -> nn.Module:
-    """The backbone as it came, without hooks."""
-    return model.unwrap()
+    return isinstance(model, DynamicModel) or flow.is_attached(model) or attaching.is_attached(model)
 
 
 def _fitted(places: Places, head_share: float) -> HeadFactory:
-    budget = head_share * places.trace.macs / BATCH
+    budget = head_share * places.trace.macs
 
     def build(boundary: Boundary, num_classes: int) -> nn.Module:
         return ExitHead(boundary, num_classes, places.last_grid, budget)
@@ -119,11 +136,14 @@ def _fitted(places: Places, head_share: float) -> HeadFactory:
 
 def _plan(places: Places, boundaries: Sequence[Boundary], config: GateConfig) -> GatePlan:
     backbone = places.backbone
-    groups = find_groups(backbone, places.input_size, [b.name for b in boundaries])
-    layers = {name: macs // BATCH for name, macs in places.trace.layers.items()}
-    sideways = {call.name for call in places.trace.calls if any(leaf.batch_dim != 0 for leaf in call.leaves)}
+    groups = find_groups(places.twin, places.input_size, [b.name for b in boundaries])
+    sideways = {
+        call.name
+        for call in places.trace.calls
+        if any(leaf.batch_dim != 0 or not leaf.together for leaf in call.leaves)
+    }
     modules = dict(backbone.named_modules())
-    return plan_gates(groups, config, layers, places.trace.macs // BATCH, modules, sideways, title(backbone))
+    return plan_gates(groups, config, places.trace.layers, places.trace.macs, modules, sideways, title(backbone))
 
 
 def _checked(head: Any, backbone: nn.Module, boundary: Boundary) -> nn.Module:
@@ -142,14 +162,14 @@ def _check_heads(model: DynamicModel) -> None:
     """Run everything once on the meta device: every head must give (B, K) logits."""
     answers: list[tuple[int, ...] | str] = []
 
-    def forward(images: Tensor) -> None:
-        for logits in model.run_every_exit(images).logits:
+    def forward(twin: DynamicModel, images: Tensor) -> None:
+        for logits in twin.run_every_exit(images).logits:
             answers.append(tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__)
 
     expected = (BATCH, model.num_classes)
     try:
-        trace(model, model.config.input_size, BATCH, forward)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        trace(model, model.input_size, BATCH, forward)
+    except Exception as error:  # of any kind: heads may be the user's own
         raise HeadError(f"a head does not fit its boundary: {type(error).__name__}: {error}") from error
     for name, answer in zip(model.exits, answers, strict=False):
         if answer != expected:

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dynnet.errors import CheckpointError, did_you_mean
-from dynnet.files.checkpoints import load as load_file
+from dynnet.files.checkpoints import load
 from dynnet.model import DynamicModel
 
 _WEIGHTS = "model.safetensors"
+_RENAMED = {"load": "dynnet.create_model(name)", "names": "dynnet.list_models()"}
+
+
+def list_models(filter: str = "*") -> list[str]:
+    """Names of the zoo's models, as `timm.list_models` gives those of timm.
+
+    >>> list_models("*resnet20*")
+    ['cifar10-resnet20', 'cifar10-resnet20-gated', 'cifar10-resnet20-pruned']
+
+    Args:
+        filter: with * for any letters.
+    """
+    return sorted(name for path in folder().glob(f"*/{_WEIGHTS}") if fnmatch.fnmatch(name := path.parent.name, filter))
+
+
+def create_model(name: str) -> DynamicModel:
+    """A trained model of the zoo, in eval mode, with its fitted thresholds.
+
+    >>> model = create_model("digits")
+    >>> model.num_classes, model.input_size
+    (10, (1, 8, 8))
+
+    Raises:
+        CheckpointError: no model of this name, or its file is damaged.
+    """
+    return cast(DynamicModel, load(_folder_of(name) / _WEIGHTS))
+
+
+def results(name: str) -> dict[str, Any]:
+    """What was measured of a model: its results.json.
+
+    Raises:
+        CheckpointError: no model of this name.
+    """
+    return dict(json.loads((_folder_of(name) / "results.json").read_text()))
 
 
 def folder() -> Path:
@@ -19,27 +55,15 @@ def folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "models"
 
 
-def names() -> list[str]:
-    """Models that have weights."""
-    return sorted(path.parent.name for path in folder().glob(f"*/{_WEIGHTS}"))
-
-
-def load(name: str) -> DynamicModel:
-    """A trained model, in eval mode, with its fitted thresholds.
-
-    Raises:
-        CheckpointError: no model of this name, or its file is damaged.
-    """
-    if name not in names():
+def _folder_of(name: str) -> Path:
+    if name not in list_models():
         raise CheckpointError(
-            f"the zoo has no model {name!r}{did_you_mean(name, names())}; it has {', '.join(names())}"
+            f"the zoo has no model {name!r}{did_you_mean(name, list_models())}; it has {', '.join(list_models())}"
         )
-    return load_file(folder() / name / _WEIGHTS)
+    return folder() / name
 
 
-def results(name: str) -> dict[str, Any]:
-    """What was measured of a model: its results.json."""
-    path = folder() / name / "results.json"
-    if not path.is_file():
-        raise CheckpointError(f"no results of {name!r} in the zoo; it has {', '.join(names())}")
-    return dict(json.loads(path.read_text()))
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise AttributeError(f"dynnet.zoo.{name} is {_RENAMED[name]} now")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

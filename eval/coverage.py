@@ -108,7 +108,7 @@ def examine(name: str, real_params: float) -> dict[str, Any]:
         row |= {
             "wrapped": True,
             "exits": " ".join(model.exits),
-            "shares": " ".join(f"{b.share:.3f}" for b in model.boundaries),
+            "shares": " ".join(f"{b.macs_share:.3f}" for b in model.boundaries),
             "gmacs": f"{ledger.dense / 1e9:.3f}",
             "mparams": f"{millions:.1f}",
             "unpriced": " ".join(ledger.unpriced),
@@ -131,7 +131,7 @@ def _gated(backbone: nn.Module) -> dict[str, Any]:
     except GateError as error:
         return {"gated": "0", "gate_reason": " ".join(str(error).split())}
     assert model.gates is not None
-    return {"gated": f"{model.gates.plan.share:.3f}"}
+    return {"gated": f"{model.gates.plan.macs_share:.3f}"}
 
 
 def _pruned(name: str, real: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from dynnet import DynamicModel, Latency, fold, latency, wrap
-from dynnet.backbone.dry_run import device_of
+from dynnet.backbone.modes import device_of
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.evaluation.threads import fit_threads
 from eval.programs import errors_told, timm_model, write_json

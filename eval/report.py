@@ -34,7 +34,8 @@ from dynnet.evaluation.measurement import Measurement, read_table, write_table
 from dynnet.evaluation.threads import fit_threads
 from dynnet.exits.confidence import active, to_json
 from dynnet.files.bundles import write_atomically
-from dynnet.gates.networks import Gates, mean_masks
+from dynnet.gates.freezing import mean_masks
+from dynnet.gates.networks import Gates
 from dynnet.gates.plan import GatePlan
 from dynnet.learning.data import Data
 from dynnet.thresholds.answers import Answers, collect, named_right
@@ -186,7 +187,7 @@ def _gates(
         gates.thaw()
     table["frozen_macs"], table["frozen_correct"] = frozen.macs, frozen.correct.astype(int)
     return {
-        "share": gates.plan.share,
+        "share": gates.plan.macs_share,
         "regions": gate_use(
             [mask[here] for mask, here in zip(measured.answers.masks, decided, strict=True)], gates.plan
         ),

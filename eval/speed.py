@@ -26,7 +26,7 @@ from dynnet.errors import DynnetError, GateError
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.evaluation.threads import fit_threads
 from dynnet.evaluation.timing import take_turns
-from dynnet.gates.networks import cut_frozen
+from dynnet.gates.freezing import cut_frozen_
 from dynnet.pruning import make_permanent, sparsify
 from eval.programs import errors_told, timm_model, write_json
 
@@ -101,7 +101,8 @@ def measure_speed(
     share = gated.predict(images).macs.double().mean().item() / gated.ledger().dense
     assert gated.gates is not None
     print(
-        f"{model}: {gated.gates.plan.share:.0%} of the MACs under gates, {share:.1%} run at keep {keep:g}", flush=True
+        f"{model}: {gated.gates.plan.macs_share:.0%} of the MACs under gates, {share:.1%} run at keep {keep:g}",
+        flush=True,
     )
     executed = {name: trace(each, gated.config.input_size, 1).macs for name, each in others.items()}
     shares = {"dense": 1.0, "masked": 1.0, "sparse": share}
@@ -138,7 +139,7 @@ def cut_to(model: DynamicModel, keep: float) -> nn.Module | None:
     twin.gates.freeze(masks)
     backbone = twin.unwrap()
     try:
-        cut_frozen(backbone, twin.gates)
+        cut_frozen_(backbone, twin.gates)
     except GateError as error:
         print(f"  not cut for good: {error}")
         return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dynnet import DynamicModel, fold, load, load_backbone
-from dynnet.backbone.dry_run import device_of
+from dynnet.backbone.modes import device_of
 from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError
 from dynnet.evaluation.timing import one_at_a_time

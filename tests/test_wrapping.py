@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import dynnet
+from dynnet.backbone.counting import flop_counter
 from dynnet.errors import ExitError, HeadError, InputError
 from dynnet.exits import flow
 from tests.cases import CASES, CLASSES, FEW, Case, leave_one_by_one, tiny
-from tests.counting import flop_counter
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -24,7 +24,7 @@ def test_every_backbone_keeps_its_promises(case: Case) -> None:
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     plain = backbone(images)
     model = dynnet.wrap(backbone, [1 / 3, 2 / 3], input_size=case.size)
-    shares = [b.share for b in model.boundaries]
+    shares = [b.macs_share for b in model.boundaries]
     assert 0 < shares[0] < shares[1] < 1
 
     # Never exiting is plain timm, bit for bit: with all heads off, and with heads that run but never convince.

@@ -11,10 +11,10 @@ from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-from dynnet.backbone.kinds import channel_dim
+from dynnet.backbone.layers.table import channel_dim, cut_
+from dynnet.backbone.subsets import subset
 from dynnet.channels.groups import Group, find_groups
-from dynnet.channels.slicing import cut, subset
-from dynnet.pruning.channels import bound_units, narrow
+from dynnet.pruning.narrowing import bound_units, narrow_
 
 LOOKS_AT_ALL = (
     nn.LayerNorm,
@@ -33,7 +33,7 @@ class OfWhatIsLeft(nn.Module):
     def __init__(self, layer: nn.Module, kept: np.ndarray, width: int, passes: bool) -> None:
         super().__init__()
         self.layer = copy.deepcopy(layer)
-        cut(self.layer, subset(torch.from_numpy(kept), width), None)
+        cut_(self.layer, subset(torch.from_numpy(kept), width), None)
         self.kept, self.passes = torch.from_numpy(kept), passes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def assert_cut_is_zeroed(model: nn.Module, size: tuple[int, ...], seed: int = 0)
             stay.append(mask)
         zeroed, thin = copy.deepcopy(model), copy.deepcopy(model)
         zero(zeroed, pick, stay)
-        narrow(thin, pick, stay)
+        narrow_(thin, pick, stay)
         with torch.no_grad():
             expected, got = zeroed(images), thin(images)
         assert (got - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1), pick[0].members

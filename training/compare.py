@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynnet.backbone.dry_run import device_of, trace
+from dynnet.backbone.dry_run import trace
+from dynnet.backbone.modes import device_of
 from dynnet.deploy.folding import fold
 from dynnet.deploy.int8 import Int8Layer, int8_layers
 from dynnet.evaluation.threads import fit_threads

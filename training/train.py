@@ -140,7 +140,7 @@ def _objective(
         return Objective(losses[:-1].sum(), losses)
     if stage == "dense":
         return Objective(losses[-1], losses)
-    weights = exit_weights(recipe.loss, [boundary.share for boundary in model.boundaries], progress)
+    weights = exit_weights(recipe.loss, [boundary.macs_share for boundary in model.boundaries], progress)
     loss = losses[-1] + (losses[:-1] * losses.new_tensor(weights)).sum()
     if decisions is None:
         return Objective(loss, losses)
@@ -220,7 +220,7 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
     for stage in STAGES:
         if _runs(model, stage, getattr(recipe, stage)):
             make_tools(_trained(stage, model), getattr(recipe, stage), stage, recipe, data, here)
-    exit_weights(recipe.loss, [boundary.share for boundary in model.boundaries], 1.0)
+    exit_weights(recipe.loss, [boundary.macs_share for boundary in model.boundaries], 1.0)
     goal = recipe.calibration.goal()
     if "budget" in goal and model.exits:
         check_budget(model, goal["budget"])

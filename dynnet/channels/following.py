@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dynnet.backbone.kinds import channel_dim, layer_kind
+from dynnet.backbone.layers.table import channel_dim, known, role_of
 from dynnet.backbone.meta import run_on_meta
 from dynnet.channels.labels import FREE, Labels
 from dynnet.channels.operators import rule_of
@@ -87,7 +87,7 @@ class Tracer(TorchDispatchMode):
     def enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             self.labels.running.append((name, module))
-            kind = layer_kind(module)
+            kind = role_of(module)
             if kind is None:
                 return None
             self._inside += 1
@@ -108,7 +108,7 @@ class Tracer(TorchDispatchMode):
 
     def leave(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            kind = layer_kind(module)
+            kind = role_of(module)
             narrowed = None
             if kind is not None:
                 if self._inside == 1:
@@ -130,9 +130,8 @@ class Tracer(TorchDispatchMode):
         return hook
 
     def _layer(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        kind, dim = layer_kind(module), channel_dim(module, x)
-        weight = getattr(module, "weight", None)
-        self.macs.append(weight[0].numel() * output.numel() if kind == "weighs" and weight is not None else 0)
+        kind, dim = role_of(module), channel_dim(module, x)
+        self.macs.append(known(module).macs(module, x, output) if kind == "weighs" else 0)
         incoming = self._along(x, dim)
         if kind != "weighs":
             if (incoming >= 0).any():

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dynnet.backbone.dry_run import evaluating, on_meta, watching
+from dynnet.backbone.hooks import watching
+from dynnet.backbone.modes import evaluating
+from dynnet.backbone.twin import meta_twin
 from dynnet.channels.following import Kept, Role, Tracer
 from dynnet.channels.labels import HEADS, TOGETHER
 
@@ -110,6 +112,7 @@ def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[
         with stating(model, {number: one.left * number.per_unit for one in free for number in one.group.numbers}):
             return _follow(model, input_size, seen, _narrow(free))
 
+    model = meta_twin(model)
     kinds = {name: type(module) for name, module in model.named_modules()}
     tracer, error = follow([])
     if error is not None:
@@ -155,10 +158,10 @@ def _follow(
     """What a dry run saw, and what stopped it."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     tracer, modules = Tracer(seen, kept), dict(model.named_modules())
-    with on_meta(model), evaluating(model), torch.no_grad(), watching(modules, tracer.enter, tracer.leave):
+    with torch.inference_mode(False), evaluating(model), torch.no_grad():
         images = torch.empty(1, *input_size, dtype=dtype, device="meta")
         try:
-            with tracer:
+            with watching(modules, tracer.enter, tracer.leave), tracer:
                 output = model(images)
         except Exception as error:  # of any kind: it is the model's own forward
             return tracer, error

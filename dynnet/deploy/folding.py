@@ -11,12 +11,13 @@ from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dynnet.backbone.dry_run import BATCH, Trace, trace
 from dynnet.backbone.input_size import input_size_of
+from dynnet.backbone.layers.table import weighing_kind
 from dynnet.errors import CheckpointError
 from dynnet.model import DynamicModel
 
@@ -25,6 +26,12 @@ M = TypeVar("M", bound=nn.Module)
 
 def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
     """A copy for inference, without the batch norms that follow a convolution directly.
+
+    >>> import timm, torch
+    >>> model = timm.create_model("cifar_resnet20").eval()
+    >>> images = torch.randn(2, 3, 32, 32)
+    >>> torch.allclose(fold(model)(images), model(images), atol=1e-4)
+    True
 
     Args:
         model: a wrapped model, or any module from (B, C, H, W) images to logits.
@@ -35,7 +42,7 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
     """
     folded = copy.deepcopy(model).eval()
     if isinstance(folded, DynamicModel):
-        seen = trace(folded, input_size or folded.config.input_size, BATCH, folded.run_every_exit)
+        seen = trace(folded, input_size or folded.config.input_size, BATCH, DynamicModel.run_every_exit)
     else:
         seen = trace(folded, input_size or input_size_of(folded), BATCH)
     modules = dict(folded.named_modules())
@@ -73,7 +80,7 @@ def folded_norms(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, FoldedNorm)]
 
 
-def fold_again(model: nn.Module, norms: Sequence[str], tensors: Collection[str]) -> None:
+def fold_again_(model: nn.Module, norms: Sequence[str], tensors: Collection[str]) -> None:
     """Give a model the shape of a folded one, in place; its numbers mean nothing until they are loaded.
 
     Args:
@@ -116,8 +123,9 @@ def _pairs(seen: Trace, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
 
 
 def _is_conv(module: nn.Module) -> bool:
-    # Exact types: a subclass may do something to its weights first (weight standardisation does).
-    return type(module) in (nn.Conv2d, Conv2dSame)
+    # A subclass may do something to its weights first (weight standardisation does).
+    kind = weighing_kind(module)
+    return kind is not None and isinstance(module, nn.Conv2d) and kind.is_plain(module)
 
 
 def _hooked(module: nn.Module) -> bool:

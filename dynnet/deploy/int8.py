@@ -19,19 +19,19 @@ from typing import Any, TypeVar, cast
 
 import torch
 from timm.layers import Conv2dSame
-from timm.layers import Linear as TimmLinear
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynnet.backbone.dry_run import evaluating, reading
-from dynnet.backbone.kinds import layer_kind
+from dynnet.backbone.batches import Batches, Loader
+from dynnet.backbone.hooks import reading
+from dynnet.backbone.layers.table import weighing_kind
 from dynnet.backbone.masks import not_plain
+from dynnet.backbone.modes import evaluating
 from dynnet.backbone.names import check_excluded, is_inside, title
 from dynnet.deploy.folding import fold
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
-from dynnet.model import DynamicModel
-from dynnet.pruning.batches import Batches, Loader, every_layer
+from dynnet.model import DynamicModel, every_layer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -193,6 +193,12 @@ def quantize(
 ) -> M:
     """A copy for inference on a CPU, with batch norms folded and layers in int8.
 
+    >>> import timm, torch
+    >>> model = timm.create_model("cifar_resnet20").eval()
+    >>> small = quantize(model, [torch.randn(16, 3, 32, 32)], input_size=(3, 32, 32))
+    >>> len(int8_layers(small)), small(torch.randn(2, 3, 32, 32)).shape
+    (22, torch.Size([2, 10]))
+
     Args:
         model: a wrapped model without gates, or any module from (B, C, H, W) images to logits; in float32, on a CPU.
         loader: batches of (images, ...), shuffled, on which the range of every layer's inputs is measured.
@@ -226,7 +232,7 @@ def quantize(
     layers = {name: module for name, module in modules.items() if _is_plain(module) and not is_inside(name, exclude)}
     if not layers:
         raise QuantizeError("there are no plain convolutions or linear layers to quantize")
-    put_int8(small, _ranges(small, layers, loader, batches))
+    put_int8_(small, _ranges(small, layers, loader, batches))
     return small
 
 
@@ -235,7 +241,7 @@ def int8_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Int8Layer)]
 
 
-def put_int8(model: nn.Module, ranges: Mapping[str, tuple[float, float]]) -> None:
+def put_int8_(model: nn.Module, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Put int8 layers where floating-point ones are, in place.
 
     Args:
@@ -260,12 +266,15 @@ def put_int8(model: nn.Module, ranges: Mapping[str, tuple[float, float]]) -> Non
 
 def _is_plain(module: nn.Module) -> bool:
     """Of a kind whose forward is known, and which nobody listens to."""
-    if module._forward_hooks or type(module) not in (nn.Conv2d, Conv2dSame, nn.Linear, TimmLinear):
+    kind = weighing_kind(module)
+    if module._forward_hooks or not isinstance(module, (nn.Conv2d, nn.Linear)) or kind is None:
+        return False
+    if not kind.is_plain(module):
         return False
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return False
     # A depthwise convolution has little to multiply: bytes cost it more than they save.
-    return layer_kind(module) == "weighs"
+    return kind.role(module) == "weighs"
 
 
 @torch.no_grad()

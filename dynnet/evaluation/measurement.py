@@ -5,19 +5,21 @@ N samples, E exits
 
 from __future__ import annotations
 
-import csv
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynnet.backbone.dry_run import device_of, evaluating
+from dynnet.backbone.modes import device_of, evaluating
 from dynnet.cost.ledger import Ledger
+from dynnet.errors import DataError
 from dynnet.model import DynamicModel, Prediction
 from dynnet.thresholds.answers import Answers, BatchAnswers, ask, join
+from dynnet.wrapping import wrap
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,27 @@ class Measurement:
         return columns
 
 
-def measure(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Measurement:
-    """Run the dynamic model over a dataset, and ask all exits besides.
+def measure(model: nn.Module, loader: Iterable[Sequence[Tensor]]) -> Measurement:
+    """Run a model over a dataset, and ask all exits besides.
+
+    >>> import torch, dynnet
+    >>> model = dynnet.create_model("digits")
+    >>> loader = [(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.long))]
+    >>> found = measure(model, loader)
+    >>> found.exit.shape, found.macs.shape, found.table()["flops"].shape
+    ((4,), (4,), (4,))
 
     Args:
-        model: with thresholds set; is put into eval mode for the time.
+        model: wrapped, with thresholds set; or a plain one, pruned or not, which is taken for one without exits. It is put
+            into eval mode for the time.
         loader: batches of (images (B, C, H, W), labels (B,), ...).
 
     Raises:
         DataError, NonFiniteError: see `dynnet.thresholds.answers.ask` and `join`.
     """
+    if not isinstance(model, DynamicModel):
+        first, loader = _peeked(loader)
+        model = wrap(model, [], input_size=cast(tuple[int, int, int], tuple(first.shape[1:])))
     device = device_of(model)
     said: list[BatchAnswers] = []
     parts: list[Prediction] = []
@@ -131,25 +144,10 @@ def measure(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Measurem
     )
 
 
-def write_table(columns: dict[str, np.ndarray], path: Path) -> None:
-    """Columns of equal length as a CSV file."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*(c.tolist() for c in columns.values()), strict=True))
-
-
-def read_table(path: Path) -> dict[str, np.ndarray]:
-    """A CSV file of numbers and texts, by column; empty fields are NaN."""
-    with path.open(newline="") as file:
-        header, *rows = list(csv.reader(file))
-    return {name: _column([row[i] for row in rows]) for i, name in enumerate(header)}
-
-
-def _column(texts: list[str]) -> np.ndarray:
-    for kind in (np.int64, np.float64):
-        try:
-            return np.array([text or "nan" for text in texts]).astype(kind)
-        except ValueError:
-            continue
-    return np.array(texts)
+def _peeked(loader: Iterable[Sequence[Tensor]]) -> tuple[Tensor, Iterable[Sequence[Tensor]]]:
+    """The images of the first batch, and all batches."""
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise DataError("the loader gave no batches; give it at least one labelled image")
+    return first[0], itertools.chain([first], batches)

@@ -15,7 +15,8 @@ import os
 import torch
 from torch import nn
 
-from dynnet.backbone.dry_run import device_of, trace
+from dynnet.backbone.dry_run import trace
+from dynnet.backbone.modes import device_of
 from dynnet.model import DynamicModel
 
 # Multiply-adds of a layer that feed one thread. Measured on two cores, channels_last, gain of two threads over one:

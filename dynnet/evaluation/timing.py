@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynnet.backbone.dry_run import device_of, evaluating
+from dynnet.backbone.modes import device_of, evaluating
 from dynnet.deploy.folding import folded_norms
 from dynnet.errors import InputError
 from dynnet.model import DynamicModel
@@ -67,6 +67,14 @@ class Latency:
             int(e): (int((taken == e).sum()), float(np.median(self.dynamic_ms[taken == e]))) for e in np.unique(taken)
         }
 
+    def __str__(self) -> str:
+        (dense, dynamic), (dense90, dynamic90) = self.percentile(50), self.percentile(90)
+        where = ", ".join(f"{key} {value}" for key, value in self.setting.items())
+        return (
+            f"{len(self.dense_ms)} calls of {self.batch_size} images: p50 {dynamic:.2f} ms (bare {dense:.2f}), p90 "
+            f"{dynamic90:.2f} ms (bare {dense90:.2f}), {self.speedup:.2f} times as fast in total\n{where}"
+        )
+
     def summary(self) -> dict[str, Any]:
         """Everything worth quoting, as plain numbers."""
         names = {50: "p50", 90: "p90", 99: "p99"}
@@ -84,27 +92,38 @@ class Latency:
 
 @torch.no_grad()
 def latency(
-    model: DynamicModel,
+    model: nn.Module,
     images: Tensor,
     *,
+    against: nn.Module | None = None,
     batch_size: int = 1,
     calls: int | None = None,
     warmup: int = 10,
     seed: int = 0,
 ) -> Latency:
-    """Time the dynamic model against its bare backbone.
+    """Time a dynamic model against its bare backbone, or any model against another.
+
+    >>> import torch, dynnet
+    >>> model = dynnet.create_model("digits")
+    >>> timed = latency(dynnet.fold(model), torch.zeros(8, 1, 8, 8))
+    >>> timed.dense_ms.shape, timed.dynamic_ms.shape
+    ((8,), (8,))
 
     Args:
-        model: with thresholds set; is put into eval mode for the time.
+        model: wrapped, with thresholds set; or a plain one, with another to be timed against. It is put into eval mode for
+            the time.
         images: (M, C, H, W) real inputs, normalised.
+        against: the model that is called dense in the result, as it runs; by default the bare backbone of `model`.
         batch_size: B of every call.
         calls: N; by default each image is used once.
         warmup: calls of both models before the clock counts.
         seed: of the order of the images.
 
     Raises:
-        InputError: fewer images than one batch.
+        InputError: fewer images than one batch, or a plain model with nothing to compare it with.
     """
+    if against is None and not isinstance(model, DynamicModel):
+        raise InputError("a plain model has no bare backbone to be compared with; give against=, another model")
     if len(images) < batch_size or batch_size < 1:
         raise InputError(f"got {len(images)} images for batches of {batch_size}; give at least one batch")
     count = calls or len(images) // batch_size
@@ -112,26 +131,25 @@ def latency(
     rows = torch.cat(
         [torch.randperm(len(images), generator=order) for _ in range(math.ceil(count * batch_size / len(images)))]
     )[: count * batch_size].view(count, batch_size)
-    device = device_of(model)
+    device, layout = device_of(model), memory_format(model)
+    exits: list[np.ndarray] = []
+
+    def batches() -> Iterator[Tensor]:
+        for i in range(-warmup, count):
+            batch = images[rows[i % count]].to(device)
+            yield batch.contiguous(memory_format=layout)
+            if i >= 0:
+                exits.append(_exits(model, batch))
+
     with evaluating(model):
-        # The plain model, without hooks, on the same weights.
-        bare = copy.deepcopy(model).unwrap()
-        exits: list[np.ndarray] = []
-
-        def batches() -> Iterator[Tensor]:
-            for i in range(-warmup, count):
-                batch = images[rows[i % count]].to(device)
-                yield batch.contiguous(memory_format=memory_format(model))
-                if i >= 0:
-                    exits.append(model.predict(batch).exit.cpu().numpy())
-
-        times = take_turns({"dense": bare, "dynamic": model}, batches(), warmup)
+        dense = copy.deepcopy(model).unwrap() if against is None else against.eval()
+        times = take_turns({"dense": dense, "dynamic": model}, batches(), warmup)
     setting = {
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "dtype": str(_precision(model)).removeprefix("torch."),
-        "channels_last": memory_format(model) is torch.channels_last,
+        "channels_last": layout is torch.channels_last,
         "folded": bool(folded_norms(model)),
     }
     return Latency(batch_size, rows.numpy(), np.stack(exits), times["dense"], times["dynamic"], setting)
@@ -182,6 +200,13 @@ def one_at_a_time(models: Mapping[str, nn.Module], images: Tensor, warmup: int =
     singles = [images[i : i + 1].to(device).contiguous(memory_format=layout) for i in range(len(images))]
     warm = [singles[i % len(singles)] for i in range(warmup)]
     return take_turns(models, warm + singles, warmup)
+
+
+def _exits(model: nn.Module, batch: Tensor) -> np.ndarray:
+    """(B,) where each image leaves; a plain model has one exit, its own head."""
+    if isinstance(model, DynamicModel):
+        return model.predict(batch).exit.cpu().numpy()
+    return np.zeros(len(batch), dtype=np.int64)
 
 
 def _timed(run: Callable[[Tensor], Any], batch: Tensor) -> float:

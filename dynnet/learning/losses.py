@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import RecipeError
 from dynnet.exits.confidence import Measure
+from dynnet.model import ExitOutputs
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class LossConfig:
         label_smoothing: of the cross-entropy.
     """
 
-    weights: Literal["equal", "depth"] | tuple[float, ...] = "equal"
+    weights: Literal["equal", "depth"] | tuple[float, ...] = "depth"
     ramp: float = 0.0
-    distill: float = 0.1
-    temperature: float = 1.0
-    equilibrium: bool = True
+    distill: float = 0.3
+    temperature: float = 2.0
+    equilibrium: bool = False
     label_smoothing: float = 0.0
 
 
@@ -91,6 +92,36 @@ def exit_weights(config: LossConfig, shares: Sequence[float], progress: float) -
     return tuple(0.01 + (w - 0.01) * grown for w in weights)
 
 
+def loss(outputs: ExitOutputs, target: Tensor, config: LossConfig | None = None, progress: float = 1.0) -> Tensor:
+    """What training minimises: the final classifier's loss, and those of the exits, weighted and taught.
+
+    >>> import timm, torch, dynnet
+    >>> model = dynnet.wrap(timm.create_model("cifar_resnet20"), exits=["layer1"]).train()
+    >>> outputs = model(torch.randn(8, 3, 32, 32))
+    >>> loss(outputs, torch.randint(10, (8,))).backward()
+
+    Args:
+        outputs: of a wrapped model in train mode; of one whose backbone is frozen, too.
+        target: (B,) classes or (B, K) probabilities.
+        config: how exits are weighed and taught; by default as in the zoo.
+        progress: of the training, in [0, 1], for weights that grow.
+
+    Returns:
+        A scalar. The budget of gates is no part of it, see `budget_loss`.
+
+    Raises:
+        RecipeError: the weights are not one for each exit.
+    """
+    config = config or LossConfig()
+    losses = exit_losses(outputs.logits, target, config)
+    return joint_loss(losses, exit_weights(config, outputs.macs_shares, progress))
+
+
+def joint_loss(losses: Tensor, weights: Sequence[float]) -> Tensor:
+    """The sum of (E + 1,) losses: the final one whole, those of the exits by E weights."""
+    return losses[-1] + (losses[:-1] * losses.new_tensor(weights)).sum()
+
+
 def exit_losses(logits: Sequence[Tensor], target: Tensor, config: LossConfig) -> Tensor:
     """The loss of each classifier, unweighted.
 
@@ -139,7 +170,7 @@ def expected_macs(
         config: where samples are expected to leave.
         measure: of confidence, as the model decides by.
     """
-    segments = torch.tensor(ledger.segments, dtype=torch.float32, device=logits[0].device)
+    segments = torch.tensor([s.macs for s in ledger.segments], dtype=torch.float32, device=logits[0].device)
     costs = segments.expand(len(logits[0]), -1) if gated is None else segments + gated
     reaches = torch.ones(len(logits[0]), device=logits[0].device)
     total = torch.zeros_like(reaches)

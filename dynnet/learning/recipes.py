@@ -15,6 +15,8 @@ from dynnet.errors import RecipeError, did_you_mean
 from dynnet.gates.plan import GateConfig
 from dynnet.learning.data import DataConfig
 from dynnet.learning.losses import BudgetConfig, LossConfig
+from dynnet.model import WrapConfig
+from dynnet.pruning.config import CutConfig
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,6 @@ class BackboneConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
     weights: str | None = None
-
-
-@dataclass(frozen=True)
-class ExitConfig:
-    """Where exits stand and how they decide; see `dynnet.wrap`."""
-
-    at: int | list[str | float] = 2
-    head_share: float = 0.005
-    confidence: str = "max_probability"
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class StageConfig:
     opt: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    decay_norms: bool = False
+    decay_norms: bool = True
     sched: str = "cosine"
     warmup: float = 0.1
     final_lr: float = 0.0
@@ -76,7 +69,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What thresholds are fitted for: one of the two, by default an accuracy drop of 0.005. See `dynnet.calibrate`."""
+    """What thresholds are fitted for: one goal, by default an accuracy drop of 0.005. See `dynnet.calibrate`."""
 
     budget: float | None = None
     accuracy_drop: float | None = None
@@ -85,7 +78,7 @@ class CalibrationConfig:
         """The keyword for `dynnet.calibrate`.
 
         Raises:
-            RecipeError: both are given.
+            RecipeError: several are given.
         """
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         if len(given) > 1:
@@ -94,21 +87,18 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True)
-class PruningConfig:
-    """What `training.prune` takes away, and how.
+class PruningConfig(CutConfig):
+    """What `training.prune` takes away, and how: `dynnet.pruning.config.CutConfig`, and
 
     Attributes:
         method: a criterion of `dynnet.prune` ("l1", "l2", "taylor", "fisher", "hessian", "activation", "slimming",
             "fpgm", "random") for whole channels; "layers" for whole residual blocks; "scratch" for the shape that "l1"
             leaves, trained from new weights; "magnitude", "lottery" or "n:m" for single weights.
-        macs: share of the MACs that is left, where channels or blocks go; by default 0.5.
-        latency: in its place, share of the time of one image that is left, measured here, where channels go.
+        macs: by default 0.5, where channels or blocks go.
         sparsity: share of the weights that are zero at the end, where single weights go; by default 0.8.
-        steps: reach it in so many cuts, with a part of the fine-tuning after each.
-        schedule: of the sparsity over the steps.
+        schedule: of the sparsity over the steps, with a part of the fine-tuning after each.
         n, m: of every m neighbouring weights n stay, for "n:m".
-        scope, floor, multiple, exclude: as in `dynnet.prune`; for single weights "group" means each layer by itself.
-            Not for "layers".
+        scope: for single weights "group" means each layer by itself. Not for "layers".
         batches: that criteria look at, of the training images.
         recalibrate: batches for batch norms after every cut.
         distill: share of the loss that comes from the dense model's answers.
@@ -121,19 +111,12 @@ class PruningConfig:
         int8: at the end also make, save and measure an int8 copy, for CPUs.
     """
 
+    batches: int = 20
     method: str = "taylor"
-    macs: float | None = None
-    latency: float | None = None
     sparsity: float | None = None
-    steps: int = 1
     schedule: Literal["linear", "cubic"] = "cubic"
     n: int = 2
     m: int = 4
-    scope: Literal["global", "group"] = "global"
-    floor: float = 0.1
-    multiple: int = 8
-    exclude: tuple[str, ...] = ()
-    batches: int = 20
     recalibrate: int = 50
     distill: float = 0.0
     temperature: float = 4.0
@@ -141,6 +124,12 @@ class PruningConfig:
     rewind: int = 0
     early: str | None = None
     int8: bool = False
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """The fields that `dynnet.prune` takes, but for the target and the steps."""
+        shared = {field.name for field in dataclasses.fields(CutConfig)} - {"macs", "latency", "steps"}
+        return {name: getattr(self, name) for name in sorted(shared)}
 
 
 @dataclass(frozen=True)
@@ -150,8 +139,8 @@ class Recipe:
     Attributes:
         description: the command, the hardware, the hours, the accuracy to expect.
         seed: of weights, batches and augmentation.
-        data, backbone, exits, loss: see their classes.
-        gates: how channels are gated; by default they are not.
+        data, backbone, loss: see their classes.
+        wrap: where exits stand and how channels are gated, as for `dynnet.wrap`; the size of images is that of the data.
         budget: what gates are trained for, in the joint stage.
         dense: trains the backbone alone.
         heads: trains the heads on the frozen backbone.
@@ -171,9 +160,8 @@ class Recipe:
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    exits: ExitConfig = field(default_factory=ExitConfig)
+    wrap: WrapConfig = field(default_factory=WrapConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    gates: GateConfig | None = None
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     dense: StageConfig = field(default_factory=StageConfig)
     heads: StageConfig = field(default_factory=StageConfig)
@@ -216,7 +204,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key = argument.removeprefix("--").split("=")[0]
         known = [a.dest for a in parser._actions]
         if argument.startswith("--") and key not in known:
-            raise RecipeError(f"unknown recipe key {key!r}{did_you_mean(key, known)}")
+            raise RecipeError(f"unknown recipe key {key!r}{_renamed(key) or did_you_mean(key, known)}")
     try:
         config = parser.parse_object(given)
         config = parser.parse_args(list(overrides), namespace=config)
@@ -225,27 +213,43 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {str(path)!r}: {error}") from error
 
 
+# Keys of earlier versions, and what they are called now.
+_RENAMED = {"exits.at": "wrap.exits", "exits": "wrap", "gates": "wrap.gates"}
+
+
+def _renamed(key: str) -> str:
+    """Where a key of an earlier version stands now, in words; "" for other keys."""
+    for old, new in _RENAMED.items():
+        if key == old or key.startswith(old + "."):
+            return f"; it is {new + key.removeprefix(old)!r} now"
+    return ""
+
+
 def _with_gates(given: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """What a file gives with the overrides that concern gates, and the other overrides: jsonargparse cannot change what
     may also be nothing."""
-    gates, rest = given.get("gates"), []
+    wrap = given.get("wrap") or {}
+    gates, rest = wrap.get("gates"), []
     arguments = iter(overrides)
     for argument in arguments:
         key, separator, value = argument.partition("=")
-        if key != "--gates" and not key.startswith("--gates."):
+        if key != _GATES and not key.startswith(_GATES + "."):
             rest.append(argument)
             continue
         text = value if separator else next(arguments, "")
         try:
             read = yaml.safe_load(text)
-            if not text or (read is None and key != "--gates"):
+            if not text or (read is None and key != _GATES):
                 raise RecipeError(f"{key.removeprefix('--')} has no value; give one")
         except yaml.YAMLError as error:
             raise RecipeError(f"cannot read {key.removeprefix('--')}={text!r}: {error}") from error
-        gates = read if key == "--gates" else {**(gates or {}), key.removeprefix("--gates."): read}
+        gates = read if key == _GATES else {**(gates or {}), key.removeprefix(_GATES + "."): read}
     if gates is not None:
-        check_keys(gates, GateConfig, "gates")
-    return {**given, "gates": gates}, rest
+        check_keys(gates, GateConfig, "wrap.gates")
+    return {**given, "wrap": {**wrap, "gates": gates}}, rest
+
+
+_GATES = "--wrap.gates"
 
 
 def recipe_parser() -> Any:
@@ -277,7 +281,7 @@ def check_keys(given: Any, kind: type = Recipe, path: str = "") -> None:
         here = f"{path}.{key}" if path else str(key)
         if key not in hints:
             raise RecipeError(
-                f"unknown recipe key {here!r}{did_you_mean(str(key), hints)}; "
+                f"unknown recipe key {here!r}{_renamed(here) or did_you_mean(str(key), hints)}; "
                 f"{path or 'a recipe'} has {', '.join(hints)}"
             )
         if dataclasses.is_dataclass(hints[key]):

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from dynnet.backbone.dry_run import BATCH, Call, Trace, trace
 from dynnet.backbone.input_size import first_run, input_size_of
-from dynnet.backbone.kinds import layer_kind
+from dynnet.backbone.layers.table import role_of
 from dynnet.backbone.names import check_list, title
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
 from dynnet.pruning.bare import check_bare
-from dynnet.pruning.shape import remove
+from dynnet.pruning.shape import remove_
 
 Metric = Callable[[nn.Module], float]
 
@@ -96,7 +96,7 @@ def remove_blocks(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
             raise PruneError(f"{title(model)} has no module {block!r}{did_you_mean(block, modules)}")
     shorter = copy.deepcopy(model)
     for block in blocks:
-        remove(shorter, block)
+        remove_(shorter, block)
     return shorter
 
 
@@ -128,7 +128,7 @@ def prune_layers(
             raise PruneError(
                 f"macs={macs:g} is out of reach for {title(model)}: without any of its blocks it is {share:.3f}"
             )
-        remove(shorter, _left_out(shorter, metric, blocks, size)[0].block)
+        remove_(shorter, _left_out(shorter, metric, blocks, size)[0].block)
     return shorter
 
 
@@ -173,7 +173,7 @@ def _is_residual(call: Call, seen: Trace, modules: dict[str, nn.Module]) -> bool
     inside = [clock for clock, _ in seen.lives[given].readers if call.begin < clock <= call.end]
     # Channel attention reads twice as well; it works on what is pooled.
     works = any(
-        layer_kind(modules[other.name]) == "weighs" and math.prod(other.leaves[0].shape[2:]) > 1
+        role_of(modules[other.name]) == "weighs" and math.prod(other.leaves[0].shape[2:]) > 1
         for other in seen.calls
         if other.name.startswith(call.name + ".") and other.leaves
     )

@@ -1,4 +1,6 @@
-"""Batch norms after a cut: what they remember of means and variances is of another network."""
+"""Batch norms: measured anew after a cut, as what they remember of means and variances is of another network; and under an
+L1 penalty on their scales, so that channels show which of them the loss defends (network slimming, Liu et al.,
+https://arxiv.org/abs/1708.06519)."""
 
 from __future__ import annotations
 
@@ -11,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dynnet.backbone.dry_run import evaluating
+from dynnet.backbone.batches import Batches, Loader
+from dynnet.backbone.modes import evaluating
 from dynnet.errors import NonFiniteError
-from dynnet.pruning.batches import Batches, Loader, every_layer
+from dynnet.model import every_layer
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, loader: Loader, batches: int = 100) -> None:
+def recalibrate_(model: nn.Module, loader: Loader, batches: int = 100) -> None:
     """Measure the running means and variances of all batch norms anew, in place.
 
     Each is the plain average over the batches, as they are met with all else in eval mode.
@@ -67,3 +70,17 @@ def _measuring(model: nn.Module, norms: Sequence[_BatchNorm]) -> Iterator[None]:
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+def norm_scales(model: nn.Module) -> list[Tensor]:
+    """The scales of all batch norms."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [norm.weight for norm in norms if norm.weight is not None]
+
+
+@torch.no_grad()
+def shrink_scales_(model: nn.Module, step: float) -> None:
+    """One step of the penalty, in place: scales go towards zero by so much, and stop there. The proximal form does the
+    same under any optimiser."""
+    for scale in norm_scales(model):
+        scale -= scale.clamp(-step, step)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import BATCH, trace
-from dynnet.backbone.kinds import layer_kind
+from dynnet.backbone.layers.table import cut_, role_of, stated_widths
+from dynnet.backbone.subsets import Subset, subset
 from dynnet.channels.labels import HEADS, TOGETHER
-from dynnet.channels.slicing import Subset, cut, subset
 from dynnet.errors import PruneError
 
 Shape = dict[str, Any]
@@ -38,10 +38,10 @@ def shape_of(model: nn.Module, fresh: nn.Module) -> Shape:
     modules = dict(model.named_modules())
     removed = [name for name, module in fresh.named_modules() if isinstance(modules.get(name), Skipped)]
     widths = {
-        name: [*now, *(_widths(module) or ())]
+        name: [*now, *(stated_widths(module) or ())]
         for name, module in fresh.named_modules()
-        if layer_kind(module) and name in modules
-        if (now := _widths(modules[name])) and now != _widths(module)
+        if role_of(module) and name in modules
+        if (now := stated_widths(modules[name])) and now != stated_widths(module)
     }
     stated = {
         name: {
@@ -59,7 +59,7 @@ def shape_of(model: nn.Module, fresh: nn.Module) -> Shape:
     }
 
 
-def bring_into_shape(model: nn.Module, shape: Mapping[str, Any]) -> None:
+def bring_into_shape_(model: nn.Module, shape: Mapping[str, Any]) -> None:
     """Make a fresh model as narrow and as short as another one was, in place; which channels stay means nothing.
 
     Raises:
@@ -70,17 +70,17 @@ def bring_into_shape(model: nn.Module, shape: Mapping[str, Any]) -> None:
     if unknown:
         raise PruneError(f"it has no {unknown[0]!r}, which was pruned")
     for name in shape["removed"]:
-        remove(model, name)
+        remove_(model, name)
     for name, (made, read, *before) in shape["widths"].items():
         layer = modules[name]
-        wide = _widths(layer) if layer_kind(layer) else None
+        wide = stated_widths(layer) if role_of(layer) else None
         if wide is None:
             raise PruneError(f"its {name!r} is a {type(layer).__name__}, which has no width")
         if wide not in ((made, read), tuple(before)) or made > wide[0] or read > wide[1]:
             raise PruneError(
                 f"its {name!r} makes and reads {list(wide)} channels, not {before} or, pruned, {[made, read]}"
             )
-        cut(layer, _first(read, wide[1]), _first(made, wide[0]))
+        cut_(layer, _first(read, wide[1]), _first(made, wide[0]))
     for name, values in shape["stated"].items():
         for key, value in values.items():
             setattr(modules[name], key, value)
@@ -95,12 +95,12 @@ class Skipped(nn.Module):
         return x
 
 
-def remove(model: nn.Module, name: str) -> None:
+def remove_(model: nn.Module, name: str) -> None:
     """Let a module pass on what it is given, in place."""
     model.set_submodule(name, Skipped())
 
 
-def restate(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:
+def restate_(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:
     """Set right what a timm model says of its own widths: `feature_info`, `num_features`, `head_hidden_size`.
 
     Args:
@@ -114,7 +114,9 @@ def restate(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:
         if isinstance(entry, dict) and entry.get("module") in thin and "num_chs" in entry:
             entry["num_chs"] = _now(entry["num_chs"], wide[entry["module"]], thin[entry["module"]])
     if hasattr(model, "num_features") and hasattr(model, "forward_features"):
-        outputs = [trace(m, size, BATCH, cast(Any, m).forward_features).output for m in (before, model)]
+        outputs = [
+            trace(m, size, BATCH, lambda twin, x: cast(Any, twin).forward_features(x)).output for m in (before, model)
+        ]
         if all(outputs):
             model_.num_features = _now(before_.num_features, outputs[0][0].shape, outputs[1][0].shape)
     was, head = (m.get_classifier() if hasattr(m, "get_classifier") else None for m in (before_, model_))
@@ -122,7 +124,7 @@ def restate(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:
         return
     for module in model.modules():
         for key in _FEATURES:
-            known = layer_kind(module) or (module is model and key == "num_features")
+            known = role_of(module) or (module is model and key == "num_features")
             if not known and vars(module).get(key) == was.in_features:
                 setattr(module, key, head.in_features)
 
@@ -130,31 +132,12 @@ def restate(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:
 def _stated(module: nn.Module) -> list[str]:
     """What a module says of its widths that is no layer itself."""
     keys = (*_FEATURES, *HEADS, *TOGETHER)
-    return [] if layer_kind(module) else [key for key in keys if isinstance(vars(module).get(key), int)]
+    return [] if role_of(module) else [key for key in keys if isinstance(vars(module).get(key), int)]
 
 
 def _features(model: nn.Module) -> list[int]:
     info = getattr(model, "feature_info", None)
     return [entry.get("num_chs", 0) for entry in info] if isinstance(info, list) else []
-
-
-def _widths(layer: nn.Module) -> tuple[int, int] | None:
-    """Channels that it makes and reads; what passes channels on makes those that it reads. None for other modules.
-
-    By attributes: a folded norm or an int8 layer states the same as what it stands for.
-    """
-    timms: Any = layer
-    if hasattr(layer, "out_channels"):
-        return timms.out_channels, timms.in_channels
-    if hasattr(layer, "out_features"):
-        return timms.out_features, timms.in_features
-    for key in ("num_features", "num_channels"):
-        if hasattr(layer, key):
-            return getattr(layer, key), getattr(layer, key)
-    if layer_kind(layer) is None:
-        return None
-    width = layer.normalized_shape[0] if isinstance(layer, nn.LayerNorm) else timms.weight.numel()
-    return width, width
 
 
 def _first(kept: int, width: int) -> Subset | None:

@@ -12,22 +12,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
-from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
+from dynnet.backbone.batches import Batches, Loader, Loss
+from dynnet.backbone.layers.table import by_output, weighing_kind
 from dynnet.backbone.masks import Masked, is_masked
 from dynnet.backbone.names import check_excluded, is_inside, title
 from dynnet.errors import PruneError
 from dynnet.pruning.bare import check_bare
-from dynnet.pruning.batches import Batches, Loader, Loss
 from dynnet.pruning.criteria.weights import score_weights, weight_of
 
 SparsityScope = Literal["global", "layer"]
 Schedule = Literal["linear", "cubic"]
 
 
-def sparsify(
+def sparsify_(
     model: nn.Module,
     sparsity: float,
     loader: Loader | None = None,
@@ -41,7 +41,7 @@ def sparsify(
 ) -> None:
     """Mask the least needed weights of convolutions and linear layers, in place.
 
-    The masks hold through training, `state_dict` and copies; `make_permanent` writes the zeros into the weights. Masks
+    The masks hold through training, `state_dict` and copies; `make_permanent_` writes the zeros into the weights. Masks
     only grow: called again with a higher sparsity, what is masked stays so (iterative pruning).
 
     Args:
@@ -82,10 +82,10 @@ def sparsify(
         keep[joined.topk(count, largest=False).indices] = False
         sizes = [scores[layer].numel() for layer in part]
         masks |= {layer: m.view_as(scores[layer]) for layer, m in zip(part, keep.split(sizes), strict=True)}
-    set_masks(model, masks)
+    set_masks_(model, masks)
 
 
-def sparsify_n_m(
+def sparsify_n_m_(
     model: nn.Module,
     n: int = 2,
     m: int = 4,
@@ -103,7 +103,7 @@ def sparsify_n_m(
     Args:
         model: any.
         n, m: of m neighbours along the inputs, n stay.
-        loader, criterion, exclude, batches, loss, seed: as in `sparsify`.
+        loader, criterion, exclude, batches, loss, seed: as in `sparsify_`.
 
     Returns:
         Layers that are left dense, as m does not divide their inputs (of one group, where they are grouped).
@@ -116,20 +116,21 @@ def sparsify_n_m(
         raise PruneError(f"n={n}, m={m}: of m neighbours n stay, 0 < n < m")
     check_bare(model)
     layers = weighted_layers(model, exclude)
-    fits = [layer for layer in layers if weight_of(model.get_submodule(layer)).shape[1] % m == 0]
+    modules = {layer: model.get_submodule(layer) for layer in layers}
+    fits = [name for name, layer in modules.items() if by_output(layer, weight_of(layer)).shape[1] % m == 0]
     if not fits:
         raise PruneError(f"{title(model)} has no layer whose inputs are a multiple of m={m}; choose another")
     given = Batches(loader, batches, loss or nn.functional.cross_entropy, seed)
     masks = {}
     for layer, values in score_weights(model, fits, criterion, given).items():
-        along = values.movedim(1, -1).unflatten(-1, (-1, m))  # (O, ..., I / m, m)
+        along = by_output(modules[layer], values).movedim(1, -1).unflatten(-1, (-1, m))  # (O, ..., I / m, m)
         keep = torch.zeros_like(along, dtype=torch.bool).scatter_(-1, along.topk(n, -1).indices, True)
-        masks[layer] = keep.flatten(-2).movedim(-1, 1).contiguous()
-    set_masks(model, masks)
+        masks[layer] = by_output(modules[layer], keep.flatten(-2).movedim(-1, 1)).contiguous()
+    set_masks_(model, masks)
     return [layer for layer in layers if layer not in masks]
 
 
-def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def set_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Put masks on layers, in the place of those that they have.
 
     Args:
@@ -144,14 +145,14 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             register_parametrization(layer, "weight", Masked(mask))
 
 
-def make_permanent(model: nn.Module) -> None:
+def make_permanent_(model: nn.Module) -> None:
     """Write the zeros into the weights and take the masks away, in place."""
     for module in list(model.modules()):
         if is_masked(module):
             remove_parametrizations(module, "weight", leave_parametrized=True)
 
 
-def rewind(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def rewind_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give a masked model the weights that it had earlier, in place; masks stay (lottery tickets: Frankle & Carbin,
     https://arxiv.org/abs/1803.03635, to the first ones; https://arxiv.org/abs/1912.05671, to early ones).
 
@@ -204,7 +205,7 @@ def scheduled(schedule: Schedule, final: float, step: int, steps: int) -> float:
     return final * (1 - (left if schedule == "linear" else left**3))
 
 
-def to_semi_structured(model: nn.Module) -> list[str]:
+def to_semi_structured_(model: nn.Module) -> list[str]:
     """Let linear layers whose weights are 2:4 run on sparse tensor cores, in place, where the GPU has them.
 
     Returns:
@@ -240,9 +241,7 @@ def weighted_layers(model: nn.Module, exclude: Sequence[str]) -> list[str]:
     found = [
         name
         for name, module in modules.items()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
-        and not isinstance(module, (StdConv2d, ScaledStdConv2d))
-        and not is_inside(name, exclude)
+        if (kind := weighing_kind(module)) and kind.weights_as_they_are(module) and not is_inside(name, exclude)
     ]
     if not found:
         raise PruneError(f"{title(model)} has no convolutions or linear layers to prune")

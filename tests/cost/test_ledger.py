@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import dynnet
+from dynnet.backbone.counting import flop_counter
 from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.errors import InputError
 from tests.cases import tiny
-from tests.counting import flop_counter
 
 
 def test_a_dry_run_leaves_the_model_alone() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dynnet
 from dynnet.backbone.dry_run import trace
-from dynnet.deploy.int8 import Int8Conv2d, Int8Layer, Int8Linear, int8_layers, put_int8
+from dynnet.deploy.int8 import Int8Conv2d, Int8Layer, Int8Linear, int8_layers, put_int8_
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
 from tests.cases import CASES, Case, enliven, leave_one_by_one, tiny
 
@@ -150,7 +150,7 @@ def test_a_file_for_another_backbone_is_refused(tmp_path: Path) -> None:
         dynnet.load_backbone(tmp_path / "x.safetensors", backbone=other)
     assert type(other[0][1]) is nn.BatchNorm2d  # untouched
     with pytest.raises(CheckpointError, match=r"it has no convolution or linear layer '1\.0'"):
-        put_int8(nn.Sequential(nn.ReLU()), {"1.0": (0.0, 1.0)})
+        put_int8_(nn.Sequential(nn.ReLU()), {"1.0": (0.0, 1.0)})
 
 
 def test_what_is_excluded_stays() -> None:
@@ -168,7 +168,7 @@ def test_bad_input() -> None:
     with pytest.raises(QuantizeError, match="in int8 already"):
         dynnet.quantize(dynnet.quantize(tiny(), [images]), [images])
     masked = tiny()
-    dynnet.pruning.sparsify(masked, 0.5, exclude=["0"])
+    dynnet.pruning.sparsify_(masked, 0.5, exclude=["0"])
     with pytest.raises(QuantizeError, match=r"1\.0 has a mask on its weights; call dynnet.pruning.make_permanent"):
         dynnet.quantize(masked, [images])
     with pytest.raises(QuantizeError, match="no module '9'"):

@@ -24,7 +24,7 @@ def test_names_fractions_and_numbers() -> None:
     assert [b.name for b in resnet.resolve(["layer1", 0.7])] == ["layer1", "layer3.0"]
     assert [b.name for b in resnet.resolve(2)] == [b.name for b in resnet.resolve([1 / 3, 2 / 3])]
     assert resnet.resolve(0) == []
-    shares = [b.share for b in resnet.resolve(4)]
+    shares = [b.macs_share for b in resnet.resolve(4)]
     assert shares == sorted(shares)
     for share, wanted in zip(shares, (0.2, 0.4, 0.6, 0.8), strict=True):
         assert abs(share - wanted) < 0.1
@@ -33,14 +33,14 @@ def test_names_fractions_and_numbers() -> None:
 def test_fractions_share_out_what_there_is() -> None:
     """Two fractions nearest to the same boundary get two boundaries."""
     a, b = places().resolve([0.60, 0.61])
-    assert a.share < b.share
+    assert a.share < b.macs_share
 
 
 def test_proposals_are_blocks_and_stages() -> None:
     names = [b.name for b in places("regnetx_002").candidates]
     assert "s3.b2" in names
     assert not any("conv" in n for n in names if n.startswith("s"))
-    assert all(b.share <= 0.95 for b in places().candidates)
+    assert all(b.macs_share <= 0.95 for b in places().candidates)
 
 
 @pytest.mark.parametrize(

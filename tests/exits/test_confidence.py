@@ -10,7 +10,8 @@ import torch
 
 import dynnet
 from dynnet.errors import ThresholdError
-from dynnet.exits.confidence import Patience, check_thresholds, entropy, leaves, make_measure, margin, max_probability
+from dynnet.exits.confidence import Patience, check_thresholds, entropy, make_measure, margin, max_probability
+from dynnet.exits.rows import leaves
 from tests.cases import tiny
 
 SURE, TORN = [9.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]

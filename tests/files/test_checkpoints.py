@@ -181,7 +181,7 @@ def test_the_tag_of_pretrained_weights_is_kept(tmp_path: Path) -> None:
 def test_masks_are_not_loaded_over(tmp_path: Path) -> None:
     dynnet.save(timm.create_model("cifar_resnet20"), tmp_path / "m.safetensors")
     masked = timm.create_model("cifar_resnet20")
-    dynnet.pruning.sparsify(masked, 0.5)
+    dynnet.pruning.sparsify_(masked, 0.5)
     with pytest.raises(CheckpointError, match=r"given backbone: conv1 has a mask .*make_permanent"):
         dynnet.load_backbone(tmp_path / "m.safetensors", masked)
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dynnet
+from dynnet.backbone.counting import flop_counter
 from dynnet.errors import CalibrationError, CheckpointError, ExitError, GateError, InputError, NonFiniteError
 from dynnet.files.bundles import read_bundle, write_bundle
-from dynnet.gates.networks import cut_frozen, mean_masks
+from dynnet.gates.freezing import cut_frozen_, mean_masks
 from dynnet.gates.plan import GateConfig
 from dynnet.thresholds.calibration import check_budget
 from tests.cases import CASES, Case, enliven, leave_one_by_one, open_at_random, tiny
-from tests.counting import flop_counter
 from tests.generated import PARTS, Generated
 
 # Its halves are cut out by numbers written down in its code.
@@ -230,11 +230,11 @@ def test_frozen_gates_can_be_cut_out_for_good(name: str) -> None:
     case = next(case for case in [SMALL, *GATED] if case.name == name)
     model, images = gated(case), case.images(3)
     with pytest.raises(GateError, match="freeze them first"):
-        cut_frozen(model.backbone, model.gates)
+        cut_frozen_(model.backbone, model.gates)
     model.gates.freeze([torch.arange(region.units) % 2 == 1 for region in model.gates.plan.regions])
     expected = model.predict(images)
     backbone = model.unwrap()
-    cut_frozen(backbone, model.gates)
+    cut_frozen_(backbone, model.gates)
     assert difference(backbone(images), expected.logits) < 1e-4
     with flop_counter() as counter:
         backbone(images)

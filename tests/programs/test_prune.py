@@ -16,7 +16,7 @@ from dynnet.files.bundles import read_bundle
 from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe
 from dynnet.pruning import sparsity, structured
-from dynnet.pruning.slimming import shrink_scales
+from dynnet.pruning.norms import shrink_scales_
 from training import pipeline, prune, train
 
 RECIPE = """\
@@ -77,7 +77,7 @@ def test_channels_go_and_the_rest_learns(method: str, dense: tuple[Path, str], t
 def test_scales_shrink_to_zero_and_stop_there() -> None:
     norm = torch.nn.BatchNorm2d(4)
     norm.weight.data = torch.tensor([0.5, -0.5, 0.05, 0.0])
-    shrink_scales(torch.nn.Sequential(norm), 0.1)
+    shrink_scales_(torch.nn.Sequential(norm), 0.1)
     assert torch.allclose(norm.weight, torch.tensor([0.4, -0.4, 0.0, 0.0]))
 
 

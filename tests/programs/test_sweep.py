@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import dynnet
+from dynnet.backbone.counting import flop_counter
 from dynnet.backbone.dry_run import trace
 from dynnet.backbone.input_size import input_size_of
 from tests.cases import enliven, leave_one_by_one, open_at_random
-from tests.counting import flop_counter
 from tests.zeroing import assert_cut_is_zeroed
 
 

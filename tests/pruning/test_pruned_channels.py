@@ -20,8 +20,8 @@ from dynnet.backbone.dry_run import trace
 from dynnet.channels.groups import find_groups
 from dynnet.cost.widths import Costs
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, PruneError
-from dynnet.pruning import prune_layers, recalibrate, sparsify, sparsify_n_m, structured
-from dynnet.pruning.channels import narrow
+from dynnet.pruning import prune_layers, recalibrate_, sparsify_, sparsify_n_m_, structured
+from dynnet.pruning.narrowing import narrow_
 from dynnet.pruning.timed import time_share
 from tests.cases import CASES, CLASSES, Case, enliven
 from tests.generated import PARTS, Generated
@@ -212,7 +212,7 @@ def test_heads_of_attention_go_as_a_whole() -> None:
         ("blocks.1.attn.proj", (3, 16)),
     }
     thin = copy.deepcopy(model)
-    narrow(thin, [group], [np.array([True, False, True])])
+    narrow_(thin, [group], [np.array([True, False, True])])
     assert (thin.blocks[1].attn.num_heads, thin.blocks[0].attn.num_heads) == (2, 3)
     assert thin.blocks[1].attn.qkv.out_features == 96
     costs = Costs(model, [group], case.size, "macs")
@@ -275,7 +275,7 @@ def test_a_dynamic_model_on_a_pruned_backbone_is_saved_with_its_shape(tmp_path: 
         ({"macs": 0.5, "exclude": ["0", "3"]}, "no channels to take away: .*excluded"),
         ({"macs": 0.5, "exclude": "0"}, r"exclude='0': give a list of module names, such as \['0'\]"),
         ({"macs": 0.5, "steps": 2, "loader": iter([])}, "an iterator, which is used up after the first"),
-        ({"macs": 0.5, "steps": 2, "between": lambda m: sparsify(m, 0.5)}, "has a mask on its weights"),
+        ({"macs": 0.5, "steps": 2, "between": lambda m: sparsify_(m, 0.5)}, "has a mask on its weights"),
         ({"macs": 0.5, "input_size": (1, 8, 8)}, r"Sequential cannot run on images of size \(1, 8, 8\) .* input_size="),
     ],
 )
@@ -326,14 +326,14 @@ def test_wrapped_and_masked_models_are_refused() -> None:
         dynnet.prune(case.wrapped(), macs=0.5)
     for refuse in (
         lambda: dynnet.prune(case.wrapped().backbone, macs=0.5),
-        lambda: sparsify(case.wrapped(), 0.5),
-        lambda: sparsify_n_m(case.wrapped()),
+        lambda: sparsify_(case.wrapped(), 0.5),
+        lambda: sparsify_n_m_(case.wrapped()),
         lambda: prune_layers(case.wrapped(), lambda model: 0.0, 0.5),
     ):
         with pytest.raises(PruneError, match="unwrap"):
             refuse()
     model = chain()
-    sparsify(model, 0.5)
+    sparsify_(model, 0.5)
     with pytest.raises(PruneError, match="0 has a mask on its weights; call dynnet.pruning.make_permanent"):
         dynnet.prune(model, macs=0.5, criterion="l1", input_size=CHAIN)
 
@@ -342,7 +342,7 @@ def test_batch_norms_are_measured_anew() -> None:
     model = chain().double()
     pruned = dynnet.prune(model, macs=0.5, criterion="l2", multiple=1, input_size=CHAIN).train()
     images = torch.randn(64, *CHAIN, dtype=torch.float64)
-    recalibrate(pruned, images.split(16))
+    recalibrate_(pruned, images.split(16))
     expected = pruned[0](images)
     assert torch.allclose(pruned[1].running_mean, expected.mean((0, 2, 3)))
     means = torch.stack([part.var((0, 2, 3)) for part in expected.split(16)]).mean(0)
@@ -351,13 +351,13 @@ def test_batch_norms_are_measured_anew() -> None:
     assert pruned[1].momentum == 0.1
     before = pruned[1].running_mean.clone()
     with pytest.raises(DataError, match="no batches"):
-        recalibrate(pruned, [])
+        recalibrate_(pruned, [])
     with pytest.raises(NonFiniteError, match="1 was given NaN"):
-        recalibrate(pruned, [images, images * torch.nan])
+        recalibrate_(pruned, [images, images * torch.nan])
     with pytest.raises(RuntimeError):  # three channels are expected
-        recalibrate(pruned, [images, images[:, :2]])
+        recalibrate_(pruned, [images, images[:, :2]])
     assert torch.equal(pruned[1].running_mean, before)
-    recalibrate(pruned, [(images, ["no labels here"]), images[:1]])
+    recalibrate_(pruned, [(images, ["no labels here"]), images[:1]])
     assert torch.allclose(pruned[1].running_mean, expected.mean((0, 2, 3)))  # one image alone does not count
 
 
@@ -368,11 +368,11 @@ def test_batch_norms_of_a_wrapped_model_see_every_sample_and_channel() -> None:
     plain, leaving = case.backbone(), case.wrapped()
     leaving.thresholds = [float("-inf")] * len(leaving.exits)  # all would leave at the first exit
     for model in (plain, leaving):
-        recalibrate(model, images)
+        recalibrate_(model, images)
     assert all(torch.equal(v, leaving.backbone.state_dict()[k]) for k, v in plain.state_dict().items())
     gated = case.wrapped([], gates="channel")
     assert gated.gates is not None
     gated.gates.freeze([torch.arange(region.units) % 2 == 0 for region in gated.gates.plan.regions])
-    recalibrate(gated, images)
+    recalibrate_(gated, images)
     norms = [norm for norm in gated.modules() if isinstance(norm, nn.BatchNorm2d)]
     assert all(norm.num_batches_tracked == 1 for norm in norms)

@@ -15,16 +15,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynnet.backbone.dry_run import BATCH, evaluating, reading, trace
+from dynnet.backbone.batches import Batches
+from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.backbone.gradients import at_risk, right_gradients
-from dynnet.backbone.kinds import channel_dim
+from dynnet.backbone.hooks import reading
+from dynnet.backbone.layers.table import by_output, channel_dim, weighing_kind
+from dynnet.backbone.modes import evaluating
 from dynnet.channels.groups import Group, Member
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
-from dynnet.pruning.batches import Batches
 from dynnet.pruning.criteria.weights import curvature, weight_of
 
 Scores = Sequence[Tensor | None]  # None where a criterion has nothing to say of a group
@@ -198,10 +201,12 @@ def hessian(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Scor
     A noisy estimate: for ResNet-20, two from 20 batches each rank the units of a group with a correlation of 0.4, where
     those of `fisher` have 0.9.
     """
-    weights = {layer: weight_of(reader) for layer, reader in _readers(model, groups).items()}
+    readers = _readers(model, groups)
+    weights = {layer: weight_of(reader) for layer, reader in readers.items()}
     found = []
     saliency = {
-        layer: 0.5 * h * weights[layer].detach().square() for layer, h in curvature(model, weights, batches).items()
+        layer: by_output(readers[layer], 0.5 * h * weights[layer].detach().square())
+        for layer, h in curvature(model, weights, batches).items()
     }
     for group in groups:
         total = torch.zeros(group.units, dtype=torch.float64)
@@ -238,11 +243,11 @@ def _weights(model: nn.Module, group: Group, roles: Sequence[str]) -> Iterator[t
     """Weights with the channels of a member first, (C, ...)."""
     modules = dict(model.named_modules())
     for member in group.members:
-        weight = getattr(modules[member.layer], "weight", None)
+        layer: Any = modules[member.layer]
         # Norms have their own criterion: their scales are of another size than weights are.
-        if member.role in roles and isinstance(modules[member.layer], (nn.Conv2d, nn.Linear)):
-            assert isinstance(weight, Tensor)
-            yield member, weight.detach() if member.role != "reads" else _columns(member, weight.detach())
+        if member.role in roles and weighing_kind(layer) is not None:
+            weight = by_output(layer, layer.weight.detach())
+            yield member, weight if member.role != "reads" else _columns(member, weight)
 
 
 def _columns(member: Member, weight: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dynnet.backbone.dry_run import evaluating, reading
+from dynnet.backbone.batches import Batches
 from dynnet.backbone.gradients import at_risk, right_gradients
-from dynnet.backbone.kinds import channel_dim
+from dynnet.backbone.hooks import reading
+from dynnet.backbone.layers.table import by_output, channel_dim
 from dynnet.backbone.masks import is_masked
+from dynnet.backbone.modes import evaluating
 from dynnet.errors import NonFiniteError, PruneError, did_you_mean
-from dynnet.pruning.batches import Batches
 
 Weights = Mapping[str, Tensor]
 
@@ -112,9 +113,10 @@ def activation(model: nn.Module, weights: Weights, batches: Batches) -> dict[str
     found = {}
     for layer, w in weights.items():
         norms = squares[layer].sqrt()  # (I,)
-        groups = len(norms) // w.shape[1]
-        by_row = norms.view(groups, 1, -1).expand(groups, len(w) // groups, -1).flatten(0, 1)  # (O, I / groups)
-        found[layer] = w.detach().abs() * by_row.view(*by_row.shape, *[1] * (w.ndim - 2))
+        rows = by_output(layers[layer], w.detach().abs())  # (O, I / groups, ...)
+        groups = len(norms) // rows.shape[1]
+        by_row = norms.view(groups, 1, -1).expand(groups, len(rows) // groups, -1).flatten(0, 1)  # (O, I / groups)
+        found[layer] = by_output(layers[layer], rows * by_row.view(*by_row.shape, *[1] * (w.ndim - 2)))
     return found
 
 
