@@ -63,7 +63,7 @@ def main(
         found = (
             _of_run(open_run(run, data, device), samples, batch, folded)
             if run
-            else _of_model(str(model), exits, batch, calls, channels_last, folded, device)
+            else _of_model(str(model), _untrained(str(model), exits, channels_last, folded, device), batch, calls)
         )
     if out is not None:
         write_json(found, out)
@@ -88,54 +88,34 @@ def _of_run(run: Run, samples: int, batch: Sequence[int], folded: bool) -> list[
     return found
 
 
-def _of_model(
-    name: str,
-    exits: int,
-    batch: Sequence[int],
-    calls: int,
-    channels_last: bool,
-    folded: bool,
-    device: str | None,
-) -> list[dict[str, Any]]:
+def _untrained(name: str, exits: int, channels_last: bool, folded: bool, device: str | None) -> DynamicModel:
+    """A model of timm's with random weights and this many exits, ready to be timed."""
     torch.manual_seed(0)
-    dynamic = wrap(timm_model(name), exits)
+    model = wrap(timm_model(name), exits)
     if folded:
-        dynamic = fold(dynamic)
+        model = fold(model)
     if channels_last:
-        dynamic.to(memory_format=torch.channels_last)
-    dynamic.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dense = dynamic.ledger().dense
+        model.to(memory_format=torch.channels_last)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _of_model(name: str, model: DynamicModel, batch: Sequence[int], calls: int) -> list[dict[str, Any]]:
     found = []
     for size in batch:
-        print(f"{name}, batch {size}: {fit_threads(dynamic, dynamic.config.input_size, size)}", flush=True)
-        images = torch.randn(max(16, size), *dynamic.config.input_size)
-        for scenario, thresholds in _scenarios(dynamic, images).items():
-            dynamic.thresholds = thresholds
+        print(f"{name}, batch {size}: {fit_threads(model, model.config.input_size, size)}", flush=True)
+        images = torch.randn(max(16, size), *model.config.input_size)
+        for scenario, thresholds in _scenarios(model, images).items():
+            model.thresholds = thresholds
             timed = latency(
-                dynamic,
+                model,
                 images[:size] if size > 1 else images,
                 batch_size=size,
                 calls=calls * (4 if size == 1 else 1),
                 warmup=4,
             )
-            bill = dynamic.ledger().bill(dynamic.active).numpy()
-            macs_saved = 1 - float(bill[timed.exits].mean()) / dense
-            time_saved = _time_saved(timed)
-            found.append(
-                {
-                    "model": name,
-                    "scenario": scenario,
-                    "macs_saved": macs_saved,
-                    "time_saved": time_saved,
-                    **timed.summary(),
-                }
-            )
-            ratio = f", {time_saved / macs_saved:.2f} of the MACs saved" if macs_saved > 0.05 else ""
-            print(
-                f"{name}, batch {size}, {scenario}: {_percentiles(timed)}; MACs saved {macs_saved:+.1%}, time saved "
-                f"{time_saved:+.1%}{ratio}",
-                flush=True,
-            )
+            saved = {"macs_saved": _macs_saved(model, timed), "time_saved": _time_saved(timed)}
+            found.append({"model": name, "scenario": scenario, **saved, **timed.summary()})
+            print(f"{name}, batch {size}, {scenario}: {_percentiles(timed)}; {_told(**saved)}", flush=True)
     return found
 
 
@@ -155,6 +135,12 @@ def _scenarios(model: DynamicModel, images: Tensor) -> dict[str, list[float]]:
     return found
 
 
+def _macs_saved(model: DynamicModel, timed: Latency) -> float:
+    ledger = model.ledger()
+    bill = ledger.bill(model.active).numpy()
+    return 1 - float(bill[timed.exits].mean()) / ledger.dense
+
+
 def _time_saved(timed: Latency) -> float:
     """Of a typical call: medians of the paired ratios by exit taken, weighed by how many took it."""
     ratio = timed.dynamic_ms / timed.dense_ms
@@ -162,6 +148,11 @@ def _time_saved(timed: Latency) -> float:
         return 1 - float(np.median(ratio))
     taken = timed.exits[:, 0]
     return 1 - sum(float((taken == e).mean() * np.median(ratio[taken == e])) for e in np.unique(taken))
+
+
+def _told(macs_saved: float, time_saved: float) -> str:
+    ratio = f", {time_saved / macs_saved:.2f} of the MACs saved" if macs_saved > 0.05 else ""
+    return f"MACs saved {macs_saved:+.1%}, time saved {time_saved:+.1%}{ratio}"
 
 
 def _percentiles(timed: Latency) -> str:

@@ -27,25 +27,18 @@ from jinja2 import Environment, FileSystemLoader
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from dynnet import DynamicModel, fold, latency, measure
 from dynnet.errors import DynnetError
 from dynnet.evaluation.allocator import keep_freed_memory
-from dynnet.evaluation.measurement import Measurement, read_table, write_table
+from dynnet.evaluation.measurement import read_table, write_table
 from dynnet.evaluation.threads import fit_threads
-from dynnet.exits.confidence import active, to_json
 from dynnet.files.bundles import write_atomically
-from dynnet.gates.freezing import mean_masks
-from dynnet.gates.networks import Gates
-from dynnet.gates.plan import GatePlan
 from dynnet.learning.data import Data
-from dynnet.thresholds.answers import Answers, collect, named_right
-from dynnet.thresholds.calibration import trade_off
 from eval import figures
 from eval.programs import errors_told, write_json
+from eval.results import evaluate
 from eval.runs import Run, open_run, test_images
 from eval.static import beside, read_static, time_beside
 
-POINTS = 14
 GALLERIES = ("easiest", "hardest", "overthought")
 
 
@@ -78,7 +71,7 @@ def main(
         keep_freed_memory()
         opened = None if redraw and static is None else open_run(run, data, device)
         if opened is not None and not redraw:
-            results = _evaluate(opened, out, latency_samples, batch_size)
+            results = _measure(opened, out, latency_samples, batch_size)
         else:
             results = json.loads((out / "results.json").read_text())
         table = read_table(out / "table.csv")
@@ -88,142 +81,28 @@ def main(
             results["static_timing"] = time_beside(rows, opened.model, test_images(opened.data, latency_samples)[1])
             results["static"] = beside(rows, table)
             write_json(results, out / "results.json")
+    _draw(table, results, out)
+    print(f"report: {out / 'index.html'}")
+
+
+def _measure(run: Run, out: Path, latency_samples: int, batch_size: int) -> dict[str, Any]:
+    """The results on the test split; writes table.csv, results.json and the galleries, which need the images."""
+    out.mkdir(parents=True, exist_ok=True)
+    table, results = evaluate(run, latency_samples, batch_size)
+    write_table(table, out / "table.csv")
+    write_json(results, out / "results.json")
+    _galleries(table, run.data, out)
+    return results
+
+
+def _draw(table: figures.Table, results: dict[str, Any], out: Path) -> None:
+    """Write the figures, and the page with them and the galleries."""
     shown = figures.drawable(table, results)
     with plt.rc_context(figures.STYLE):
         for name, draw in shown.items():
             _save(draw(), out / f"{name}.png")
     drawn = [*shown, *(GALLERIES if results["exits"] else GALLERIES[:2])]
     write_atomically(out / "index.html", page(results, out, drawn).encode())
-    print(f"report: {out / 'index.html'}")
-
-
-def _evaluate(run: Run, out: Path, latency_samples: int, batch_size: int) -> dict[str, Any]:
-    """Measure on the test split; writes table.csv, results.json and the galleries."""
-    out.mkdir(parents=True, exist_ok=True)
-    model, data = run.model, run.data
-    thresholds = model.thresholds
-    calibration = model.calibration
-    test = data.loader("test", batch_size)
-    print(f"evaluation: {fit_threads(model, data.input_size, batch_size)}", flush=True)
-    measured = measure(model, test)
-    print(measured, flush=True)
-    table = measured.table()
-    table["class"] = np.array(data.classes)[measured.answers.labels]
-    table["file"] = np.array([data.test.name(i) for i in range(len(data.test))])
-    table["dense_macs"] = np.full(len(measured.exit), measured.ledger.dense)
-    table["dense_correct"] = named_right(run.dense, test).astype(int)
-    bills = measured.answers.bills(measured.ledger, [True] * len(model.exits))
-    for e in range(len(model.exits) + 1):
-        table[f"macs_{e}"] = bills[:, e]
-    held_out = collect(model, data.loader("calibration", batch_size))
-    points = trade_off(held_out, measured.ledger, model.remembers)
-    every = np.arange(len(measured.exit))
-    for k, i in enumerate(np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))):
-        taken = measured.answers.route(points[i].thresholds)
-        running = active(points[i].thresholds, model.remembers)
-        table[f"point{k}_macs"] = measured.answers.bills(measured.ledger, running)[every, taken]
-        table[f"point{k}_correct"] = measured.answers.correct[every, taken].astype(int)
-
-    gates = None if model.gates is None else _gates(model, model.gates, measured, held_out, test, table)
-
-    rows, images = test_images(data, latency_samples)
-    print(f"latency: {fit_threads(model, data.input_size, 1)}", flush=True)
-    timed = latency(fold(model), images)
-    for name, values in (("latency_ms", timed.dynamic_ms), ("dense_latency_ms", timed.dense_ms)):
-        column = np.full(len(measured.exit), np.nan)
-        column[rows[timed.rows[:, 0]].numpy()] = values
-        table[name] = column
-    write_table(table, out / "table.csv")
-
-    results = {
-        "model": run.recipe.backbone.name,
-        "backbone_kwargs": run.recipe.backbone.kwargs,
-        "dataset": data.label,
-        "test_images": len(measured.exit),
-        "epochs": run.recipe.heads.epochs + run.recipe.joint.epochs,
-        "exits": list(model.exits),
-        "thresholds": [to_json(t) for t in thresholds],
-        "confidence": model.config.confidence,
-        "calibration": calibration,
-        "accuracy": measured.accuracy,
-        "never_exiting_accuracy": measured.never_exiting_accuracy,
-        "dense_accuracy": float(table["dense_correct"].mean()),
-        "mean_macs": float(measured.macs.mean()),
-        "dense_macs": measured.ledger.dense,
-        "macs_share": measured.macs_share,
-        "mean_flops": 2 * float(measured.macs.mean()),
-        "dense_flops": 2 * measured.ledger.dense,
-        "exit_rates": list(measured.rates),
-        "accuracy_of_each_exit": [float(c) for c in measured.answers.correct.mean(0)],
-        "ledger": {key: getattr(measured.ledger, key) for key in ("segments", "heads", "unpriced")},
-        "gates": gates,
-        "latency": timed.summary(),
-        "latency_by_exit": {str(e): {"calls": n, "p50_ms": ms} for e, (n, ms) in timed.by_exit().items()},
-    }
-    write_json(results, out / "results.json")
-    _galleries(table, data, out)
-    return results
-
-
-def _gates(
-    model: DynamicModel, gates: Gates, measured: Measurement, held_out: Answers, test: Any, table: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """What the gates did, and what the control does in their place; adds columns to the table."""
-    regions = gates.plan.regions
-    # Gates behind the exit of an image have nothing to decide on it.
-    decided = [measured.exit >= region.segment for region in regions]
-    for mask, here, region in zip(measured.answers.masks, decided, regions, strict=True):
-        table[f"open:{region.layer}"] = np.where(here, mask.mean(1), np.nan)
-    exits = held_out.route(model.thresholds)
-    arrived = [exits >= region.segment for region in regions]
-    gates.freeze(
-        mean_masks(
-            [mask[here] if here.any() else mask for mask, here in zip(held_out.masks, arrived, strict=True)], gates.plan
-        )
-    )
-    try:
-        frozen = measure(model, test)
-    finally:
-        gates.thaw()
-    table["frozen_macs"], table["frozen_correct"] = frozen.macs, frozen.correct.astype(int)
-    return {
-        "share": gates.plan.macs_share,
-        "regions": gate_use(
-            [mask[here] for mask, here in zip(measured.answers.masks, decided, strict=True)], gates.plan
-        ),
-        "frozen_accuracy": frozen.accuracy,
-        "frozen_macs_share": frozen.macs_share,
-    }
-
-
-def gate_use(masks: Sequence[np.ndarray], plan: GatePlan) -> list[dict[str, Any]]:
-    """How the gates of every region were used.
-
-    Args:
-        masks: for each region (n, U) bool, of the n images that got there.
-        plan: of the gates.
-
-    Returns:
-        For each region "layer", "units" and "images": n; and, NaN where n is 0, "open": the mean share of open units,
-        "dead" and "always": shares of the units that are open for no image and for all, "differ": the mean share of the
-        units on which two images differ, and "masks": how many different masks there are.
-    """
-    found = []
-    for mask, region in zip(masks, plan.regions, strict=True):
-        rates = mask.mean(0) if len(mask) else np.full(region.units, np.nan)
-        found.append(
-            {
-                "layer": region.layer,
-                "units": region.units,
-                "images": len(mask),
-                "open": float(rates.mean()),
-                "dead": float((rates == 0).mean()),
-                "always": float((rates == 1).mean()),
-                "differ": float((2 * rates * (1 - rates)).mean()),
-                "masks": len(np.unique(np.packbits(mask, axis=1), axis=0)),
-            }
-        )
-    return found
 
 
 def _galleries(table: dict[str, np.ndarray], data: Data, out: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ from dynnet.pruning import make_permanent, sparsify
 from eval.programs import errors_told, timm_model, write_json
 
 WARMUP = 3  # batches
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is timed, and how; as for `main`."""
+
+    model: str
+    keep: float
+    unit: int
+    blocks: int
+    batch: Sequence[int]
+    calls: int
+    channels_last: bool
+    macs: float | None
+    device: str | None
 
 
 def main(
@@ -61,70 +77,67 @@ def main(
         out: also write the figures to this JSON file.
     """
     with errors_told():
-        found = measure_speed(model, keep, unit, blocks, batch, calls, channels_last, macs, device)
+        found = measure_speed(Settings(model, keep, unit, blocks, batch, calls, channels_last, macs, device))
     if out is not None:
         write_json(found, out)
 
 
-def measure_speed(
-    model: str,
-    keep: float,
-    unit: int,
-    blocks: int,
-    batch: Sequence[int],
-    calls: int,
-    channels_last: bool,
-    macs: float | None,
-    device: str | None,
-) -> list[dict[str, Any]]:
-    """Print and return the figures; arguments as for `main`."""
+def measure_speed(settings: Settings) -> list[dict[str, Any]]:
+    """Print and return the figures.
+
+    Raises:
+        DynnetError: a share or a number that is none.
+    """
+    model, keep, batch, calls = settings.model, settings.keep, settings.batch, settings.calls
     if not 0 < keep <= 1 or min(calls, *batch) < 1:
         raise DynnetError(
             f"keep={keep:g}, calls={calls}, batch={list(batch)}: give a share in (0, 1], and numbers above 0"
         )
     keep_freed_memory()
     torch.manual_seed(0)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    backbone = timm_model(model)
-    others = {} if macs is None else static(backbone, macs)
-    gated = wrap(backbone, [], gates=GateConfig(unit, blocks))
-    images = torch.randn(max(16, *batch), *gated.config.input_size)
-    open_share(gated, images, keep)
-    gated = fold(gated).to(where)
-    if (narrow := cut_to(gated, keep)) is not None:
-        others = {"cut for good": narrow, **others}
-    for each in (gated, *others.values()):
-        each.to(where)
-        if channels_last:
-            each.to(memory_format=torch.channels_last)
-    images = images.to(where)
-    share = gated.predict(images).macs.double().mean().item() / gated.ledger().dense
+    gated, others, images = _models(settings)
+    shares = _macs_shares(gated, others, images)
     assert gated.gates is not None
+    under_gates = gated.gates.plan.macs_share
     print(
-        f"{model}: {gated.gates.plan.macs_share:.0%} of the MACs under gates, {share:.1%} run at keep {keep:g}",
-        flush=True,
+        f"{model}: {under_gates:.0%} of the MACs under gates, {shares['sparse']:.1%} run at keep {keep:g}", flush=True
     )
-    executed = {name: trace(each, gated.config.input_size, 1).macs for name, each in others.items()}
-    shares = {"dense": 1.0, "masked": 1.0, "sparse": share}
-    shares |= {name: count / gated.ledger().dense for name, count in executed.items()}
     found = []
     for size in batch:
         print(f"  batch {size}: {fit_threads(gated, gated.config.input_size, size)}", flush=True)
-        times = compare(gated, others, images, size, calls * (4 if size == 1 else 1), channels_last)
+        times = compare(gated, others, images, size, calls * (4 if size == 1 else 1), settings.channels_last)
         for name, taken in times.items():
-            ratio, typical = float(np.median(times["dense"] / taken)), float(np.median(taken))
-            found.append(
-                {
-                    "model": model,
-                    "batch": size,
-                    "variant": name,
-                    "ms": typical,
-                    "speedup": ratio,
-                    "macs_share": shares[name],
-                }
-            )
-            print(f"  batch {size}, {name}, {shares[name]:.0%} of the MACs: {typical:.2f} ms, {ratio:.2f}x", flush=True)
+            ms, speedup = float(np.median(taken)), float(np.median(times["dense"] / taken))
+            figures = {"ms": ms, "speedup": speedup, "macs_share": shares[name]}
+            found.append({"model": model, "batch": size, "variant": name, **figures})
+            print(f"  batch {size}, {name}, {shares[name]:.0%} of the MACs: {ms:.2f} ms, {speedup:.2f}x", flush=True)
     return found
+
+
+def _models(settings: Settings) -> tuple[DynamicModel, dict[str, nn.Module], Tensor]:
+    """The gated model, what is timed beside it by name, and (N, C, H, W) images for which its gates are set."""
+    backbone = timm_model(settings.model)
+    others = {} if settings.macs is None else static(backbone, settings.macs)
+    gated = wrap(backbone, [], gates=GateConfig(settings.unit, settings.blocks))
+    images = torch.randn(max(16, *settings.batch), *gated.config.input_size)
+    open_share(gated, images, settings.keep)
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gated = fold(gated).to(device)
+    if (narrow := cut_to(gated, settings.keep)) is not None:
+        others = {"cut for good": narrow, **others}
+    for model in (gated, *others.values()):
+        model.to(device)
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)
+    return gated, others, images.to(device)
+
+
+def _macs_shares(gated: DynamicModel, others: Mapping[str, nn.Module], images: Tensor) -> dict[str, float]:
+    """Of the dense backbone's MACs, by variant."""
+    dense = gated.ledger().dense
+    sparse = gated.predict(images).macs.double().mean().item() / dense
+    executed = {name: trace(model, gated.config.input_size, 1).macs / dense for name, model in others.items()}
+    return {"dense": 1.0, "masked": 1.0, "sparse": sparse, **executed}
 
 
 def cut_to(model: DynamicModel, keep: float) -> nn.Module | None:

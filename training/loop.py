@@ -26,7 +26,8 @@ from tqdm import tqdm
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.errors import NonFiniteError, RecipeError
 from dynnet.evaluation.threads import fit_threads
-from dynnet.learning.data import Data, Loader
+from dynnet.learning.data import Batch, Data, Loader
+from dynnet.learning.randomness import seed_of
 from dynnet.learning.recipes import Recipe, StageConfig
 from training.distributed import SyncedBatchNorm, World
 from training.state import Log, Position, State
@@ -104,6 +105,28 @@ class Desk:
     about: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What the updates of a stage work with.
+
+    Attributes:
+        stage, desk: what is trained, and where.
+        tools: its optimiser, schedule and loader.
+        ema: the running average of the model, which is judged in its place; None without one.
+        parallel: the part that is called, its gradients averaged over all processes.
+        mixup: of images and labels; None without.
+        exposed: layers whose gradients some CPUs get wrong in channels_last.
+    """
+
+    stage: Stage
+    desk: Desk
+    tools: Tools
+    ema: ModelEmaV3 | None
+    parallel: nn.Module
+    mixup: Mixup | None
+    exposed: Sequence[str]
+
+
 def run_stage(stage: Stage, desk: Desk, begin: Position, state: State | None) -> None:
     """Train a stage, from its beginning or from a checkpoint within it.
 
@@ -113,82 +136,113 @@ def run_stage(stage: Stage, desk: Desk, begin: Position, state: State | None) ->
         begin: the first step to do.
         state: the checkpoint to go on from; None at the beginning of a stage.
     """
-    recipe, here, config, model = desk.recipe, desk.here, stage.config, stage.model
-    tools = make_tools(stage.trained, config, stage.name, desk.recipe, desk.data, here)
-    optimizer, scheduler, loader = tools.optimizer, tools.scheduler, tools.loader
-    steps = len(loader)
+    setup = _set_up(stage, desk, state)
+    for epoch in range(begin.epoch, stage.config.epochs):
+        began = time.monotonic()
+        _train(setup, begin if epoch == begin.epoch else Position(begin.stage, epoch))
+        _judge(setup, epoch, began)
+        _checkpoint(setup, Position(begin.stage, epoch + 1))
+    if setup.ema is not None:
+        stage.model.load_state_dict(setup.ema.module.state_dict())
+    stage.model.requires_grad_(True)
+
+
+def _set_up(stage: Stage, desk: Desk, state: State | None) -> Setup:
+    """Freeze what does not learn, go back to the checkpoint, and say how the stage runs."""
+    recipe, here, model = desk.recipe, desk.here, stage.model
+    tools = make_tools(stage.trained, stage.config, stage.name, recipe, desk.data, here)
     model.requires_grad_(False)
     stage.trained.requires_grad_(True)
     ema = ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
     if state is not None:
-        state.restore(model, ema, optimizer)
+        state.restore(model, ema, tools.optimizer)
     parallel = here.parallel(stage.called)
     mixup = _mixup(recipe, len(desk.data.classes))
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     exposed = at_risk(stage.trained) if here.device.type == "cpu" else []
     _tell_settings(stage, desk, exposed)
+    return Setup(stage, desk, tools, ema, parallel, mixup, exposed)
 
-    def checkpoint(epoch: int, step: int) -> None:
-        position = dataclasses.replace(begin, epoch=epoch, step=step)
-        State.write(desk.out, position, model, ema, optimizer, desk.log, here, desk.about)
 
-    for epoch in range(begin.epoch, config.epochs):
-        first_step = begin.step if epoch == begin.epoch else 0
-        began = time.monotonic()
-        if stage.begins is not None and first_step == 0:
-            stage.begins(epoch)
-        model.train()
-        for module in stage.still:
-            module.eval()
-        bar = tqdm(
-            loader.epoch(10_000 * begin.stage + epoch, first_step),
-            f"{stage.name} {epoch + 1}/{config.epochs}",
-            steps,
-            initial=first_step,
-            leave=False,
-            disable=None if here.first else True,
-        )
-        for step, batch in enumerate(bar, first_step):
-            update = epoch * steps + step
-            _seed(recipe.seed, begin.stage, update, here.rank)
-            if scheduler is not None:
-                scheduler.step_update(update)
-            images = batch.images.to(here.device, memory_format=layout)
-            target = batch.labels.to(here.device)
-            if mixup is not None:
-                images, target = mixup(images, target)
+def _train(setup: Setup, start: Position) -> None:
+    """The updates of one epoch, from a step on, with checkpoints between them."""
+    stage, recipe, loader = setup.stage, setup.desk.recipe, setup.tools.loader
+    if stage.begins is not None and start.step == 0:
+        stage.begins(start.epoch)
+    stage.model.train()
+    for module in stage.still:
+        module.eval()
+    bar = tqdm(
+        loader.epoch(10_000 * start.stage + start.epoch, start.step),
+        f"{stage.name} {start.epoch + 1}/{stage.config.epochs}",
+        len(loader),
+        initial=start.step,
+        leave=False,
+        disable=None if setup.desk.here.first else True,
+    )
+    for step, batch in enumerate(bar, start.step):
+        position = dataclasses.replace(start, step=step)
+        objective = _update(setup, batch, position)
+        bar.set_postfix_str(f"loss {objective.loss.item():.3f}", refresh=False)
+        if step % recipe.log_steps == 0:
+            _log(setup, position, objective)
+        if (step + 1) % recipe.checkpoint_steps == 0 and step + 1 < len(loader):
+            _checkpoint(setup, dataclasses.replace(start, step=step + 1))
 
-            with _forward_context(recipe, here), right_gradients(exposed):
-                given = stage.forward(parallel, images, update / (steps * config.epochs))
-            found = stage.objective(given, target, (update + 1) / (steps * config.epochs))
-            _refuse_non_finite(found, stage.name, epoch, step)
 
-            optimizer.zero_grad(set_to_none=True)
-            found.loss.backward()
-            if config.clip_grad is not None:
-                nn.utils.clip_grad_norm_(stage.trained.parameters(), config.clip_grad)
-            optimizer.step()
-            if ema is not None:
-                ema.update(model, step=update)
+def _update(setup: Setup, batch: Batch, position: Position) -> Objective:
+    """One update: forward, backward, a step of the optimiser."""
+    stage, tools, recipe, here = setup.stage, setup.tools, setup.desk.recipe, setup.desk.here
+    update = position.epoch * len(tools.loader) + position.step
+    updates = stage.config.epochs * len(tools.loader)
+    _seed(recipe.seed, position.stage, update, here.rank)
+    if tools.scheduler is not None:
+        tools.scheduler.step_update(update)
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    images = batch.images.to(here.device, memory_format=layout)
+    target = batch.labels.to(here.device)
+    if setup.mixup is not None:
+        images, target = setup.mixup(images, target)
 
-            bar.set_postfix_str(f"loss {found.loss.item():.3f}", refresh=False)
-            if step % recipe.log_steps == 0:
-                record = {"kind": "step", "stage": stage.name, "epoch": epoch, "step": step}
-                mean = here.sum(found.losses.detach().clone()) / here.size
-                rate = optimizer.param_groups[0]["lr"]
-                desk.log.write({**record, "lr": rate, "losses": mean.tolist(), **found.metrics})
-            if (step + 1) % recipe.checkpoint_steps == 0 and step + 1 < steps:
-                checkpoint(epoch, step + 1)
-        said = stage.judge(ema.module if ema is not None else model)
-        seconds = time.monotonic() - began
-        desk.log.write({"kind": "epoch", "stage": stage.name, "epoch": epoch, **said, "seconds": round(seconds, 1)})
-        if here.first:
-            shown = stage.shown(said)
-            print(f"{stage.name} {epoch + 1}/{config.epochs}: held-out accuracy {shown}, {seconds:.1f} s", flush=True)
-        checkpoint(epoch + 1, 0)
-    if ema is not None:
-        model.load_state_dict(ema.module.state_dict())
-    model.requires_grad_(True)
+    with _forward_context(recipe, here), right_gradients(setup.exposed):
+        outputs = stage.forward(setup.parallel, images, update / updates)
+    objective = stage.objective(outputs, target, (update + 1) / updates)
+    _refuse_non_finite(objective, stage.name, position)
+
+    tools.optimizer.zero_grad(set_to_none=True)
+    objective.loss.backward()
+    if stage.config.clip_grad is not None:
+        nn.utils.clip_grad_norm_(stage.trained.parameters(), stage.config.clip_grad)
+    tools.optimizer.step()
+    if setup.ema is not None:
+        setup.ema.update(stage.model, step=update)
+    return objective
+
+
+def _log(setup: Setup, position: Position, objective: Objective) -> None:
+    """A record of one update; losses are means over all processes."""
+    here = setup.desk.here
+    record = {"kind": "step", "stage": setup.stage.name, "epoch": position.epoch, "step": position.step}
+    losses = here.sum(objective.losses.detach().clone()) / here.size
+    rate = setup.tools.optimizer.param_groups[0]["lr"]
+    setup.desk.log.write({**record, "lr": rate, "losses": losses.tolist(), **objective.metrics})
+
+
+def _judge(setup: Setup, epoch: int, began: float) -> None:
+    """What held-out images say after an epoch, in the log and in a line for people."""
+    stage, desk = setup.stage, setup.desk
+    said = stage.judge(setup.ema.module if setup.ema is not None else stage.model)
+    seconds = time.monotonic() - began
+    desk.log.write({"kind": "epoch", "stage": stage.name, "epoch": epoch, **said, "seconds": round(seconds, 1)})
+    if desk.here.first:
+        head = f"{stage.name} {epoch + 1}/{stage.config.epochs}"
+        print(f"{head}: held-out accuracy {stage.shown(said)}, {seconds:.1f} s", flush=True)
+
+
+def _checkpoint(setup: Setup, position: Position) -> None:
+    desk = setup.desk
+    State.write(
+        desk.out, position, setup.stage.model, setup.ema, setup.tools.optimizer, desk.log, desk.here, desk.about
+    )
 
 
 def _tell_settings(stage: Stage, desk: Desk, exposed: Sequence[str]) -> None:
@@ -258,17 +312,18 @@ def _forward_context(recipe: Recipe, here: World) -> Iterator[None]:
 
 def _seed(*key: int) -> None:
     """Dropout, drop path and mixup depend on the position alone."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    seed = seed_of(*key)
     torch.manual_seed(seed)
     np.random.seed(seed)
 
 
-def _refuse_non_finite(found: Objective, stage: str, epoch: int, step: int) -> None:
-    if not math.isfinite(found.loss.item()):
+def _refuse_non_finite(objective: Objective, stage: str, position: Position) -> None:
+    loss = objective.loss.item()
+    if not math.isfinite(loss):
         raise NonFiniteError(
-            f"the loss is {found.loss.item()} in stage {stage!r}, epoch {epoch + 1}, step {step + 1} (classifiers: "
-            f"{[round(x, 4) for x in found.losses.tolist()]}); lower {stage}.lr, set {stage}.clip_grad, or look at the "
-            f"images. The last checkpoint is untouched"
+            f"the loss is {loss} in stage {stage!r}, epoch {position.epoch + 1}, step {position.step + 1} "
+            f"(classifiers: {[round(x, 4) for x in objective.losses.tolist()]}); lower {stage}.lr, set "
+            f"{stage}.clip_grad, or look at the images. The last checkpoint is untouched"
         )
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,46 +21,21 @@ from torch.nn import functional as F
 from dynnet.backbone.dry_run import trace
 from dynnet.backbone.masks import is_masked
 from dynnet.deploy.int8 import quantize
-from dynnet.errors import CheckpointError, RecipeError
-from dynnet.evaluation.threads import fit_threads
-from dynnet.files.bundles import read_bundle, write_bundle
-from dynnet.files.checkpoints import (
-    check_weights,
-    load_backbone,
-    pruned_shape,
-    save,
-)
-from dynnet.learning.data import Data, Loader
+from dynnet.errors import RecipeError
+from dynnet.files.bundles import write_bundle
+from dynnet.files.checkpoints import load_backbone, pruned_shape, save
+from dynnet.learning.data import Data
 from dynnet.learning.losses import distillation
 from dynnet.learning.recipes import PruningConfig, Recipe, StageConfig
-from dynnet.pruning import (
-    CRITERIA,
-    prune,
-    prune_layers,
-    recalibrate,
-    removable_blocks,
-    remove_blocks,
-    rewind,
-    scheduled,
-    sparsify,
-    sparsify_n_m,
-    sparsity,
-)
+from dynnet.pruning import sparsity
 from dynnet.pruning.criteria.weights import weight_of
-from dynnet.pruning.shape import bring_into_shape
-from dynnet.pruning.single_weights import SparsityScope, set_masks
-from dynnet.pruning.slimming import norm_scales, shrink_scales
+from dynnet.pruning.single_weights import set_masks
+from dynnet.pruning.norms import norm_scales, shrink_scales
 from training.compare import accuracy, compare
+from training.cuts import METHODS, Cuts, read_early, target_of
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools
 from training.state import Position, State
-
-SINGLE_WEIGHTS = ("magnitude", "lottery", "n:m")
-METHODS = (*CRITERIA, "layers", "scratch", *SINGLE_WEIGHTS)
-
-_DEFAULTS = {"macs": 0.5, "sparsity": 0.8}
-# What methods aim at; where channels go, either of two.
-_TARGETS = {"layers": ("macs",), "magnitude": ("sparsity",), "lottery": ("sparsity",), "n:m": ()}
 
 
 @dataclass(frozen=True)
@@ -81,44 +55,13 @@ class Step:
     slimming: float = 0.0
 
 
-def read_early(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
-    """The weights that a lottery ticket goes back to.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, of another kind, or of another model.
-    """
-    tensors, about = read_bundle(path)
-    if about.get("kind") != "early weights":
-        raise CheckpointError(f"{str(path)!r} holds a {about.get('kind')}, not the early weights of a dense stage")
-    check_weights(model, tensors, path)
-    return tensors
-
-
-def target_of(config: PruningConfig) -> tuple[str, float]:
-    """What a method aims at ("macs", "latency" or "sparsity"), and its share.
-
-    Raises:
-        RecipeError: an unknown method, a target that it does not have, or more than one.
-    """
-    if config.method not in METHODS:
-        raise RecipeError(f"pruning.method={config.method!r}: choose from {', '.join(METHODS)}")
-    able = _TARGETS.get(config.method, ("macs", "latency"))
-    given = {key: share for key in ("macs", "latency", "sparsity") if (share := getattr(config, key)) is not None}
-    if len(given) > 1 or not set(given) <= set(able):
-        told = ", ".join(f"{key}={share:g}" for key, share in given.items())
-        aims = f"aims at {' or '.join(able)}; give one" if able else "has n and m in place of a target"
-        raise RecipeError(f"pruning has {told}: {config.method!r} {aims}")
-    if not able:
-        return "sparsity", 1 - config.n / max(config.m, 1)
-    return next(iter(given.items()), (able[0], _DEFAULTS[able[0]]))
-
-
 class Pipeline:
     """The steps of a run, and what they need.
 
     Attributes:
         steps: in order.
         target: what is aimed at, and its share.
+        cuts: what its cuts take away.
 
     Raises:
         RecipeError: as `target_of`.
@@ -128,22 +71,36 @@ class Pipeline:
         self.recipe, self.data, self.create, self.out, self.here = recipe, data, create, out, here
         self.size = data.input_size
         self.target = target_of(recipe.pruning)
+        self.cuts = Cuts(recipe, data, create, out, here, self.target)
         self.steps = [Step("dense", recipe.dense.epochs), Step("keep", change=self.keep)]
-        self.steps += self._cuts(recipe.pruning, recipe.finetune.epochs)
+        self.steps += self._cutting(recipe.pruning, recipe.finetune.epochs)
 
-    def _cuts(self, config: PruningConfig, epochs: int) -> list[Step]:
+    def _cutting(self, config: PruningConfig, epochs: int) -> list[Step]:
+        """What follows the dense stage: cuts, and these epochs of training between and after them."""
         if config.method == "slimming":
             first = epochs // 2
             sparse = Step("slimming", first, slimming=config.slimming)
             return [sparse, Step("cut", change=self.cut(1)), Step("finetune", epochs - first)]
-        found: list[Step] = []
+        steps: list[Step] = []
         for number in range(1, config.steps + 1):
             part = epochs * number // config.steps - epochs * (number - 1) // config.steps
-            found += [Step("cut", change=self.cut(number)), Step("finetune", part)]
-        return found
+            steps += [Step("cut", change=self.cut(number)), Step("finetune", part)]
+        return steps
 
     def check(self, model: nn.Module) -> None:
         """Refuse now what would fail only hours later."""
+        self._check_numbers()
+        self._check_method()
+        if self.recipe.pruning.method == "lottery":
+            self._check_ticket(model)
+        for step in self.steps:
+            if step.epochs:
+                make_tools(model, self.config(step), step.name, self.recipe, self.data, self.here)
+        if self.recipe.pruning.int8:
+            quantize(copy.deepcopy(model).cpu(), self.data.sample_loader(2, seed=0), batches=1, input_size=self.size)
+        self.cuts.rehearse(model)
+
+    def _check_numbers(self) -> None:
         config = self.recipe.pruning
         for key in ("steps", "batches", "recalibrate"):
             if getattr(config, key) < 1:
@@ -153,7 +110,11 @@ class Pipeline:
                 f"pruning.distill={config.distill}, temperature={config.temperature}, slimming={config.slimming}: give "
                 f"a share in [0, 1], a number above 0, and one of 0 or more"
             )
-        if config.method in ("slimming", "scratch", "n:m") and config.steps > 1:
+
+    def _check_method(self) -> None:
+        """Settings that do not go with the method or its target."""
+        config, epochs = self.recipe.pruning, self.recipe.finetune.epochs
+        if METHODS[config.method].at_once and config.steps > 1:
             raise RecipeError(f"pruning.steps={config.steps}: {config.method!r} goes in one step")
         if self.target[0] == "latency" and self.here.size > 1:
             raise RecipeError(f"pruning.latency={config.latency}: it is measured in one process, not {self.here.size}")
@@ -161,44 +122,23 @@ class Pipeline:
             raise RecipeError(
                 f"pruning.exclude={list(config.exclude)}: 'layers' takes whichever block is needed least; leave it out"
             )
-        if config.method == "lottery" and config.early is not None:
+        if config.method == "slimming" and epochs < 2:
+            raise RecipeError(f"finetune.epochs={epochs}: 'slimming' trains before and after its cut; give 2 or more")
+
+    def _check_ticket(self, model: nn.Module) -> None:
+        """Will there be early weights for a lottery ticket to go back to?"""
+        config, epochs = self.recipe.pruning, self.recipe.dense.epochs
+        if config.early is not None:
             read_early(config.early, model)
-        elif config.method == "lottery" and not self.recipe.dense.epochs:
+        elif not epochs:
             raise RecipeError(
                 "lottery tickets go back to early weights: give dense.epochs, and no trained weights, or pruning.early"
             )
-        elif config.method == "lottery" and not 0 <= config.rewind < self.recipe.dense.epochs:
+        elif not 0 <= config.rewind < epochs:
             raise RecipeError(
                 f"pruning.rewind={config.rewind}: a ticket goes back to weights of the dense stage, of "
-                f"dense.epochs={self.recipe.dense.epochs}"
+                f"dense.epochs={epochs}"
             )
-        for step in self.steps:
-            if step.epochs:
-                make_tools(model, self.config(step), step.name, self.recipe, self.data, self.here)
-        if config.method == "slimming" and self.recipe.finetune.epochs < 2:
-            raise RecipeError(
-                f"finetune.epochs={self.recipe.finetune.epochs}: 'slimming' trains before and after its cut; give 2 or "
-                f"more"
-            )
-        if config.int8:
-            quantize(copy.deepcopy(model).cpu(), self.data.sample_loader(2, seed=0), batches=1, input_size=self.size)
-        self._try_the_cut(model)
-
-    def _try_the_cut(self, model: nn.Module) -> None:
-        """Can the target be reached?"""
-        config, (kind, target) = self.recipe.pruning, self.target
-        if config.method == "layers":
-            shortest = remove_blocks(model, removable_blocks(model, self.size))
-            least = self._macs(shortest) / self._macs(model)
-            if not least <= target <= 1:
-                raise RecipeError(f"pruning.macs={target}: without any of its blocks the model costs {least:.3f}")
-        elif config.method == "n:m":
-            sparsify_n_m(copy.deepcopy(model), config.n, config.m, exclude=config.exclude)
-        elif config.method in SINGLE_WEIGHTS:
-            sparsify(copy.deepcopy(model), target, scope=self._sparsity_scope, exclude=config.exclude)
-        else:
-            looks = "slimming" if config.method == "slimming" else "random"  # neither looks at images
-            prune(model, **{**self._structured(0), "criterion": looks, kind: target})
 
     def config(self, step: Step) -> StageConfig:
         base = self.recipe.dense if step.name == "dense" else self.recipe.finetune
@@ -219,33 +159,7 @@ class Pipeline:
 
     def cut(self, number: int) -> Callable[[nn.Module], nn.Module]:
         """The cut of one step."""
-        config, (kind, target) = self.recipe.pruning, self.target
-
-        def change(model: nn.Module) -> nn.Module:
-            model.eval()
-            share = number / config.steps
-            if config.method == "layers":
-                model = prune_layers(model, self.held_out_accuracy, self._left(model, share), self.size)
-            elif config.method == "n:m":
-                left = sparsify_n_m(model, config.n, config.m, exclude=config.exclude)
-                if self.here.first and left:
-                    print(f"left dense, as {config.m} does not divide their inputs: {', '.join(left)}", flush=True)
-            elif config.method in SINGLE_WEIGHTS:
-                goal = scheduled(config.schedule, target, number, config.steps)
-                sparsify(model, goal, scope=self._sparsity_scope, exclude=config.exclude)
-                if config.method == "lottery":
-                    rewind(model, read_early(config.early or self.out / "early.safetensors", self._teacher))
-            else:
-                if kind == "latency":
-                    print(f"timed one image at a time: {fit_threads(self._teacher, self.size, 1)}", flush=True)
-                aim: dict[str, Any] = {kind: target**share, "of": self._teacher}
-                model = prune(model, self._sample(), **self._structured(number), **aim)
-                if config.method == "scratch":
-                    model = self._anew(model, self.recipe.seed + number)
-            recalibrate(model, self._sample(), config.recalibrate)
-            return model
-
-        return change
+        return lambda model: self.cuts.cut(model, number, self._teacher)
 
     def tell(self, step: Step, model: nn.Module, desk: Desk) -> None:
         """What a change has done, before anything is trained again."""
@@ -256,45 +170,16 @@ class Pipeline:
         }
         desk.log.write({"kind": "change", "stage": step.name, **found})
         if self.here.first:
-            rest = (
-                f"{found['sparsity']:.1%} zeros"
-                if self.recipe.pruning.method in SINGLE_WEIGHTS
-                else f"{found['macs']:.1%} of the MACs"
-            )
+            rest = f"{found['sparsity']:.1%} zeros" if self._single_weights else f"{found['macs']:.1%} of the MACs"
             print(f"{step.name}: held-out accuracy {found['accuracy'][0]:.2%} at {rest}", flush=True)
-
-    def _sample(self) -> Loader:
-        """What criteria, batch norms and int8 ranges are shown."""
-        return self.data.sample_loader(128, seed=self.recipe.seed)
-
-    @property
-    def _sparsity_scope(self) -> SparsityScope:
-        return "layer" if self.recipe.pruning.scope == "group" else "global"
-
-    def _left(self, model: nn.Module, share: float) -> float:
-        """The share of this model's MACs that is left when so much of the way is gone."""
-        return min(1.0, self._dense_macs * self.target[1] ** share / self._macs(model))
-
-    def _structured(self, number: int) -> dict[str, Any]:
-        """Settings of one cut."""
-        config = self.recipe.pruning
-        return {
-            **{key: getattr(config, key) for key in ("scope", "floor", "multiple", "exclude", "batches")},
-            "criterion": "l1" if config.method == "scratch" else config.method,
-            "input_size": self.size,
-            "seed": self.recipe.seed + number,
-        }
 
     @functools.cached_property
     def _dense_macs(self) -> int:
         return self._macs(self._teacher)
 
-    def _anew(self, model: nn.Module, seed: int) -> nn.Module:
-        """New weights in the same shape, as timm initialises them, however the run got here."""
-        torch.manual_seed(seed)
-        fresh = timm.create_model(**self.create)
-        bring_into_shape(fresh, pruned_shape(model, self.create))
-        return fresh.to(self.here.device)
+    @property
+    def _single_weights(self) -> bool:
+        return METHODS[self.recipe.pruning.method].single_weights
 
     def _macs(self, model: nn.Module) -> int:
         return trace(model, self.size, 1).macs
@@ -372,14 +257,14 @@ class Pipeline:
     def results(self, model: nn.Module) -> dict[str, Any]:
         """Save what has come out, and compare it with what it began as."""
         config = self.recipe.pruning
-        sparse = config.method in SINGLE_WEIGHTS
+        sparse = self._single_weights
         save(model, self.out / "model.safetensors", self.create, sparse=sparse)
         paths = {"dense": self.out / "backbone.safetensors", "pruned": self.out / "model.safetensors"}
         models = {"dense": self._teacher, "pruned": model}
         if config.int8:
             models["int8"] = quantize(
                 copy.deepcopy(model).cpu(),
-                self._sample(),
+                self.cuts.sample(),
                 batches=config.batches,
                 input_size=self.size,
             )

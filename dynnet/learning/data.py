@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-import numpy as np
 import torch
 from timm.data import create_transform
 from torch import Tensor
@@ -24,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dynnet.errors import DataError
+from dynnet.learning.randomness import generator_of, seeded
 from dynnet.learning.sources import MemorySource, Source, StreamSource, digits, open_source
 
 
@@ -164,7 +163,7 @@ class Loader:
         """The batches of one epoch, from step `start` on."""
         rows = torch.arange(len(self.source))
         if self.shuffle:
-            rows = torch.randperm(len(rows), generator=_generator(self.seed, epoch))
+            rows = torch.randperm(len(rows), generator=generator_of(self.seed, epoch))
         batches = [rows[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
         if isinstance(self.source, MemorySource):
             return self._from_memory(self.source, epoch, start, batches)
@@ -180,7 +179,7 @@ class Loader:
             images = source.images[rows[mine]].float()
             if self.augment:
                 # Drawn for the global batch, then sliced: the same pixels whatever the number of processes.
-                images = _crop_and_flip(images, self.data.config, len(rows), mine, _generator(self.seed, epoch, step))
+                images = _crop_and_flip(images, self.data.config, len(rows), mine, generator_of(self.seed, epoch, step))
             yield Batch((images - mean) / std, source.labels[rows[mine]], rows[mine])
 
     def _from_stream(self, source: StreamSource, epoch: int, batches: list[Tensor]) -> Iterator[Batch]:
@@ -219,53 +218,67 @@ def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Da
         DataError: the dataset is missing or empty, or an image held in memory cannot be read.
     """
     model_cfg = model_cfg or {}
+    pool, test, classes = _open_splits(config)
+    train, calibration = _split(len(pool), config.calibration, config.seed)
+    input_size = _input_size(config, model_cfg, pool)
+    mean, std = _normalisation(config, model_cfg, input_size[0])
+    return Data(
+        pool.subset(train),
+        pool.subset(calibration),
+        test,
+        classes,
+        input_size,
+        mean,
+        std,
+        crop_pct=model_cfg.get("crop_pct") or 0.875,
+        interpolation=str(model_cfg.get("interpolation") or "bilinear"),
+        config=config,
+    )
+
+
+def _open_splits(config: DataConfig) -> tuple[Source, Source, tuple[str, ...]]:
+    """What is there to learn from, the test split, and the names of the K classes."""
     if config.name == "digits":
         source, classes = digits()
         rest, test = _split(len(source), config.test, config.seed)
-        pool: Source = source.subset(rest)
-        test_source: Source = source.subset(test)
-    else:
-        where = (config.name, config.root)
-        pool, classes = open_source(*where, config.train_split, config.input_size, config.download)
-        test_source, test_classes = open_source(*where, config.test_split, config.input_size, config.download)
-        if classes != test_classes:
-            raise DataError(
-                f"the splits {config.train_split!r} and {config.test_split!r} of {config.root!r} disagree on the "
-                f"classes: {len(classes)} against {len(test_classes)}; give both the same class folders"
-            )
-    train, calibration = _split(len(pool), config.calibration, config.seed)
-    input_size = config.input_size or (
-        cast(tuple[int, int, int], tuple(pool.images.shape[1:]))
-        if isinstance(pool, MemorySource)
-        else tuple(model_cfg.get("input_size", (3, 224, 224)))
-    )
-    if isinstance(pool, MemorySource) and tuple(pool.images.shape[1:]) != tuple(input_size):
+        return source.subset(rest), source.subset(test), classes
+    where = (config.name, config.root)
+    pool, classes = open_source(*where, config.train_split, config.input_size, config.download)
+    test_source, test_classes = open_source(*where, config.test_split, config.input_size, config.download)
+    if classes != test_classes:
         raise DataError(
-            f"{config.name!r} has images of {tuple(pool.images.shape[1:])}, not of data.input_size "
-            f"{tuple(input_size)}; leave data.input_size out"
+            f"the splits {config.train_split!r} and {config.test_split!r} of {config.root!r} disagree on the "
+            f"classes: {len(classes)} against {len(test_classes)}; give both the same class folders"
         )
-    channels = input_size[0]
+    return pool, test_source, classes
+
+
+def _input_size(config: DataConfig, model_cfg: dict[str, Any], pool: Source) -> tuple[int, int, int]:
+    """(C, H, W) of a batch's images."""
+    if not isinstance(pool, MemorySource):
+        return config.input_size or cast(tuple[int, int, int], tuple(model_cfg.get("input_size", (3, 224, 224))))
+    held = cast(tuple[int, int, int], tuple(pool.images.shape[1:]))
+    if config.input_size and tuple(config.input_size) != held:
+        raise DataError(
+            f"{config.name!r} has images of {held}, not of data.input_size {tuple(config.input_size)}; leave "
+            f"data.input_size out"
+        )
+    return held
+
+
+def _normalisation(
+    config: DataConfig, model_cfg: dict[str, Any], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std, (C,) each."""
     fits = len(model_cfg.get("mean", ())) == channels
     mean = config.mean or (tuple(model_cfg["mean"]) if fits else (0.5,) * channels)
     std = config.std or (tuple(model_cfg["std"]) if fits else (0.5,) * channels)
-    crop_pct, interpolation = model_cfg.get("crop_pct") or 0.875, str(model_cfg.get("interpolation") or "bilinear")
     if not len(mean) == len(std) == channels:
         raise DataError(
             f"{config.name or config.root!r} has images of {channels} channels, but mean and std have {len(mean)} and "
             f"{len(std)} values; set data.mean and data.std"
         )
-    return Data(
-        pool.subset(train),
-        pool.subset(calibration),
-        test_source,
-        classes,
-        input_size,
-        mean,
-        std,
-        crop_pct,
-        interpolation,
-        config,
-    )
+    return mean, std
 
 
 def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -273,14 +286,8 @@ def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
     held = round(held_out) if held_out >= 1 else round(count * held_out)
     if not 0 < held < count:
         raise DataError(f"cannot hold {held_out} out of {count} images; give a share in (0, 1) or a smaller count")
-    order = torch.randperm(count, generator=_generator(seed))
+    order = torch.randperm(count, generator=generator_of(seed))
     return order[held:].sort().values, order[:held].sort().values
-
-
-def _generator(*key: int) -> torch.Generator:
-    """A generator whose stream depends on all of `key`."""
-    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
 def _processors() -> int:
@@ -314,22 +321,6 @@ class _Stream(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         image = self.source.image(index)
-        with _seeded((*self.seed, index)) if self.seed else contextlib.nullcontext():
+        with seeded(*self.seed, index) if self.seed else contextlib.nullcontext():
             pixels = self.transform(image)
         return pixels, int(self.source.labels[index]), index
-
-
-@contextlib.contextmanager
-def _seeded(key: tuple[int, ...]) -> Iterator[None]:
-    """Python's, NumPy's and torch's global generators, seeded here and put back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
-    try:
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -121,12 +121,23 @@ def open_source(
     """
     channels = input_size[0] if input_size else 3
     mode = "L" if channels == 1 else "RGB"
+    dataset = _open(name, root, split, mode, download)
+    labels = _labels(dataset)
+    classes = _classes(dataset, labels)
+    first = _decode(dataset, 0, mode)
+    if max(first.size) > _SMALL_SIDE or (input_size and input_size[1:] != (first.height, first.width)):
+        _close(dataset)
+        return StreamSource(dataset, torch.arange(len(dataset)), labels, mode), classes
+    images = _decode_all(dataset, mode, (channels, first.height, first.width), f"decoding {split}")
+    return MemorySource(images, labels, [_name(dataset, i) for i in range(len(dataset))]), classes
+
+
+def _open(name: str, root: str, split: str, mode: str, download: bool) -> Any:
+    """timm's dataset, with at least one image."""
     folder = Path(root)
     if root and not folder.is_dir() and not download:
         raise DataError(f"no data folder {root!r}; give an existing one with --data, or allow data.download")
-    where = root
-    if not name:
-        where = str(_split_folder(folder, split))
+    where = root if name else str(_split_folder(folder, split))
     try:
         dataset = create_dataset(
             name, root=where, split=split, download=download, input_img_mode=mode, search_split=bool(name)
@@ -138,24 +149,23 @@ def open_source(
         ) from error
     if count == 0:
         raise DataError(f"dataset {name or where!r}, split {split!r}, holds no images")
-    labels = _labels(dataset)
-    classes = _classes(dataset, labels)
-    first = _decode(dataset, 0, mode)
-    if max(first.size) > _SMALL_SIDE or (input_size and input_size[1:] != (first.height, first.width)):
-        _close(dataset)
-        return StreamSource(dataset, torch.arange(count), labels, mode), classes
-    images = np.empty((count, channels, first.height, first.width), np.uint8)
-    for i in tqdm(range(count), desc=f"decoding {split}", leave=False, disable=None):
+    return dataset
+
+
+def _decode_all(dataset: Any, mode: str, shape: tuple[int, int, int], told: str) -> Tensor:
+    """(N, C, H, W) uint8 images, which all have this shape, (C, H, W)."""
+    images = np.empty((len(dataset), *shape), np.uint8)
+    for i in tqdm(range(len(dataset)), desc=told, leave=False, disable=None):
         pixels = np.asarray(_decode(dataset, i, mode))
         pixels = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
-        if pixels.shape != images.shape[1:]:
+        if pixels.shape != shape:
             raise DataError(
                 f"image {_name(dataset, i)!r} is {pixels.shape[2]}x{pixels.shape[1]}, the first of the split is "
-                f"{first.width}x{first.height}; set data.input_size to have all resized"
+                f"{shape[2]}x{shape[1]}; set data.input_size to have all resized"
             )
         images[i] = pixels
     _close(dataset)
-    return MemorySource(torch.from_numpy(images), labels, [_name(dataset, i) for i in range(count)]), classes
+    return torch.from_numpy(images)
 
 
 def _split_folder(root: Path, split: str) -> Path:

@@ -108,18 +108,31 @@ def restate_(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None
         before: as it was.
         size: (C, H, W) of the images.
     """
-    model_, before_ = cast(Any, model), cast(Any, before)
+    _restate_features(model, before, size)
+    _restate_output(model, before, size)
+    _restate_head(model, before)
+
+
+def _restate_features(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:
     wide, thin = _outputs(before, size), _outputs(model, size)
     for entry in getattr(model, "feature_info", None) or ():
         if isinstance(entry, dict) and entry.get("module") in thin and "num_chs" in entry:
             entry["num_chs"] = _now(entry["num_chs"], wide[entry["module"]], thin[entry["module"]])
-    if hasattr(model, "num_features") and hasattr(model, "forward_features"):
-        outputs = [
-            trace(m, size, BATCH, lambda twin, x: cast(Any, twin).forward_features(x)).output for m in (before, model)
-        ]
-        if all(outputs):
-            model_.num_features = _now(before_.num_features, outputs[0][0].shape, outputs[1][0].shape)
-    was, head = (m.get_classifier() if hasattr(m, "get_classifier") else None for m in (before_, model_))
+
+
+def _restate_output(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:
+    """The model's own `num_features`: the width of what `forward_features` gives."""
+    if not hasattr(model, "num_features") or not hasattr(model, "forward_features"):
+        return
+    outputs = [trace(m, size, BATCH, lambda twin, x: cast(Any, twin).forward_features(x)).output for m in (before, model)]
+    if all(outputs):
+        width = cast(Any, before).num_features
+        cast(Any, model).num_features = _now(width, outputs[0][0].shape, outputs[1][0].shape)
+
+
+def _restate_head(model: nn.Module, before: nn.Module) -> None:
+    """Whatever else says what the classifier reads."""
+    was, head = (m.get_classifier() if hasattr(m, "get_classifier") else None for m in cast(Any, (before, model)))
     if not isinstance(was, nn.Linear) or not isinstance(head, nn.Linear):
         return
     for module in model.modules():

@@ -15,9 +15,9 @@ from dynnet.deploy.int8 import int8_layers
 from dynnet.files.bundles import read_bundle
 from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe
-from dynnet.pruning import sparsity, structured
-from dynnet.pruning.norms import shrink_scales_
-from training import pipeline, prune, train
+from dynnet.pruning import channels, sparsity
+from dynnet.pruning.norms import shrink_scales
+from training import cuts, pipeline, prune, train
 
 RECIPE = """\
 data: {name: digits, crop: 1}
@@ -105,8 +105,8 @@ def test_what_is_looked_at_is_shuffled(
 
         return looked
 
-    for name in ("prune", "recalibrate", "quantize"):
-        monkeypatch.setattr(pipeline, name, looking(name, getattr(pipeline, name)))
+    for module, name in ((cuts, "prune"), (cuts, "recalibrate"), (pipeline, "quantize")):
+        monkeypatch.setattr(module, name, looking(name, getattr(module, name)))
     pruned(dense, tmp_path / "run", "--method", method, "--pruning.int8=true")
     assert seen.keys() == {"prune", "recalibrate", "quantize"}
     assert all(len(rows) > 500 and rows != sorted(rows) for rows in seen.values())
@@ -224,7 +224,7 @@ def test_a_target_in_time(dense: tuple[Path, str], tmp_path: Path, monkeypatch: 
     def share(model: Any, other: Any, size: tuple[int, int, int]) -> float:
         return trace(model, size, 1).macs / trace(other, size, 1).macs
 
-    monkeypatch.setattr(structured, "time_share", share)
+    monkeypatch.setattr(channels, "time_share", share)
     results = pruned(dense, tmp_path / "run", "--method=l1", "--pruning.latency=0.5", "--pruning.steps=2")
     assert 0.4 < results["pruned"]["macs"] / results["dense"]["macs"] <= 0.5
 

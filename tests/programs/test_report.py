@@ -19,6 +19,7 @@ from dynnet.gates.plan import GatePlan, Region
 from dynnet.learning.recipes import read_recipe, recipe_to_yaml
 from eval import coverage, report, speed
 from eval.figures import classifiers
+from eval.results import gate_use
 from eval.static import beside
 from tests.cases import FEW, leave_one_by_one, tiny
 
@@ -97,7 +98,7 @@ def test_a_report_shows_what_gates_do_and_what_deciding_is_worth(gated_run: Path
 def test_gate_use_counts_units_and_masks() -> None:
     region = Region("layer", (2, 2), inputs=8)
     masks = np.array([[1, 0, 1, 0], [1, 0, 0, 0], [1, 0, 1, 1], [1, 0, 0, 1]], dtype=bool)
-    assert report.gate_use([masks], GatePlan((region,), (), 0.5)) == [
+    assert gate_use([masks], GatePlan((region,), (), 0.5)) == [
         {
             "layer": "layer",
             "units": 4,

@@ -12,7 +12,7 @@ over its readers of input times gradient:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -271,6 +271,21 @@ def _slopes(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Iter
     """For each batch, g of every sample by group: (B, U) float64; in a mean loss, so that samples add up."""
     readers = _readers(model, groups)
     places: dict[str, int | None] | None = None
+    for images, labels in batches.on(model, labelled=True):
+        assert labels is not None
+        if places is None:
+            places = _batch_dims(model, tuple(images.shape[1:]), readers)
+        slopes = {}
+        for layer, (x, gradient) in _at_inputs(model, readers, images, labels, batches).items():
+            dim = channel_dim(readers[layer], x)
+            slopes[layer] = _per_sample((x * gradient).double(), dim, places[layer], len(images)).cpu()
+        yield [_over_readers(group, slopes, len(images)) for group in groups]
+
+
+def _at_inputs(
+    model: nn.Module, readers: Mapping[str, nn.Module], images: Tensor, labels: Tensor, batches: Batches
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each reader reads, and the gradient of the loss there."""
     inputs: dict[str, Tensor] = {}
 
     def look(layer: str, x: Tensor) -> Tensor:
@@ -280,25 +295,19 @@ def _slopes(model: nn.Module, groups: Sequence[Group], batches: Batches) -> Iter
         inputs[layer] = x
         return x
 
-    for images, labels in batches.on(model, labelled=True):
-        assert labels is not None
-        if places is None:
-            places = _batch_dims(model, tuple(images.shape[1:]), readers)
-        with torch.enable_grad(), reading(readers, look):
-            loss = batches.loss_of(model(images), labels)
-            read = [inputs[layer] for layer in readers]
-            gradients = torch.autograd.grad(loss, read, materialize_grads=True)
-        slopes = {}
-        for (layer, reader), x, gradient in zip(readers.items(), read, gradients, strict=True):
-            dim = channel_dim(reader, x)
-            slopes[layer] = _per_sample((x.detach() * gradient).double(), dim, places[layer], len(images)).cpu()
-        found = []
-        for group in groups:
-            total = torch.zeros(len(images), group.units, dtype=torch.float64)
-            for member in _reading(group):
-                total += slopes[member.layer][:, torch.from_numpy(member.channels)].sum(2)
-            found.append(total)
-        yield found
+    with torch.enable_grad(), reading(readers, look):
+        loss = batches.loss_of(model(images), labels)
+        read = [inputs[layer] for layer in readers]
+        gradients = torch.autograd.grad(loss, read, materialize_grads=True)
+    return {layer: (x.detach(), slope) for layer, x, slope in zip(readers, read, gradients, strict=True)}
+
+
+def _over_readers(group: Group, slopes: Mapping[str, Tensor], size: int) -> Tensor:
+    """(B, U) sums over all layers that read a unit and over its channels, of (B, C) by layer."""
+    total = torch.zeros(size, group.units, dtype=torch.float64)
+    for member in _reading(group):
+        total += slopes[member.layer][:, torch.from_numpy(member.channels)].sum(2)
+    return total
 
 
 def _batch_dims(model: nn.Module, input_size: tuple[int, ...], layers: Iterable[str]) -> dict[str, int | None]:

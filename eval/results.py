@@ -1,0 +1,189 @@
+"""What the test split says of a finished run: a table with a row for each image, and the figures that sum it up.
+
+N images, U units of a region; classifiers are the exits and the final head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dynnet import DynamicModel, Latency, fold, latency, measure
+from dynnet.evaluation.measurement import Measurement
+from dynnet.evaluation.threads import fit_threads
+from dynnet.exits.confidence import active, to_json
+from dynnet.gates.networks import Gates, mean_masks
+from dynnet.gates.plan import GatePlan
+from dynnet.learning.data import Loader
+from dynnet.thresholds.answers import Answers, collect, named_right
+from dynnet.thresholds.calibration import trade_off
+from eval.runs import Run, test_images
+
+Columns = dict[str, np.ndarray]  # of the table, each (N,)
+
+POINTS = 14
+
+
+def evaluate(run: Run, latency_samples: int, batch_size: int) -> tuple[Columns, dict[str, Any]]:
+    """Measure on the test split, at the thresholds that are saved with the model.
+
+    Args:
+        run: finished.
+        latency_samples: images to time one at a time.
+        batch_size: of all else.
+
+    Returns:
+        The columns of the table by name, each (N,), and the results, as JSON.
+    """
+    model, data = run.model, run.data
+    test = data.loader("test", batch_size)
+    print(f"evaluation: {fit_threads(model, data.input_size, batch_size)}", flush=True)
+    measured = measure(model, test)
+    print(measured, flush=True)
+    table = _answers(run, measured, test)
+    held_out = collect(model, data.loader("calibration", batch_size))
+    table |= _operating_points(model, measured, held_out)
+    gates = None
+    if model.gates is not None:
+        columns, gates = _gates(model, model.gates, measured, held_out, test)
+        table |= columns
+    columns, timed = _times(run, latency_samples)
+    table |= columns
+    return table, {**_summary(run, measured, table), "gates": gates, **_latencies(timed)}
+
+
+def _answers(run: Run, measured: Measurement, test: Loader) -> Columns:
+    """What every image got, what the dense model makes of it, and what each classifier would cost."""
+    data, count = run.data, len(measured.exit)
+    table = measured.table()
+    table["class"] = np.array(data.classes)[measured.answers.labels]
+    table["file"] = np.array([data.test.name(i) for i in range(len(data.test))])
+    table["dense_macs"] = np.full(count, measured.ledger.dense)
+    table["dense_correct"] = named_right(run.dense, test).astype(int)
+    bills = measured.answers.bills(measured.ledger, [True] * len(run.model.exits))
+    return table | {f"macs_{e}": bills[:, e] for e in range(bills.shape[1])}
+
+
+def _operating_points(model: DynamicModel, measured: Measurement, held_out: Answers) -> Columns:
+    """Compute and hits at thresholds all along the trade-off, which are fitted on held-out images."""
+    points = trade_off(held_out, measured.ledger, model.remembers)
+    every = np.arange(len(measured.exit))
+    columns: Columns = {}
+    for k, i in enumerate(np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))):
+        taken = measured.answers.route(points[i].thresholds)
+        running = active(points[i].thresholds, model.remembers)
+        columns[f"point{k}_macs"] = measured.answers.bills(measured.ledger, running)[every, taken]
+        columns[f"point{k}_correct"] = measured.answers.correct[every, taken].astype(int)
+    return columns
+
+
+def _gates(
+    model: DynamicModel, gates: Gates, measured: Measurement, held_out: Answers, test: Loader
+) -> tuple[Columns, dict[str, Any]]:
+    """What the gates did, and what the control does in their place: the same gates, frozen at their mean decision."""
+    regions = gates.plan.regions
+    # Gates behind the exit of an image have nothing to decide on it.
+    decided = [measured.exit >= region.segment for region in regions]
+    masks = measured.answers.masks
+    columns: Columns = {
+        f"open:{region.layer}": np.where(got_there, mask.mean(1), np.nan)
+        for mask, got_there, region in zip(masks, decided, regions, strict=True)
+    }
+    frozen = _frozen(model, gates, held_out, test)
+    columns |= {"frozen_macs": frozen.macs, "frozen_correct": frozen.correct.astype(int)}
+    return columns, {
+        "share": gates.plan.macs_share,
+        "regions": gate_use([mask[got_there] for mask, got_there in zip(masks, decided, strict=True)], gates.plan),
+        "frozen_accuracy": frozen.accuracy,
+        "frozen_macs_share": frozen.macs_share,
+    }
+
+
+def _frozen(model: DynamicModel, gates: Gates, held_out: Answers, test: Loader) -> Measurement:
+    """The model with its gates frozen at their mean decision on held-out images."""
+    exits = held_out.route(model.thresholds)
+    arrived = [exits >= region.segment for region in gates.plan.regions]
+    masks = [mask[rows] if rows.any() else mask for mask, rows in zip(held_out.masks, arrived, strict=True)]
+    gates.freeze(mean_masks(masks, gates.plan))
+    try:
+        return measure(model, test)
+    finally:
+        gates.thaw()
+
+
+def gate_use(masks: Sequence[np.ndarray], plan: GatePlan) -> list[dict[str, Any]]:
+    """How the gates of every region were used.
+
+    Args:
+        masks: for each region (n, U) bool, of the n images that got there.
+        plan: of the gates.
+
+    Returns:
+        For each region "layer", "units" and "images": n; and, NaN where n is 0, "open": the mean share of open units,
+        "dead" and "always": shares of the units that are open for no image and for all, "differ": the mean share of the
+        units on which two images differ, and "masks": how many different masks there are.
+    """
+    found = []
+    for mask, region in zip(masks, plan.regions, strict=True):
+        rates = mask.mean(0) if len(mask) else np.full(region.units, np.nan)
+        found.append(
+            {
+                "layer": region.layer,
+                "units": region.units,
+                "images": len(mask),
+                "open": float(rates.mean()),
+                "dead": float((rates == 0).mean()),
+                "always": float((rates == 1).mean()),
+                "differ": float((2 * rates * (1 - rates)).mean()),
+                "masks": len(np.unique(np.packbits(mask, axis=1), axis=0)),
+            }
+        )
+    return found
+
+
+def _times(run: Run, count: int) -> tuple[Columns, Latency]:
+    """Milliseconds of the dynamic model and its backbone, one image at a time; NaN for images that are not timed."""
+    rows, images = test_images(run.data, count)
+    print(f"latency: {fit_threads(run.model, run.data.input_size, 1)}", flush=True)
+    timed = latency(fold(run.model), images)
+    columns: Columns = {}
+    for name, values in (("latency_ms", timed.dynamic_ms), ("dense_latency_ms", timed.dense_ms)):
+        columns[name] = np.full(len(run.data.test), np.nan)
+        columns[name][rows[timed.rows[:, 0]].numpy()] = values
+    return columns, timed
+
+
+def _summary(run: Run, measured: Measurement, table: Columns) -> dict[str, Any]:
+    model, recipe, ledger = run.model, run.recipe, measured.ledger
+    macs = float(measured.macs.mean())
+    return {
+        "model": recipe.backbone.name,
+        "backbone_kwargs": recipe.backbone.kwargs,
+        "dataset": run.data.label,
+        "test_images": len(measured.exit),
+        "epochs": recipe.heads.epochs + recipe.joint.epochs,
+        "exits": list(model.exits),
+        "thresholds": [to_json(t) for t in model.thresholds],
+        "confidence": model.config.confidence,
+        "calibration": model.calibration,
+        "accuracy": measured.accuracy,
+        "never_exiting_accuracy": measured.never_exiting_accuracy,
+        "dense_accuracy": float(table["dense_correct"].mean()),
+        "mean_macs": macs,
+        "dense_macs": ledger.dense,
+        "macs_share": measured.macs_share,
+        "mean_flops": 2 * macs,
+        "dense_flops": 2 * ledger.dense,
+        "exit_rates": list(measured.rates),
+        "accuracy_of_each_exit": [float(c) for c in measured.answers.correct.mean(0)],
+        "ledger": {key: getattr(ledger, key) for key in ("segments", "heads", "unpriced")},
+    }
+
+
+def _latencies(timed: Latency) -> dict[str, Any]:
+    return {
+        "latency": timed.summary(),
+        "latency_by_exit": {str(e): {"calls": n, "p50_ms": ms} for e, (n, ms) in timed.by_exit().items()},
+    }
