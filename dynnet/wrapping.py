@@ -58,6 +58,7 @@ def wrap(
         HeadError: a head that does not answer with (B, K) logits; the backbone is left untouched.
     """
     config, confidence = _settled(backbone, exits, fields)
+    assert config.input_size is not None
     places = Places(backbone, config.input_size)
     placement = _placed(places, config)
     config = replace(config, exits=tuple(boundary.name for boundary in placement.exits))

@@ -30,6 +30,7 @@ from dynnet.backbone.dry_run import trace
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.backbone.input_size import input_size_of
 from dynnet.errors import DynnetError, GateError, PruneError
+from dynnet.evaluation.verification import InTurn
 
 COLUMNS = (
     "name", "wrapped", "exits", "shares", "gmacs", "mparams", "unpriced", "gated", "pruned", "real", "identical",
@@ -153,19 +154,6 @@ def _pruned(name: str, real: bool) -> dict[str, Any]:
     return {"pruned": f"{share:.3f}"}
 
 
-class Queue:
-    """A confidence measure under which the first row leaves at the first exit, the second at the second.
-
-    Untrained networks often answer all images alike; who leaves where must not depend on that.
-    """
-
-    def __call__(self, logits: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
-        if memory is None:
-            memory = torch.stack([torch.arange(len(logits)), torch.zeros(len(logits), dtype=torch.int64)], 1)
-        row, exit = memory.T
-        return (row == exit).double(), torch.stack([row, exit + 1], 1)
-
-
 @torch.no_grad()
 def _with_numbers(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
@@ -176,7 +164,7 @@ def _with_numbers(name: str) -> dict[str, Any]:
     bare = _difference(torch.cat([backbone(images[i : i + 1]) for i in range(3)]), plain)
     model = wrap(backbone, exits=[1 / 3, 2 / 3])
     identical = torch.equal(model(images), plain)
-    model.measure, model.thresholds = Queue(), [1.0, 1.0]
+    model.measure, model.thresholds = InTurn(), [1.0, 1.0]
     mixed = model.predict(images)
     alone = [model.forward_exits(images[i : i + 1]).logits[i] for i in range(3)]
     left = mixed.exit.tolist()

@@ -19,10 +19,11 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from dynnet import DynamicModel, Latency, fold, latency, wrap
+from dynnet import DynamicModel, fold, latency, wrap
 from dynnet.backbone.modes import device_of
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.evaluation.threads import fit_threads
+from dynnet.evaluation.timing import Latency
 from eval.programs import errors_told, timm_model, write_json
 from eval.runs import Run, open_run, test_images
 
@@ -102,8 +103,8 @@ def _untrained(name: str, exits: int, channels_last: bool, folded: bool, device:
 def _of_model(name: str, model: DynamicModel, batch: Sequence[int], calls: int) -> list[dict[str, Any]]:
     found = []
     for size in batch:
-        print(f"{name}, batch {size}: {fit_threads(model, model.config.input_size, size)}", flush=True)
-        images = torch.randn(max(16, size), *model.config.input_size)
+        print(f"{name}, batch {size}: {fit_threads(model, model.input_size, size)}", flush=True)
+        images = torch.randn(max(16, size), *model.input_size)
         for scenario, thresholds in _scenarios(model, images).items():
             model.thresholds = thresholds
             timed = latency(
@@ -137,7 +138,7 @@ def _scenarios(model: DynamicModel, images: Tensor) -> dict[str, list[float]]:
 
 def _macs_saved(model: DynamicModel, timed: Latency) -> float:
     ledger = model.ledger()
-    bill = ledger.bill(model.active).numpy()
+    bill = ledger.bill(model.running).numpy()
     return 1 - float(bill[timed.exits].mean()) / ledger.dense
 
 

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from dynnet.errors import DynnetError
 from dynnet.evaluation.allocator import keep_freed_memory
-from dynnet.evaluation.measurement import read_table, write_table
+from dynnet.evaluation.tables import read_table, write_table
 from dynnet.evaluation.threads import fit_threads
 from dynnet.files.bundles import write_atomically
 from dynnet.learning.data import Data

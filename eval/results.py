@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from dynnet import DynamicModel, Latency, fold, latency, measure
+from dynnet import DynamicModel, fold, latency, measure
 from dynnet.evaluation.measurement import Measurement
 from dynnet.evaluation.threads import fit_threads
-from dynnet.exits.confidence import active, to_json
-from dynnet.gates.networks import Gates, mean_masks
+from dynnet.evaluation.timing import Latency
+from dynnet.exits.confidence import to_json
+from dynnet.gates.freezing import mean_masks
+from dynnet.gates.networks import Gates
 from dynnet.gates.plan import GatePlan
 from dynnet.learning.data import Loader
 from dynnet.thresholds.answers import Answers, collect, named_right
-from dynnet.thresholds.calibration import trade_off
+from dynnet.thresholds.search import trade_off
+from dynnet.thresholds.table import Table
 from eval.runs import Run, test_images
 
 Columns = dict[str, np.ndarray]  # of the table, each (N,)
@@ -68,12 +71,12 @@ def _answers(run: Run, measured: Measurement, test: Loader) -> Columns:
 
 def _operating_points(model: DynamicModel, measured: Measurement, held_out: Answers) -> Columns:
     """Compute and hits at thresholds all along the trade-off, which are fitted on held-out images."""
-    points = trade_off(held_out, measured.ledger, model.remembers)
+    points = trade_off(Table(held_out, measured.ledger, model.measure))
     every = np.arange(len(measured.exit))
     columns: Columns = {}
     for k, i in enumerate(np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))):
         taken = measured.answers.route(points[i].thresholds)
-        running = active(points[i].thresholds, model.remembers)
+        running = model.measure.running(points[i].thresholds)
         columns[f"point{k}_macs"] = measured.answers.bills(measured.ledger, running)[every, taken]
         columns[f"point{k}_correct"] = measured.answers.correct[every, taken].astype(int)
     return columns
@@ -94,7 +97,7 @@ def _gates(
     frozen = _frozen(model, gates, held_out, test)
     columns |= {"frozen_macs": frozen.macs, "frozen_correct": frozen.correct.astype(int)}
     return columns, {
-        "share": gates.plan.macs_share,
+        "macs_share": gates.plan.macs_share,
         "regions": gate_use([mask[got_there] for mask, got_there in zip(masks, decided, strict=True)], gates.plan),
         "frozen_accuracy": frozen.accuracy,
         "frozen_macs_share": frozen.macs_share,
@@ -178,7 +181,11 @@ def _summary(run: Run, measured: Measurement, table: Columns) -> dict[str, Any]:
         "dense_flops": 2 * ledger.dense,
         "exit_rates": list(measured.rates),
         "accuracy_of_each_exit": [float(c) for c in measured.answers.correct.mean(0)],
-        "ledger": {key: getattr(ledger, key) for key in ("segments", "heads", "unpriced")},
+        "ledger": {
+            "segments": [segment.macs for segment in ledger.segments],
+            "heads": list(ledger.heads),
+            "unpriced": ledger.unpriced,
+        },
     }
 
 

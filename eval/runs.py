@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynnet import DynamicModel, load, load_backbone
+from dynnet import DynamicModel, load
 from dynnet.errors import CheckpointError
 from dynnet.learning.data import Data, load_data
 from dynnet.learning.recipes import Recipe, read_recipe
@@ -56,7 +56,7 @@ def open_run(path: Path, data: str | None = None, device: str | None = None) -> 
     recipe = read_recipe(path / "recipe.yaml")
     if data is not None:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=data))
-    dense = load_backbone(path / "backbone.safetensors")
+    dense = load(path / "backbone.safetensors")
     config = timm.get_pretrained_cfg(recipe.backbone.name)
     loaded = load_data(recipe.data, config.to_dict() if config is not None else None)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -28,7 +28,7 @@ from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.evaluation.threads import fit_threads
 from dynnet.evaluation.timing import take_turns
 from dynnet.gates.freezing import cut_frozen_
-from dynnet.pruning import make_permanent, sparsify
+from dynnet.pruning import make_permanent_, sparsify_
 from eval.programs import errors_told, timm_model, write_json
 
 WARMUP = 3  # batches
@@ -104,7 +104,7 @@ def measure_speed(settings: Settings) -> list[dict[str, Any]]:
     )
     found = []
     for size in batch:
-        print(f"  batch {size}: {fit_threads(gated, gated.config.input_size, size)}", flush=True)
+        print(f"  batch {size}: {fit_threads(gated, gated.input_size, size)}", flush=True)
         times = compare(gated, others, images, size, calls * (4 if size == 1 else 1), settings.channels_last)
         for name, taken in times.items():
             ms, speedup = float(np.median(taken)), float(np.median(times["dense"] / taken))
@@ -119,7 +119,7 @@ def _models(settings: Settings) -> tuple[DynamicModel, dict[str, nn.Module], Ten
     backbone = timm_model(settings.model)
     others = {} if settings.macs is None else static(backbone, settings.macs)
     gated = wrap(backbone, [], gates=GateConfig(settings.unit, settings.blocks))
-    images = torch.randn(max(16, *settings.batch), *gated.config.input_size)
+    images = torch.randn(max(16, *settings.batch), *gated.input_size)
     open_share(gated, images, settings.keep)
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gated = fold(gated).to(device)
@@ -136,7 +136,7 @@ def _macs_shares(gated: DynamicModel, others: Mapping[str, nn.Module], images: T
     """Of the dense backbone's MACs, by variant."""
     dense = gated.ledger().dense
     sparse = gated.predict(images).macs.double().mean().item() / dense
-    executed = {name: trace(model, gated.config.input_size, 1).macs / dense for name, model in others.items()}
+    executed = {name: trace(model, gated.input_size, 1).macs / dense for name, model in others.items()}
     return {"dense": 1.0, "masked": 1.0, "sparse": sparse, **executed}
 
 
@@ -162,8 +162,8 @@ def cut_to(model: DynamicModel, keep: float) -> nn.Module | None:
 def static(backbone: nn.Module, macs: float) -> dict[str, nn.Module]:
     """The backbone pruned, and with most of its weights zero; both folded."""
     zeros = copy.deepcopy(backbone)
-    sparsify(zeros, 0.9)
-    make_permanent(zeros)
+    sparsify_(zeros, 0.9)
+    make_permanent_(zeros)
     pruned = prune(backbone, macs=macs, criterion="l1", scope="group")
     return {"pruned": fold(pruned), "90% zeros": fold(zeros)}
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynnet import DynamicModel, fold, load, load_backbone
+from dynnet import DynamicModel, fold, load
 from dynnet.backbone.modes import device_of
 from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError
@@ -125,11 +125,11 @@ def time_beside(rows: Sequence[dict[str, Any]], model: DynamicModel, images: Ten
     Returns:
         The same two figures of the dynamic model, as "p50_ms" and "speedup", and "dense_ms": the p50 of its backbone.
     """
-    others = [(load if row["dynamic"] else load_backbone)(row["file"]) for row in rows]
+    others = [load(row["file"]) for row in rows]
     device = torch.device("cpu") if any(int8_layers(other) for other in others) else device_of(model)
     runs = {"dense": copy.deepcopy(model).unwrap(), "dynamic": model}
     runs |= {str(number): other for number, other in enumerate(others)}
-    size = model.config.input_size
+    size = model.input_size
     runs = {name: fold(run, size).to(device) for name, run in runs.items()}
     times = {
         name: np.median(calls.reshape(_REPEATS, -1), axis=0)

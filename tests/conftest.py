@@ -18,7 +18,7 @@ if "OMP_NUM_THREADS" not in os.environ:
 RECIPE = """\
 data: {name: digits, crop: 1}
 backbone: {name: cifar_resnet20, kwargs: {width: 0.25}}
-exits: {at: [layer1.0, layer2.0], head_share: 0.1}
+wrap: {exits: [layer1.0, layer2.0], head_share: 0.1}
 dense: {epochs: 2, batch_size: 64}
 heads: {epochs: 1, batch_size: 64}
 joint: {epochs: 2, batch_size: 64}
@@ -32,8 +32,7 @@ checkpoint_steps: 4
 GATED = """\
 data: {name: digits, crop: 1}
 backbone: {name: cifar_resnet20, kwargs: {width: 0.5}}
-exits: {at: %s}
-gates: {unit: 2, blocks: 1}
+wrap: {exits: %s, gates: {unit: 2, blocks: 1}}
 budget: {target: 0.6, ramp: 0.1}
 dense: {epochs: 1, batch_size: 64}
 heads: {epochs: 1, batch_size: 64}

@@ -38,19 +38,19 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     ).stdout.strip()
     (Path(site) / "lent.pth").write_text(sysconfig.get_path("purelib"))
     program = (
-        "import dynnet, torch, pathlib; from dynnet import zoo; "
+        "import dynnet, torch, pathlib; "
         f"assert not pathlib.Path(dynnet.__file__).is_relative_to({str(ROOT)!r}), dynnet.__file__; "
-        "assert 'digits' in zoo.names(), zoo.names(); m = zoo.load('digits'); "
-        "print(m.predict(torch.zeros(1, *m.config.input_size)).logits.shape)"
+        "assert 'digits' in dynnet.list_models(), dynnet.list_models(); m = dynnet.create_model('digits'); "
+        "print(m.predict(torch.zeros(1, *m.input_size)).logits.shape)"
     )
     done = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "torch.Size([1, 10])", done.stderr
 
 
 def test_the_zoo_keeps_what_it_promises() -> None:
-    assert "digits" in zoo.names()
-    for name in zoo.names():
-        model, results = zoo.load(name), zoo.results(name)
+    assert "digits" in dynnet.list_models()
+    for name in dynnet.list_models():
+        model, results = dynnet.create_model(name), zoo.results(name)
         assert list(model.exits) == results["exits"]
         assert model.ledger().dense == results["dense_macs"]
         assert (zoo.folder() / name / "recipe.yaml").is_file()
@@ -63,7 +63,7 @@ def test_the_digits_model_gives_its_published_figures() -> None:
     from dynnet.learning.recipes import read_recipe
 
     recipe = read_recipe(zoo.folder() / "digits" / "recipe.yaml")
-    model, results = zoo.load("digits"), zoo.results("digits")
+    model, results = dynnet.create_model("digits"), zoo.results("digits")
     measured = dynnet.measure(model, load_data(recipe.data).loader("test", 64))
     assert measured.accuracy == pytest.approx(results["accuracy"], abs=0.003)
     assert measured.macs_share == pytest.approx(results["macs_share"], abs=0.003)
@@ -73,7 +73,7 @@ def test_the_digits_model_gives_its_published_figures() -> None:
 
 def test_unknown_zoo_models_are_told() -> None:
     with pytest.raises(CheckpointError, match="the zoo has no model 'digit'; did you mean 'digits'"):
-        zoo.load("digit")
+        dynnet.create_model("digit")
 
 
 @pytest.mark.parametrize(("depth", "mmacs"), [(20, 41), (32, 69), (44, 98), (56, 126), (110, 254)])

@@ -20,22 +20,23 @@ from dynnet.backbone.dry_run import trace
 from dynnet.errors import CheckpointError, RecipeError
 from dynnet.evaluation.threads import fit_threads
 from dynnet.files.bundles import read_bundle
-from dynnet.files.checkpoints import check_weights, pruned_shape
+from dynnet.files.creation import pruned_shape
+from dynnet.files.weights import check_weights
 from dynnet.learning.data import Data, Loader
 from dynnet.learning.recipes import PruningConfig, Recipe
 from dynnet.pruning import (
     CRITERIA,
     prune,
     prune_layers,
-    recalibrate,
+    recalibrate_,
     removable_blocks,
     remove_blocks,
-    rewind,
+    rewind_,
     scheduled,
-    sparsify,
-    sparsify_n_m,
+    sparsify_,
+    sparsify_n_m_,
 )
-from dynnet.pruning.shape import bring_into_shape
+from dynnet.pruning.shape import bring_into_shape_
 from dynnet.pruning.single_weights import SparsityScope
 from training.compare import accuracy
 from training.distributed import World
@@ -83,7 +84,7 @@ class Cuts:
             dense: the model that the run began with.
         """
         model = METHODS[self.config.method].cut(self, model.eval(), number, dense)
-        recalibrate(model, self.sample(), self.config.recalibrate)
+        recalibrate_(model, self.sample(), self.config.recalibrate)
         return model
 
     def sample(self) -> Loader:
@@ -149,7 +150,7 @@ def _cut_and_begin_anew(cuts: Cuts, model: nn.Module, number: int, dense: nn.Mod
     thin = _cut_channels(cuts, model, number, dense)
     torch.manual_seed(cuts.recipe.seed + number)
     fresh = timm.create_model(**cuts.create)
-    bring_into_shape(fresh, pruned_shape(thin, cuts.create))
+    bring_into_shape_(fresh, pruned_shape(thin, cuts.create))
     return fresh.to(cuts.here.device)
 
 
@@ -163,7 +164,7 @@ def _settings(cuts: Cuts, number: int) -> dict[str, Any]:
     """What `prune` is told for one cut, besides its target."""
     config = cuts.config
     return {
-        **{key: getattr(config, key) for key in ("scope", "floor", "multiple", "exclude", "batches")},
+        **config.cut,
         "criterion": "l1" if config.method == "scratch" else config.method,
         "input_size": cuts.data.input_size,
         "seed": cuts.recipe.seed + number,
@@ -196,18 +197,18 @@ def _macs(cuts: Cuts, model: nn.Module) -> int:
 
 def _cut_weights(cuts: Cuts, model: nn.Module, number: int, dense: nn.Module) -> nn.Module:
     share = scheduled(cuts.config.schedule, cuts.target[1], number, cuts.config.steps)
-    sparsify(model, share, scope=_scope(cuts.config), exclude=cuts.config.exclude)
+    sparsify_(model, share, scope=_scope(cuts.config), exclude=cuts.config.exclude)
     return model
 
 
 def _cut_and_rewind(cuts: Cuts, model: nn.Module, number: int, dense: nn.Module) -> nn.Module:
     model = _cut_weights(cuts, model, number, dense)
-    rewind(model, read_early(cuts.config.early or cuts.out / "early.safetensors", dense))
+    rewind_(model, read_early(cuts.config.early or cuts.out / "early.safetensors", dense))
     return model
 
 
 def _rehearse_weights(cuts: Cuts, model: nn.Module) -> None:
-    sparsify(copy.deepcopy(model), cuts.target[1], scope=_scope(cuts.config), exclude=cuts.config.exclude)
+    sparsify_(copy.deepcopy(model), cuts.target[1], scope=_scope(cuts.config), exclude=cuts.config.exclude)
 
 
 def read_early(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
@@ -229,14 +230,14 @@ def _scope(config: PruningConfig) -> SparsityScope:
 
 def _cut_n_of_m(cuts: Cuts, model: nn.Module, number: int, dense: nn.Module) -> nn.Module:
     config = cuts.config
-    left = sparsify_n_m(model, config.n, config.m, exclude=config.exclude)
+    left = sparsify_n_m_(model, config.n, config.m, exclude=config.exclude)
     if cuts.here.first and left:
         print(f"left dense, as {config.m} does not divide their inputs: {', '.join(left)}", flush=True)
     return model
 
 
 def _rehearse_n_of_m(cuts: Cuts, model: nn.Module) -> None:
-    sparsify_n_m(copy.deepcopy(model), cuts.config.n, cuts.config.m, exclude=cuts.config.exclude)
+    sparsify_n_m_(copy.deepcopy(model), cuts.config.n, cuts.config.m, exclude=cuts.config.exclude)
 
 
 _CHANNELS = Method(_cut_channels, _rehearse_channels, ("macs", "latency"))

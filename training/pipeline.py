@@ -23,14 +23,15 @@ from dynnet.backbone.masks import is_masked
 from dynnet.deploy.int8 import quantize
 from dynnet.errors import RecipeError
 from dynnet.files.bundles import write_bundle
-from dynnet.files.checkpoints import load_backbone, pruned_shape, save
+from dynnet.files.checkpoints import load, save
+from dynnet.files.creation import pruned_shape
 from dynnet.learning.data import Data
 from dynnet.learning.losses import distillation
 from dynnet.learning.recipes import PruningConfig, Recipe, StageConfig
 from dynnet.pruning import sparsity
 from dynnet.pruning.criteria.weights import weight_of
-from dynnet.pruning.single_weights import set_masks
-from dynnet.pruning.norms import norm_scales, shrink_scales
+from dynnet.pruning.norms import norm_scales, shrink_scales_
+from dynnet.pruning.single_weights import set_masks_
 from training.compare import accuracy, compare
 from training.cuts import METHODS, Cuts, read_early, target_of
 from training.distributed import World
@@ -196,7 +197,7 @@ class Pipeline:
         def forward(called: nn.Module, images: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
             if step.slimming:
                 # In step with the learning rate, so that the loss can push back to the end.
-                shrink_scales(model, step.slimming * self._mean_scale * (1 + math.cos(math.pi * progress)) / updates)
+                shrink_scales_(model, step.slimming * self._mean_scale * (1 + math.cos(math.pi * progress)) / updates)
             taught = None
             if config.distill and step.name != "dense":
                 with torch.no_grad():
@@ -226,7 +227,7 @@ class Pipeline:
 
     @functools.cached_property
     def _teacher(self) -> nn.Module:
-        return self.placed(load_backbone(self.out / "backbone.safetensors")).requires_grad_(False)
+        return self.placed(load(self.out / "backbone.safetensors")).requires_grad_(False)
 
     @functools.cached_property
     def _mean_scale(self) -> float:
@@ -249,7 +250,7 @@ class Pipeline:
     def restore(self, model: nn.Module, state: State) -> None:
         """Make a model of the right shape that of a checkpoint."""
         masked = {name: weight_of(model.get_submodule(name)) for name in state.about["masked"]}
-        set_masks(model, {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in masked.items()})
+        set_masks_(model, {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in masked.items()})
         state.restore(model, None, None)
 
     # The end.

@@ -18,10 +18,12 @@ from dynnet.deploy.folding import folded_norms
 from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
 from dynnet.files.bundles import is_bundle
-from dynnet.files.checkpoints import load_backbone, load_weights
+from dynnet.files.checkpoints import load
+from dynnet.files.weights import load_weights
 from dynnet.learning.data import Data, load_data
 from dynnet.learning.recipes import BackboneConfig, Recipe, read_recipe, recipe_parser
-from dynnet.pruning.shape import Shape, bring_into_shape
+from dynnet.model import DynamicModel
+from dynnet.pruning.shape import Shape, bring_into_shape_
 from training.distributed import World, world
 
 Run = Callable[[Recipe, Path, bool, World], object]
@@ -95,9 +97,11 @@ def make_backbone(config: BackboneConfig, create: dict[str, Any], shape: Shape |
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise RecipeError(f"timm cannot create {create} (pretrained={config.pretrained}): {error}") from error
     if shape is not None:
-        bring_into_shape(backbone, shape)
+        bring_into_shape_(backbone, shape)
     elif config.weights and is_bundle(config.weights):
-        backbone = load_backbone(config.weights, backbone)
+        backbone = load(config.weights, backbone)
+        if isinstance(backbone, DynamicModel):
+            raise CheckpointError(f"{config.weights!r} holds a wrapped model; give the backbone that it was made from")
         if folded_norms(backbone) or int8_layers(backbone):
             raise CheckpointError(f"{config.weights!r} is folded or in int8, for inference; give what it was made from")
     elif config.weights:

@@ -6,7 +6,7 @@
 
 Begins with the recipe's backbone, trained by its dense stage or from the weights that it names. The folder of a run
 holds recipe.yaml (resolved), log.jsonl, state.safetensors (for --resume), backbone.safetensors (dense) and, at the end,
-model.safetensors (`dynnet.load_backbone` reads it), with --pruning.int8 true also int8.safetensors, and results.json.
+model.safetensors (`dynnet.load` reads it), with --pruning.int8 true also int8.safetensors, and results.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.files.bundles import write_atomically
 from dynnet.learning.recipes import Recipe, recipe_to_yaml
-from dynnet.pruning import make_permanent
+from dynnet.pruning import make_permanent_
 from training.compare import table
 from training.distributed import World
 from training.loop import Desk, run_stage
@@ -72,7 +72,7 @@ def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
                 run_stage(pipeline.stage(step, model, desk), about, begin, state if resumed else None)
             pipeline.checkpoint(Position(number + 1), model, desk)
         if here.first:
-            make_permanent(model)
+            make_permanent_(model)
             results = pipeline.results(model.eval())
             write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
             print(table(results))

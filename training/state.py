@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynnet.errors import CheckpointError
 from dynnet.files.bundles import read_bundle, write_bundle
-from dynnet.files.checkpoints import load_weights
+from dynnet.files.weights import load_weights
 from dynnet.pruning.shape import UNCHANGED, Shape
 from training.distributed import World
 

@@ -22,15 +22,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dynnet import DynamicModel, ExitOutputs, calibrate, wrap
+from dynnet import DynamicModel, calibrate, wrap
+from dynnet.backbone.host import prepare_
 from dynnet.errors import CalibrationError, RecipeError
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.files.bundles import write_atomically
-from dynnet.files.checkpoints import pruned_shape, save
+from dynnet.files.checkpoints import save
+from dynnet.files.creation import pruned_shape
 from dynnet.learning.data import Data
-from dynnet.learning.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise
+from dynnet.learning.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise, joint_loss
 from dynnet.learning.recipes import Recipe, StageConfig, recipe_to_yaml
-from dynnet.thresholds.calibration import check_budget
+from dynnet.model import ExitOutputs
+from dynnet.thresholds.goals import GOALS, Budget
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools, run_stage
 from training.program import make_backbone, open_data, run_program
@@ -134,14 +137,13 @@ def _objective(
     progress: float,
     here: World,
 ) -> Objective:
-    logits, decisions = outputs
+    logits, decisions = outputs.logits, outputs.decisions
     losses = exit_losses(logits, target, recipe.loss)
     if stage == "heads":
         return Objective(losses[:-1].sum(), losses)
     if stage == "dense":
         return Objective(losses[-1], losses)
-    weights = exit_weights(recipe.loss, [boundary.macs_share for boundary in model.boundaries], progress)
-    loss = losses[-1] + (losses[:-1] * losses.new_tensor(weights)).sum()
+    loss = joint_loss(losses, exit_weights(recipe.loss, outputs.macs_shares, progress))
     if decisions is None:
         return Objective(loss, losses)
     ledger = model.ledger()
@@ -168,7 +170,8 @@ def held_out(model: DynamicModel, data: Data, here: World, gated: bool) -> dict[
     classifiers = len(model.exits) + 1
     total = torch.zeros(classifiers + 2 + sum(units), dtype=torch.float64, device=here.device)
     for images, labels, _ in data.loader("calibration", 256, rank=here.rank, world=here.size):
-        logits, decisions = model.forward_exits(images.to(here.device), gated=gated)
+        outputs = model.forward_exits(images.to(here.device), gated=gated)
+        logits, decisions = outputs.logits, outputs.decisions
         hits = [(x.argmax(1) == labels.to(here.device)).sum() for x in logits]
         macs, opened = torch.zeros(()), []
         if decisions is not None:
@@ -200,20 +203,15 @@ def _runs(model: DynamicModel, stage: str, config: StageConfig) -> bool:
 
 def _build(recipe: Recipe, data: Data, create: dict[str, Any], state: State | None) -> DynamicModel:
     """The wrapped backbone, with the weights that the recipe names or in the shape that a checkpoint has."""
-    return wrap(
-        make_backbone(recipe.backbone, create, None if state is None else state.shape),
-        recipe.exits.at,
-        gates=recipe.gates,
-        head_share=recipe.exits.head_share,
-        confidence=recipe.exits.confidence,
-        input_size=data.input_size,
-    )
+    backbone = make_backbone(recipe.backbone, create, None if state is None else state.shape)
+    prepare_(backbone, data.preparation)
+    return wrap(backbone, recipe.wrap, input_size=data.input_size)
 
 
 def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None:
     """Refuse now what would fail only hours later."""
     if not model.exits and model.gates is None:
-        raise RecipeError("exits.at names no exits and there are no gates; give at least one exit, or gates")
+        raise RecipeError("wrap.exits names no exits and there are no gates; give at least one exit, or gates")
     for key in ("log_steps", "checkpoint_steps"):
         if getattr(recipe, key) < 1:
             raise RecipeError(f"{key}={getattr(recipe, key)}: give at least 1")
@@ -222,8 +220,9 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
             make_tools(_trained(stage, model), getattr(recipe, stage), stage, recipe, data, here)
     exit_weights(recipe.loss, [boundary.macs_share for boundary in model.boundaries], 1.0)
     goal = recipe.calibration.goal()
-    if "budget" in goal and model.exits:
-        check_budget(model, goal["budget"])
+    for name, value in goal.items():
+        if model.exits:
+            GOALS[name](value).check(model)
     shares = {key: getattr(recipe.budget, key) for key in ("target", "ramp", "relax", "quiet")}
     for key, share in shares.items():
         if not 0 <= share <= 1:
@@ -237,7 +236,7 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
         )
     if model.gates is not None:
         try:
-            check_budget(model, recipe.budget.target)
+            Budget(recipe.budget.target).check(model)
         except CalibrationError as error:
             raise RecipeError(f"budget.target: {error}") from error
 

@@ -1,7 +1,7 @@
 """What counts multiply-adds: the price of every operator.
 
-MACs are those of convolutions, matrix products and attention, as `torch.utils.flop_counter` counts them; FLOPs are twice as
-many. Norms, activations, pooling and additions are free by the field's convention.
+MACs are those of convolutions, matrix products and attention, as `torch.utils.flop_counter` counts them; FLOPs are
+twice as many. Norms, activations, pooling and additions are free by the field's convention.
 """
 
 from __future__ import annotations

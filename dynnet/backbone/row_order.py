@@ -1,9 +1,9 @@
 """Where in a tensor the samples of a batch lie.
 
 Windows, patches and heads are folded into the dimension of the batch: B samples of n entries are B * n rows. Mostly a
-sample's rows are neighbours, (B n); folded the other way round, (n B), its rows lie B apart, and whoever takes the first n
-rows for the first sample mixes samples up. Shapes cannot tell one from the other, so a dry run follows the samples from
-operator to operator.
+sample's rows are neighbours, (B n); folded the other way round, (n B), its rows lie B apart, and whoever takes the
+first n rows for the first sample mixes samples up. Shapes cannot tell one from the other, so a dry run follows the
+samples from operator to operator.
 
     B batch; a dimension of o * B * i entries repeats the whole batch o times, with i neighbours a sample
 """

@@ -14,12 +14,12 @@ M = TypeVar("M", bound=nn.Module)
 def meta_twin(model: M) -> M:
     """A copy of a model on the meta device; the model itself where all of its tensors are there already.
 
-    Modules and tensors that the model shares, its twin shares as well. Tensors kept as plain attributes count, and so do
-    those that a hook or an older `weight_norm` makes, which could not be copied with their numbers.
+    Modules and tensors that the model shares, its twin shares as well. Tensors kept as plain attributes count, and so
+    do those that a hook or an older `weight_norm` makes, which could not be copied with their numbers.
 
     Args:
-        model: any. Its hooks are copied with it; one that is a closure over the model, rather than a method or an object,
-            goes on to see the model.
+        model: any. Its hooks are copied with it; one that is a closure over the model, rather than a method or an
+            object, goes on to see the model.
     """
     twins: dict[int, object] = {}
     with torch.inference_mode(False):  # in which operators would not be dispatched one by one

@@ -1,7 +1,7 @@
 """The ledger: what every part of a model costs, and the bill of a sample that left at a given exit.
 
-A tree: segments in the order in which they run, and in a segment what can run narrower, as gates decide. A sample's bill is
-a path through it, and equals what a counter sees when that sample runs alone (`dynnet.backbone.counting`).
+A tree: segments in the order in which they run, and in a segment what can run narrower, as gates decide. A sample's
+bill is a path through it, and equals what a counter sees when that sample runs alone (`dynnet.backbone.counting`).
 
     E exits, counted from 0; the backbone's own head is number E; B samples
 """

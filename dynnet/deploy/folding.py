@@ -42,7 +42,7 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
     """
     folded = copy.deepcopy(model).eval()
     if isinstance(folded, DynamicModel):
-        seen = trace(folded, input_size or folded.config.input_size, BATCH, DynamicModel.run_every_exit)
+        seen = trace(folded, input_size or folded.input_size, BATCH, DynamicModel.run_every_exit)
     else:
         seen = trace(folded, input_size or input_size_of(folded), BATCH)
     modules = dict(folded.named_modules())

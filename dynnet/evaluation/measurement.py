@@ -113,8 +113,8 @@ def measure(model: nn.Module, loader: Iterable[Sequence[Tensor]]) -> Measurement
     ((4,), (4,), (4,))
 
     Args:
-        model: wrapped, with thresholds set; or a plain one, pruned or not, which is taken for one without exits. It is put
-            into eval mode for the time.
+        model: wrapped, with thresholds set; or a plain one, pruned or not, which is taken for one without exits. It is
+            put into eval mode for the time.
         loader: batches of (images (B, C, H, W), labels (B,), ...).
 
     Raises:

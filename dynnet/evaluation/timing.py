@@ -110,8 +110,8 @@ def latency(
     ((8,), (8,))
 
     Args:
-        model: wrapped, with thresholds set; or a plain one, with another to be timed against. It is put into eval mode for
-            the time.
+        model: wrapped, with thresholds set; or a plain one, with another to be timed against. It is put into eval mode
+            for the time.
         images: (M, C, H, W) real inputs, normalised.
         against: the model that is called dense in the result, as it runs; by default the bare backbone of `model`.
         batch_size: B of every call.
@@ -142,7 +142,7 @@ def latency(
                 exits.append(_exits(model, batch))
 
     with evaluating(model):
-        dense = copy.deepcopy(model).unwrap() if against is None else against.eval()
+        dense = _bare(model) if against is None else against.eval()
         times = take_turns({"dense": dense, "dynamic": model}, batches(), warmup)
     setting = {
         "device": str(device),
@@ -200,6 +200,12 @@ def one_at_a_time(models: Mapping[str, nn.Module], images: Tensor, warmup: int =
     singles = [images[i : i + 1].to(device).contiguous(memory_format=layout) for i in range(len(images))]
     warm = [singles[i % len(singles)] for i in range(warmup)]
     return take_turns(models, warm + singles, warmup)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """A copy of the backbone without hooks."""
+    assert isinstance(model, DynamicModel)
+    return copy.deepcopy(model).unwrap()
 
 
 def _exits(model: nn.Module, batch: Tensor) -> np.ndarray:

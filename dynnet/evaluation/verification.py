@@ -80,7 +80,7 @@ def verify(model: DynamicModel, images: Tensor) -> Verification:
         raise InputError(f"got {len(images)} images; give at least two: who leaves must not touch who stays")
     images = images.to(device_of(model))
     twin = copy.deepcopy(model)
-    twin.measure = _InTurn()
+    twin.measure = InTurn()
     twin.thresholds = [1.0] * len(model.exits)
     with evaluating(twin):
         found = Verification((_as_the_backbone(twin, images), _alone(twin, images), _bill(twin, images)))
@@ -90,7 +90,7 @@ def verify(model: DynamicModel, images: Tensor) -> Verification:
     return found
 
 
-class _InTurn(Measure):
+class InTurn(Measure):
     """The first sample leaves at the first exit, the second at the second, and so on, round and round; alone, a sample
     leaves where it did in company.
 
@@ -124,7 +124,7 @@ def _as_the_backbone(model: DynamicModel, images: Tensor) -> Check:
 def _alone(model: DynamicModel, images: Tensor) -> Check:
     together = model.predict(images)
     measure = model.measure
-    assert isinstance(measure, _InTurn)
+    assert isinstance(measure, InTurn)
     alone, exits = [], []
     for number in range(len(images)):
         measure.first = number
@@ -142,7 +142,7 @@ def _alone(model: DynamicModel, images: Tensor) -> Check:
 
 def _bill(model: DynamicModel, images: Tensor) -> Check:
     measure = model.measure
-    assert isinstance(measure, _InTurn)
+    assert isinstance(measure, InTurn)
     worst, where = -1.0, ""
     for number in range(min(len(images), len(model.exits) + 1)):
         measure.first = number

@@ -125,8 +125,8 @@ MEASURES["patience"] = Patience
 def make_measure(confidence: str | Score | Measure, exits: int) -> Measure:
     """The measure of a name, a callable (B, K) -> (B,), or itself.
 
-    A callable is named after where it is defined: no name of `MEASURES` has a dot, so that a file which was saved with it
-    is never read with another of the same name.
+    A callable is named after where it is defined: no name of `MEASURES` has a dot, so that a file which was saved with
+    it is never read with another of the same name.
     """
     if isinstance(confidence, Measure):
         return confidence

@@ -1,9 +1,9 @@
 """Sizes of the batch that a forward notes before an exit, and reshapes with afterwards, when there may be fewer rows.
 
-Some forwards begin with `B = x.shape[0]` and end with `x.reshape(B, H, W, -1)`. A rehearsal on the meta device, where the
-sizes of the batch are numbers that nothing else has, shows at which lines of the forward that happens; there, and nowhere
-else, the present size is put in a past one's place. Another reshape may well be given a number that was the batch's by
-chance: a table of 8 rows beside a batch of 8.
+Some forwards begin with `B = x.shape[0]` and end with `x.reshape(B, H, W, -1)`. A rehearsal on the meta device, where
+the sizes of the batch are numbers that nothing else has, shows at which lines of the forward that happens; there, and
+nowhere else, the present size is put in a past one's place. Another reshape may well be given a number that was the
+batch's by chance: a table of 8 rows beside a batch of 8.
 """
 
 from __future__ import annotations

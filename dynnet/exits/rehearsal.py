@@ -1,8 +1,8 @@
 """A rehearsal on the meta device: can a backbone go on without the rows that left at its exits?
 
-Shapes tell, and the order in which samples lie in what is handed on beside a boundary. What still needs the whole batch (a
-residual sum around the boundary, a batch size that the forward noted before it and reshapes with afterwards) fails here,
-before anything is attached for good.
+Shapes tell, and the order in which samples lie in what is handed on beside a boundary. What still needs the whole
+batch (a residual sum around the boundary, a batch size that the forward noted before it and reshapes with afterwards)
+fails here, before anything is attached for good.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ def rehearse(places: Places, exits: Sequence[Boundary]) -> Placement:
     companions = places.companions(exits)
     apart = [companion.name for companion in companions if not companion.together]
     if apart:
-        problem = (
+        told = (
             f"what {apart[0]!r} receives beside them does not hold the rows of a sample side by side: samples are "
             f"folded inside, or in an order that nobody can tell"
         )
-        return Placement(tuple(exits), tuple(companions), frozenset(), problem)
+        return Placement(tuple(exits), tuple(companions), frozenset(), told)
     problem, _ = _attempt(places, exits, companions, correcting=False)
     noted: set[Site] = set()
     if problem is not None:

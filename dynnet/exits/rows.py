@@ -1,7 +1,7 @@
 """Rows of a batch that leave one after the other: who is still here, who left where, in what order answers go back.
 
-No hooks, no modules; rows are numpy's or torch's integers, whichever they are given as. Who leaves is decided row by row,
-on its own confidence: what its neighbours do has no say in it.
+No hooks, no modules; rows are numpy's or torch's integers, whichever they are given as. Who leaves is decided row by
+row, on its own confidence: what its neighbours do has no say in it.
 
     >>> import numpy as np
     >>> rows = Rows(4)
@@ -120,8 +120,8 @@ class Rows:
             return back
         import torch  # a runner of exported stages has none
 
-        joined = torch.cat(list(parts))
-        return torch.empty_like(joined).index_copy(0, torch.cat(rows), joined)
+        whole = torch.cat(list(parts))
+        return torch.empty_like(whole).index_copy(0, torch.cat(rows), whole)
 
 
 def _where(mask: Any) -> Any:

@@ -1,7 +1,7 @@
 """What the gates have decided in one call, how layers run under it, and what it costs.
 
-Masked, a closed channel is zero for every layer that reads it; that defines the result. Sparse, it is not computed at all:
-layers that make it leave it out, layers that read it read less. Both give the same answer.
+Masked, a closed channel is zero for every layer that reads it; that defines the result. Sparse, it is not computed at
+all: layers that make it leave it out, layers that read it read less. Both give the same answer.
 
     B rows of the batch, C channels of a layer, U units of a region
 """

@@ -99,6 +99,18 @@ class Data:
     config: DataConfig
 
     @property
+    def preparation(self) -> dict[str, Any]:
+        """What a model that learns from these must know to be used: as in timm's `pretrained_cfg`."""
+        return {
+            "input_size": self.input_size,
+            "mean": self.mean,
+            "std": self.std,
+            "crop_pct": 1.0 if isinstance(self.train, MemorySource) else self.crop_pct,
+            "interpolation": self.interpolation,
+            "label_names": self.classes,
+        }
+
+    @property
     def label(self) -> str:
         return self.config.label or self.config.name or Path(self.config.root).name
 

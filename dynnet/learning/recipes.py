@@ -140,8 +140,8 @@ class Recipe:
         description: the command, the hardware, the hours, the accuracy to expect.
         seed: of weights, batches and augmentation.
         data, backbone, loss: see their classes.
-        wrap: where exits stand and how channels are gated, as for `dynnet.wrap`; the size of images is that of the data.
-        budget: what gates are trained for, in the joint stage.
+        wrap: where exits stand and how channels are gated, as for `dynnet.wrap`; the size of images is that of the
+        data. budget: what gates are trained for, in the joint stage.
         dense: trains the backbone alone.
         heads: trains the heads on the frozen backbone.
         joint: trains everything together.

@@ -1,5 +1,5 @@
-"""Batch norms: measured anew after a cut, as what they remember of means and variances is of another network; and under an
-L1 penalty on their scales, so that channels show which of them the loss defends (network slimming, Liu et al.,
+"""Batch norms: measured anew after a cut, as what they remember of means and variances is of another network; and
+under an L1 penalty on their scales, so that channels show which of them the loss defends (network slimming, Liu et al.,
 https://arxiv.org/abs/1708.06519)."""
 
 from __future__ import annotations

@@ -124,7 +124,9 @@ def _restate_output(model: nn.Module, before: nn.Module, size: tuple[int, ...]) 
     """The model's own `num_features`: the width of what `forward_features` gives."""
     if not hasattr(model, "num_features") or not hasattr(model, "forward_features"):
         return
-    outputs = [trace(m, size, BATCH, lambda twin, x: cast(Any, twin).forward_features(x)).output for m in (before, model)]
+    outputs = [
+        trace(m, size, BATCH, lambda twin, x: cast(Any, twin).forward_features(x)).output for m in (before, model)
+    ]
     if all(outputs):
         width = cast(Any, before).num_features
         cast(Any, model).num_features = _now(width, outputs[0][0].shape, outputs[1][0].shape)

@@ -109,7 +109,8 @@ def ask(model: DynamicModel, images: Tensor, labels: Tensor, seen: int = 0) -> B
             f"labels of {which} are no classes 0 .. {model.num_classes - 1} (shape {tuple(labels.shape)}, from "
             f"{labels.min()} to {labels.max()}); the model has {model.num_classes} classes"
         )
-    logits, decisions = model.forward_exits(images)
+    outputs = model.forward_exits(images)
+    logits, decisions = outputs.logits, outputs.decisions
     if not bool(logits[-1].isfinite().all()):
         bad = int((~logits[-1].isfinite().all(1)).sum())
         raise NonFiniteError(

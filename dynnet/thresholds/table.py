@@ -1,4 +1,5 @@
-"""The table on which thresholds are chosen: what every exit says of every sample, what it costs, and who pays for heads.
+"""The table on which thresholds are chosen: what every exit says of every sample, what it costs, and who pays for
+heads.
 
 N samples, E exits
 """

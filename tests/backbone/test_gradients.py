@@ -85,7 +85,7 @@ class Permuting(nn.Module):
 RECIPE = """
 data: {name: digits, crop: 1}
 backbone: {name: cifar_resnet20, kwargs: {width: 0.375}}
-exits: {at: [layer2.0], head_share: 0.1}
+wrap: {exits: [layer2.0], head_share: 0.1}
 channels_last: true
 dense: {epochs: 1, batch_size: 512}
 heads: {epochs: 1, batch_size: 512}

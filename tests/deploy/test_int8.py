@@ -125,7 +125,7 @@ def test_a_file_holds_it_pruned_or_not(case: Case, tmp_path: Path) -> None:
         small = dynnet.quantize(model, [images], input_size=case.size)
         dynnet.save(model, tmp_path / "float.safetensors", create)
         dynnet.save(small, tmp_path / "int8.safetensors", create)
-        loaded = dynnet.load_backbone(tmp_path / "int8.safetensors")
+        loaded = dynnet.load(tmp_path / "int8.safetensors")
         assert int8_layers(loaded) == int8_layers(small) != []
         assert torch.equal(loaded(images), small(images))
         sizes = [(tmp_path / f"{kind}.safetensors").stat().st_size for kind in ("float", "int8")]
@@ -147,7 +147,7 @@ def test_a_file_for_another_backbone_is_refused(tmp_path: Path) -> None:
     other = nn.Sequential(*tiny().children())
     other[1] = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
     with pytest.raises(CheckpointError, match=r"it has no batch norm '1\.1'"):
-        dynnet.load_backbone(tmp_path / "x.safetensors", backbone=other)
+        dynnet.load(tmp_path / "x.safetensors", backbone=other)
     assert type(other[0][1]) is nn.BatchNorm2d  # untouched
     with pytest.raises(CheckpointError, match=r"it has no convolution or linear layer '1\.0'"):
         put_int8_(nn.Sequential(nn.ReLU()), {"1.0": (0.0, 1.0)})

@@ -36,7 +36,7 @@ def test_measures_by_hand() -> None:
 
 
 def test_patience_counts_agreement_per_sample() -> None:
-    patience = Patience(classifiers=3)
+    patience = Patience(exits=2)
     one = torch.eye(4)[[0, 1]]
     confidence, memory = patience(one, None)
     assert confidence.tolist() == [1 / 3, 1 / 3]
@@ -47,7 +47,7 @@ def test_patience_counts_agreement_per_sample() -> None:
 
 
 def test_a_nan_exit_has_no_vote() -> None:
-    patience = Patience(classifiers=3)
+    patience = Patience(exits=2)
     _, memory = patience(torch.full((1, 4), math.nan), None)
     confidence, _ = patience(torch.eye(4)[[0]], memory)
     assert confidence.tolist() == [1 / 3]

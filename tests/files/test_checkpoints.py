@@ -72,7 +72,7 @@ def test_files_of_other_kinds_are_refused(saved: Path, tmp_path: Path) -> None:
         dynnet.load(tmp_path / "state")
     bundle.write_bundle(tmp_path / "early", {"x": torch.zeros(2)}, {"kind": "backbone", "model_name": "resnet18"})
     with pytest.raises(CheckpointError, match="does not say how to build its backbone"):
-        dynnet.load_backbone(tmp_path / "early")
+        dynnet.load(tmp_path / "early")
 
 
 def test_another_backbone_is_refused_and_left_alone(saved: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_backbone_that_a_pruned_file_does_not_fit_is_left_alone(tmp_path: Path
         other = timm.create_model(name, num_classes=classes, **case.kwargs).eval()
         before = copy.deepcopy(other.state_dict())
         with pytest.raises(CheckpointError, match=wanted[name]):
-            dynnet.load_backbone(tmp_path / "thin.safetensors", other)
+            dynnet.load(tmp_path / "thin.safetensors", other)
         assert other.state_dict().keys() == before.keys()
         assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
@@ -120,7 +120,7 @@ def test_widths_that_timm_would_not_build_are_told(tmp_path: Path) -> None:
     wide = timm.create_model("cifar_resnet20", width=2.0, num_classes=4).eval()
     with pytest.warns(UserWarning, match="makes another model than this cifar_resnet20: its 'conv1' makes and reads"):
         dynnet.save(wide, path)
-    again = dynnet.load_backbone(path, timm.create_model("cifar_resnet20", width=2.0, num_classes=4))
+    again = dynnet.load(path, timm.create_model("cifar_resnet20", width=2.0, num_classes=4))
     assert torch.equal(again.conv1.weight, wide.conv1.weight)
 
 
@@ -130,12 +130,12 @@ def test_what_timm_would_build_otherwise_is_told(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="makes another model than this resnet18: 'act1' is a SiLU, there a ReLU"):
         dynnet.save(silu, path)
     with pytest.raises(CheckpointError, match="timm cannot create the backbone .* pass it as backbone="):
-        dynnet.load_backbone(path)
+        dynnet.load(path)
     images = torch.randn(2, 3, 64, 64)
-    again = dynnet.load_backbone(path, timm.create_model("resnet18", act_layer="silu", num_classes=4))
+    again = dynnet.load(path, timm.create_model("resnet18", act_layer="silu", num_classes=4))
     assert torch.equal(again(images), silu(images))
     dynnet.save(silu, path, {"model_name": "resnet18", "act_layer": "silu", "num_classes": 4})
-    assert torch.equal(dynnet.load_backbone(path)(images), silu(images))
+    assert torch.equal(dynnet.load(path)(images), silu(images))
     dynnet.save(timm.create_model("resnet18", drop_rate=0.1, num_classes=4), path)  # dropout is no difference
 
 
@@ -162,7 +162,7 @@ def test_weights_keep_their_type(dtype: torch.dtype, tmp_path: Path) -> None:
     model = timm.create_model("cifar_resnet20", num_classes=4).to(dtype).eval()
     dynnet.save(model, path)
     images = torch.randn(2, 3, 32, 32, dtype=dtype)
-    again = dynnet.load_backbone(path)
+    again = dynnet.load(path)
     assert torch.equal(again(images), model(images))
     assert again.conv1.weight.requires_grad
     dynnet.save(dynnet.wrap(model, 1), path)
@@ -174,7 +174,7 @@ def test_weights_keep_their_type(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_the_tag_of_pretrained_weights_is_kept(tmp_path: Path) -> None:
     model = timm.create_model("mobilenetv3_large_100.miil_in21k_ft_in1k", num_classes=4)
     dynnet.save(model, tmp_path / "m.safetensors")
-    again = dynnet.load_backbone(tmp_path / "m.safetensors")
+    again = dynnet.load(tmp_path / "m.safetensors")
     assert again.pretrained_cfg["mean"] == model.pretrained_cfg["mean"] == (0.0, 0.0, 0.0)
 
 
@@ -183,7 +183,7 @@ def test_masks_are_not_loaded_over(tmp_path: Path) -> None:
     masked = timm.create_model("cifar_resnet20")
     dynnet.pruning.sparsify_(masked, 0.5)
     with pytest.raises(CheckpointError, match=r"given backbone: conv1 has a mask .*make_permanent"):
-        dynnet.load_backbone(tmp_path / "m.safetensors", masked)
+        dynnet.load(tmp_path / "m.safetensors", masked)
 
 
 def test_unknown_backbones_and_custom_parts_are_asked_for(tmp_path: Path) -> None:
@@ -216,5 +216,5 @@ def test_a_backbone_with_a_classifier_of_its_own_is_written(tmp_path: Path) -> N
         dynnet.save(model, tmp_path / "m.safetensors")
     other = timm.create_model("resnet18", num_classes=4)
     other.fc = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(512, 4))
-    loaded = dynnet.load_backbone(tmp_path / "m.safetensors", backbone=other)
+    loaded = dynnet.load(tmp_path / "m.safetensors", backbone=other)
     assert torch.equal(loaded.fc[1].weight, model.fc[1].weight)

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 import dynnet
-from dynnet.cost.ledger import Ledger
+from dynnet.cost.ledger import Ledger, Segment
 from dynnet.errors import RecipeError
-from dynnet.exits.confidence import Instant, max_probability
+from dynnet.exits.confidence import make_measure
 from dynnet.learning.losses import (
     BudgetConfig,
     LossConfig,
@@ -86,24 +86,21 @@ def test_a_backbone_that_goes_on_in_place_can_be_trained() -> None:
     sum(y.sum() for y in model(torch.randn(2, 3, 16, 16)).logits).backward()
 
 
-LEDGER = Ledger((60, 40), (10,), {})
+LEDGER = Ledger((Segment(60, 10), Segment(40)), {})
+CONFIDENCE = make_measure("max_probability", 1)
 
 
 def test_expected_macs_follow_the_probability_of_leaving() -> None:
     config = BudgetConfig(leave_at=0.9, sharpness=0.01)
     sure, unsure = torch.tensor([[9.0, 0.0], [0.0, 0.0]])
-    expected = expected_macs(
-        (torch.stack([sure, unsure]), torch.zeros(2, 2)), None, LEDGER, config, Instant(max_probability)
-    )
+    expected = expected_macs((torch.stack([sure, unsure]), torch.zeros(2, 2)), None, LEDGER, config, CONFIDENCE)
     assert expected.tolist() == pytest.approx([70.0, 110.0], abs=0.1)
     gated = torch.tensor([[-30.0, -20.0], [-30.0, -20.0]])
-    saved = expected_macs(
-        (torch.stack([sure, unsure]), torch.zeros(2, 2)), gated, LEDGER, config, Instant(max_probability)
-    )
+    saved = expected_macs((torch.stack([sure, unsure]), torch.zeros(2, 2)), gated, LEDGER, config, CONFIDENCE)
     assert saved.tolist() == pytest.approx([40.0, 60.0], abs=0.1)
     # A sample that is closer to leaving is cheaper, and the gradient says so.
     logits = torch.tensor([[1.2, 0.0]], requires_grad=True)
-    expected_macs((logits, torch.zeros(1, 2)), None, LEDGER, BudgetConfig(), Instant(max_probability)).sum().backward()
+    expected_macs((logits, torch.zeros(1, 2)), None, LEDGER, BudgetConfig(), CONFIDENCE).sum().backward()
     assert logits.grad[0, 0] < 0 < logits.grad[0, 1]
 
 

@@ -18,9 +18,11 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_a_recipe_reads_back(tmp_path: Path) -> None:
-    text = "exits: {at: [layer1, 0.5]}\nloss: {weights: [0.3, 0.4]}\ndata: {input_size: [1, 8, 8]}\njoint: {lr: 5e-2}\n"
+    text = (
+        "wrap: {exits: [layer1, 0.5]}\nloss: {weights: [0.3, 0.4]}\ndata: {input_size: [1, 8, 8]}\njoint: {lr: 5e-2}\n"
+    )
     recipe = read_recipe(write(tmp_path, text), ["--joint.epochs", "3", "--seed=4"])
-    assert recipe.exits.at == ["layer1", 0.5]
+    assert recipe.wrap.exits == ("layer1", 0.5)
     assert recipe.loss.weights == (0.3, 0.4)
     assert recipe.data.input_size == (1, 8, 8)
     assert (recipe.joint.lr, recipe.joint.epochs, recipe.seed) == (0.05, 3, 4)
@@ -29,11 +31,13 @@ def test_a_recipe_reads_back(tmp_path: Path) -> None:
 
 
 def test_gates_of_a_file_can_be_changed(tmp_path: Path) -> None:
-    file = write(tmp_path, "gates: {unit: 4, blocks: 1}")
-    assert read_recipe(file, ["--gates.unit", "2", "--seed=4"]).gates == GateConfig(2, 1)
-    assert read_recipe(file, ["--gates={unit: 2}", "--gates.exclude=[fc]"]).gates == GateConfig(2, 4, ("fc",))
-    assert read_recipe(file, ["--gates", "null"]).gates is None
-    assert read_recipe(write(tmp_path, ""), ["--gates.blocks=2"]).gates == GateConfig(8, 2)
+    file = write(tmp_path, "wrap: {gates: {unit: 4, blocks: 1}}")
+    assert read_recipe(file, ["--wrap.gates.unit", "2", "--seed=4"]).wrap.gates == GateConfig(2, 1)
+    assert read_recipe(file, ["--wrap.gates={unit: 2}", "--wrap.gates.exclude=[fc]"]).wrap.gates == GateConfig(
+        2, 4, ("fc",)
+    )
+    assert read_recipe(file, ["--wrap.gates", "null"]).wrap.gates is None
+    assert read_recipe(write(tmp_path, ""), ["--wrap.gates.blocks=2"]).wrap.gates == GateConfig(8, 2)
 
 
 @pytest.mark.parametrize("path", sorted(Path("models").glob("*/recipe.yaml")), ids=lambda p: p.parent.name)
@@ -52,9 +56,9 @@ def test_the_zoos_recipes_are_valid(path: Path) -> None:
         ("a: [", [], "cannot read recipe"),
         ("", ["--joint.epoch=1"], "unknown recipe key 'joint.epoch'; did you mean 'joint.epochs'"),
         ("", ["--seed=x"], '(?s)"seed".*Expected'),
-        ("", ["--gates.unt=1"], "unknown recipe key 'gates.unt'; did you mean 'unit'"),
-        ("", ["--gates.unit"], r"gates\.unit has no value"),
-        ("", ["--gates=["], r"cannot read gates='\['"),
+        ("", ["--wrap.gates.unt=1"], "unknown recipe key 'wrap.gates.unt'; did you mean 'unit'"),
+        ("", ["--wrap.gates.unit"], r"wrap\.gates\.unit has no value"),
+        ("", ["--wrap.gates=["], r"cannot read wrap.gates='\['"),
         ("loss: {weights: heavy}", [], "(?s)loss.weights.*heavy"),
     ],
 )

@@ -29,7 +29,8 @@ def network() -> nn.Module:
 
 
 def step(model: nn.Module, images: Tensor, here: World) -> float:
-    logits, decisions = model(images)
+    outputs = model(images)
+    logits, decisions = outputs.logits, outputs.decisions
     wrapped = getattr(model, "module", model)
     price = decisions.price(wrapped.ledger(), len(images)).double()
     config = BudgetConfig(target=0.3, ramp=0.0)

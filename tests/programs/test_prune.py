@@ -16,7 +16,7 @@ from dynnet.files.bundles import read_bundle
 from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe
 from dynnet.pruning import channels, sparsity
-from dynnet.pruning.norms import shrink_scales
+from dynnet.pruning.norms import shrink_scales_
 from training import cuts, pipeline, prune, train
 
 RECIPE = """\
@@ -58,8 +58,8 @@ def test_channels_go_and_the_rest_learns(method: str, dense: tuple[Path, str], t
     # Half of them before the cut; and new weights have more to learn.
     more = ["--finetune.epochs=4"] if method in ("slimming", "scratch") else []
     results = pruned(dense, tmp_path / "run", "--method", method, "--macs", "0.5", *more)
-    model = dynnet.load_backbone(tmp_path / "run" / "model.safetensors")
-    whole = dynnet.load_backbone(tmp_path / "run" / "backbone.safetensors")
+    model = dynnet.load(tmp_path / "run" / "model.safetensors")
+    whole = dynnet.load(tmp_path / "run" / "backbone.safetensors")
     share = trace(model, SIZE, 1).macs / trace(whole, SIZE, 1).macs
     assert 0.45 < share <= 0.5
     assert results["pruned"]["macs"] / results["dense"]["macs"] == pytest.approx(share)
@@ -127,13 +127,13 @@ def test_weights_go_step_by_step(dense: tuple[Path, str], tmp_path: Path) -> Non
     assert results["pruned"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
     assert results["pruned"]["compression"] > 2
     assert results["pruned"]["macs"] == results["dense"]["macs"]  # nothing is skipped
-    assert sparsity(dynnet.load_backbone(out / "model.safetensors"))[""] == pytest.approx(0.8, abs=1e-3)
+    assert sparsity(dynnet.load(out / "model.safetensors"))[""] == pytest.approx(0.8, abs=1e-3)
 
 
 def test_every_layer_can_lose_the_same_share(dense: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     pruned(dense, out, "--method=magnitude", "--sparsity=0.5", "--pruning.scope=group", "--finetune.epochs=0")
-    shares = sparsity(dynnet.load_backbone(out / "model.safetensors"))
+    shares = sparsity(dynnet.load(out / "model.safetensors"))
     assert list(shares.values()) == pytest.approx([0.5] * len(shares), abs=1e-2)
 
 
@@ -174,7 +174,7 @@ def test_a_ticket_of_another_runs_dense_stage(
 
 def test_two_of_four_weights_stay(dense: tuple[Path, str], tmp_path: Path) -> None:
     pruned(dense, tmp_path / "run", "--method=n:m")
-    weight = dynnet.load_backbone(tmp_path / "run" / "model.safetensors").get_parameter("layer3.1.conv1.weight")
+    weight = dynnet.load(tmp_path / "run" / "model.safetensors").get_parameter("layer3.1.conv1.weight")
     assert bool(((weight.movedim(1, -1).unflatten(-1, (-1, 4)) != 0).sum(-1) <= 2).all())
 
 
@@ -198,13 +198,13 @@ def test_the_dense_model_teaches(dense: tuple[Path, str], tmp_path: Path) -> Non
     alone, taught = (tmp_path / name for name in ("alone", "taught"))
     pruned(dense, alone, "--method=l1")
     pruned(dense, taught, "--method=l1", "--pruning.distill=0.9")
-    whole = dynnet.load_backbone(alone / "backbone.safetensors")
+    whole = dynnet.load(alone / "backbone.safetensors")
     recipe = read_recipe(alone / "recipe.yaml")
     images = next(iter(load_data(recipe.data).loader("calibration", 512))).images
 
     def distance(out: Path) -> float:
         with torch.no_grad():
-            return float((dynnet.load_backbone(out / "model.safetensors")(images) - whole(images)).square().mean())
+            return float((dynnet.load(out / "model.safetensors")(images) - whole(images)).square().mean())
 
     assert distance(taught) < distance(alone)
 
@@ -212,7 +212,7 @@ def test_the_dense_model_teaches(dense: tuple[Path, str], tmp_path: Path) -> Non
 def test_an_int8_copy_comes_along(dense: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     results = pruned(dense, out, "--method=l1", "--macs=0.6", "--pruning.int8=true")
-    small = dynnet.load_backbone(out / "int8.safetensors")
+    small = dynnet.load(out / "int8.safetensors")
     assert int8_layers(small)
     assert results["int8"]["accuracy"] > results["pruned"]["accuracy"] - 0.02
     assert results["int8"]["macs"] == results["pruned"]["macs"]
@@ -234,10 +234,10 @@ def test_exits_are_trained_on_what_is_left(
 ) -> None:
     pruned(dense, tmp_path / "thin", "--method=l1", "--pruning.int8=true", "--finetune.epochs=0")
     thin = tmp_path / "thin" / "model.safetensors"
-    argv = ["--recipe", str(dense[0]), "--dense.epochs=0", "--exits.at=[layer1]", "--joint.epochs=2"]
+    argv = ["--recipe", str(dense[0]), "--dense.epochs=0", "--wrap.exits=[layer1]", "--joint.epochs=2"]
     assert train.main([*argv, "--out", str(tmp_path / "whole"), f"--backbone.weights={thin}"]) == 0
     model = dynnet.load(tmp_path / "whole" / "model.safetensors")
-    assert model.ledger().dense == trace(dynnet.load_backbone(thin), SIZE, 1).macs
+    assert model.ledger().dense == trace(dynnet.load(thin), SIZE, 1).macs
 
     whole, steps = train.exit_losses, 0
 

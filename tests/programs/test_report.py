@@ -191,7 +191,7 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     results = json.loads((copied / "report" / "results.json").read_text())
     same = {key: results[key] for key in ("model", "backbone_kwargs", "dataset", "test_images")}
     macs = results["dense_macs"]
-    backbone = dynnet.load_backbone(run / "backbone.safetensors")
+    backbone = dynnet.load(run / "backbone.safetensors")
     create = bundle.read_bundle(run / "backbone.safetensors")[1]["create"]
     images = torch.randn(4, *SIZE)
     for name, share, accuracy in (("thin", 0.5, 0.2), ("wide", 1.0, 1.0)):

@@ -65,7 +65,7 @@ def test_skipped_equals_masked_at_full_size(name: str) -> None:
     enliven(backbone)
     # In double, where rounding does not turn a decision over.
     model = dynnet.wrap(backbone.double(), [], gates="channel")
-    images = torch.randn(6, *model.config.input_size, dtype=torch.float64)
+    images = torch.randn(6, *model.input_size, dtype=torch.float64)
     for bias in (-2.0, 0.0, 2.0):
         open_at_random(model, bias=bias)
         model.execution = "masked"
@@ -121,7 +121,7 @@ def test_a_pruned_file_answers_the_same_in_a_new_process(name: str, tmp_path: Pa
         "expected = load_file(here / 'expected.safetensors')\n"
         "with torch.no_grad():\n"
         "    for kind in ('pruned', 'int8'):\n"
-        "        found = dynnet.load_backbone(here / f'{kind}.safetensors')(expected['images'])\n"
+        "        found = dynnet.load(here / f'{kind}.safetensors')(expected['images'])\n"
         "        assert torch.equal(found, expected[kind]), kind\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

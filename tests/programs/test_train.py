@@ -44,8 +44,7 @@ def test_a_run_learns_and_leaves_everything_behind(run: Path, recipe: Path) -> N
 GATED = """
 data: {name: digits, crop: 1, calibration: 0.2, test: 0.2}
 backbone: {name: cifar_resnet20}
-exits: {at: %s}
-gates: {unit: 4, blocks: 1}
+wrap: {exits: %s, gates: {unit: 4, blocks: 1}}
 budget: {target: %s}
 dense: {epochs: 3, lr: 0.1, batch_size: 64}
 heads: {epochs: 1, lr: 0.1, batch_size: 64}
@@ -225,7 +224,7 @@ def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
             "timm has no model 'resnet5'; did you",
         ),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--backbone.weights=/no"], "cannot read weights '/no'"),
-        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--exits.at=[layer9]"], "no boundary 'layer9'"),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--wrap.exits=[layer9]"], "no boundary 'layer9'"),
         (
             ["--out", "{tmp}/x", "--recipe", "{recipe}", "--calibration.budget=1", "--calibration.accuracy_drop=0"],
             "give either a budget or an accuracy_drop",
@@ -239,15 +238,15 @@ def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--joint.opt=sgdd"], "timm cannot set up stage 'joint'"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--backbone.kwargs={{widht: 2}}"], "timm cannot create"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--checkpoint_steps=0"], "checkpoint_steps=0: give at least 1"),
-        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--exits.at=0"], "names no exits and there are no gates"),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--wrap.exits=0"], "names no exits and there are no gates"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--budget.ramp=2"], "budget.ramp=2.0: give a share"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--budget.sharpness=0"], "budget.sharpness=0.0: give a number"),
         (
-            ["--out", "{tmp}/x", "--recipe", "{recipe}", "--gates={{}}", "--budget.target=0.1"],
+            ["--out", "{tmp}/x", "--recipe", "{recipe}", "--wrap.gates={{}}", "--budget.target=0.1"],
             "budget.target: a budget of",
         ),
         (
-            ["--out", "{tmp}/x", "--recipe", "{recipe}", "--gates={{}}", "--joint.epochs=0"],
+            ["--out", "{tmp}/x", "--recipe", "{recipe}", "--wrap.gates={{}}", "--joint.epochs=0"],
             "joint.epochs=0: gates learn in the joint stage",
         ),
     ],

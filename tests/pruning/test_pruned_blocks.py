@@ -107,6 +107,6 @@ def test_blocks_go_until_the_target_is_reached(tmp_path: Path) -> None:
         prune_layers(model, lambda _: float("nan"), 0.7, SIZE)
 
     dynnet.save(shorter, tmp_path / "x.safetensors", {"model_name": "cifar_resnet20", "num_classes": 5})
-    again = dynnet.load_backbone(tmp_path / "x.safetensors")
+    again = dynnet.load(tmp_path / "x.safetensors")
     images = torch.randn(2, *SIZE)
     assert torch.equal(again(images), shorter(images))

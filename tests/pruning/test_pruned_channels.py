@@ -70,7 +70,7 @@ def test_pruned_models_cost_what_was_asked_for_and_learn(case: Case, tmp_path: P
     assert all(p.grad is not None for p in pruned.parameters())
 
     dynnet.save(pruned, tmp_path / "thin.safetensors", {"model_name": case.name, "num_classes": CLASSES, **case.kwargs})
-    again = dynnet.load_backbone(tmp_path / "thin.safetensors")
+    again = dynnet.load(tmp_path / "thin.safetensors")
     with torch.no_grad():
         assert torch.equal(again(images), pruned.eval()(images))
     assert {k: v for k, v in vars(again).items() if type(v) in (int, list)} == {
@@ -255,7 +255,7 @@ def test_a_dynamic_model_on_a_pruned_backbone_is_saved_with_its_shape(tmp_path: 
         dynnet.load(tmp_path / "y.safetensors")
     narrow_one = timm.create_model("cifar_resnet20", num_classes=CLASSES, width=0.25)
     with pytest.raises(CheckpointError, match=r"into its shape: its 'bn1' makes and reads \[4, 4\] channels"):
-        dynnet.load_backbone(tmp_path / "y.safetensors", narrow_one)
+        dynnet.load(tmp_path / "y.safetensors", narrow_one)
 
 
 @pytest.mark.parametrize(

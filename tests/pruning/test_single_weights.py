@@ -221,7 +221,7 @@ def test_a_sparse_file_is_small_and_reads_back_bit_for_bit(tmp_path: Path) -> No
     dynnet.save(model, tmp_path / "sparse.safetensors", sparse=True)
     sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("dense", "sparse")]
     assert sizes[1] < 0.25 * sizes[0]
-    again = dynnet.load_backbone(tmp_path / "sparse.safetensors")
+    again = dynnet.load(tmp_path / "sparse.safetensors")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
 

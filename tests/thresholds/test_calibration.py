@@ -11,13 +11,16 @@ import pytest
 import torch
 
 import dynnet
-from dynnet.cost.ledger import Ledger
+from dynnet.cost.ledger import Ledger, Segment
 from dynnet.errors import CalibrationError, DataError, NonFiniteError
+from dynnet.exits.confidence import make_measure
 from dynnet.thresholds.answers import Answers, collect
-from dynnet.thresholds.calibration import OperatingPoint, _spending, _within_drop, trade_off
+from dynnet.thresholds.goals import AccuracyDrop, _spending
+from dynnet.thresholds.search import trade_off
+from dynnet.thresholds.table import Table
 from tests.cases import tiny
 
-LEDGER = Ledger((100, 100, 100), (5, 5), {})
+LEDGER = Ledger((Segment(100, 5), Segment(100, 5), Segment(100)), {})
 SIZE = (3, 32, 32)
 
 
@@ -33,6 +36,10 @@ def answers(samples: int = 300, seed: int = 0) -> Answers:
     return Answers(labels, predictions, confidences, ("a", "b"), SIZE)
 
 
+def table(said: Answers, ledger: Ledger = LEDGER) -> Table:
+    return Table(said, ledger, make_measure("max_probability", 2))
+
+
 def images(count: int = 60) -> list[tuple[torch.Tensor, torch.Tensor]]:
     x = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     y = torch.randint(0, 4, (count,), generator=torch.Generator().manual_seed(4))
@@ -42,10 +49,10 @@ def images(count: int = 60) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def test_the_trade_off_is_as_good_as_trying_everything() -> None:
     said = answers()
     grid = [-math.inf, *np.quantile(said.confidences[:, :2], np.linspace(0.02, 0.98, 40)), math.inf]
-    exhaustive = [said.score(t, LEDGER) for t in itertools.product(grid, grid)]
-    points = trade_off(said, LEDGER)
+    exhaustive = [table(said).point(t) for t in itertools.product(grid, grid)]
+    points = trade_off(table(said))
     for budget in (0.5, 0.6, 0.7, 0.8, 0.9):
-        best = max(a for a, macs in exhaustive if macs <= budget * LEDGER.dense)
+        best = max(p.accuracy for p in exhaustive if p.macs <= budget * LEDGER.dense)
         ours = max(p.accuracy for p in points if p.macs <= budget * LEDGER.dense)
         assert ours >= best - 0.01
 
@@ -58,29 +65,29 @@ def test_of_equally_good_points_the_one_that_spends_more_is_taken() -> None:
     confidences = np.stack([np.full(200, 0.9), np.full(200, 0.5), np.full(200, 0.5)], 1)
     said = Answers(np.ones(200, dtype=np.int64), predictions, confidences, ("a", "b"), SIZE)
     never, first = (math.inf, math.inf), (0.9, math.inf)
-    points = [OperatingPoint(t, *said.score(t, LEDGER)) for t in (first, never)]
-    assert _spending(said, points).thresholds == never
+    points = [table(said).point(t) for t in (first, never)]
+    assert _spending(table(said), points).thresholds == never
     late[2:40] = 0
     worse = replace(said, predictions=np.stack([early, late, late], 1))
-    points = [OperatingPoint(t, *worse.score(t, LEDGER)) for t in (first, never)]
-    assert _spending(worse, points).thresholds == first
+    points = [table(worse).point(t) for t in (first, never)]
+    assert _spending(table(worse), points).thresholds == first
 
 
 def test_points_rise_and_mean_what_they_say() -> None:
     said = answers()
-    points = trade_off(said, LEDGER)
+    points = trade_off(table(said))
     assert len(points) > 10
     for a, b in itertools.pairwise(points):
         assert a.macs < b.macs
         assert a.accuracy < b.accuracy
     for p in points:
-        assert said.score(p.thresholds, LEDGER) == (p.accuracy, p.macs)
+        assert table(said).point(p.thresholds) == p
 
 
 def test_an_exit_that_does_not_pay_is_switched_off() -> None:
     said = answers()
-    dear = Ledger((100, 100, 100), (5, 150), {})
-    for point in trade_off(said, dear):
+    dear = Ledger((Segment(100, 5), Segment(100, 150), Segment(100)), {})
+    for point in trade_off(table(said, dear)):
         assert point.thresholds[1] == math.inf or point.macs > 250
 
 
@@ -109,8 +116,8 @@ def test_a_promised_drop_is_kept_on_new_samples() -> None:
     drops, promised, errors, saved = [], [], [], []
     for seed in range(12):
         said = answers(600, seed)
-        points = trade_off(said, LEDGER)
-        point, drop = _within_drop(said, LEDGER, False, points, 0.02)
+        point, drop = AccuracyDrop(0.02).choose(table(said))
+        assert drop is not None
         drops.append(unseen.lost(point.thresholds).mean())
         promised.append(drop.mean)
         errors.append(drop.error)
@@ -133,7 +140,7 @@ def test_too_few_samples_promise_nothing() -> None:
 def test_impossible_goals_are_refused_and_change_nothing() -> None:
     model = dynnet.wrap(tiny(), ["0"], input_size=(3, 32, 32))
     model.thresholds = [0.4]
-    floor = (model.ledger().segments[0] + model.ledger().heads[0]) / model.ledger().dense
+    floor = (model.ledger().segments[0].macs + model.ledger().heads[0]) / model.ledger().dense
     with pytest.raises(CalibrationError, match=rf"leaving at the first exit '0' costs {floor:.3f} already"):
         dynnet.calibrate(model, images(), budget=floor / 2)
     with pytest.raises(CalibrationError, match="give exactly one"):

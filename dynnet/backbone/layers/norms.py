@@ -1,7 +1,7 @@
 """Norms. A batch norm passes channels on one by one; the others look at several, or all, at once.
 
-Where channels are missing, a norm that looks at several counts them as zeros, so that what is skipped equals what is masked;
-cut for good, it sees only those that are left.
+Where channels are missing, a norm that looks at several counts them as zeros, so that what is skipped equals what is
+masked; cut for good, it sees only those that are left.
 
     B batch; C channels, k of them there
 """

@@ -33,7 +33,7 @@ def weighing_kind(layer: nn.Module) -> Weighing | None:
 
 
 def by_output(layer: nn.Module, weight: Tensor) -> Tensor:
-    """The weight of a weighing layer, or what has its shape, as (O, I / groups, ...); given that, the layer's own shape."""
+    """The weight of a weighing layer, or what has its shape, as (O, I / groups, ...); given that, the layer's own."""
     kind = weighing_kind(layer)
     assert kind is not None, type(layer)
     return kind.by_output(layer, weight)

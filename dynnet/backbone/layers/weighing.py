@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
@@ -147,10 +147,11 @@ class TransposedConvolution(Weighing):
             if chosen is None:
                 return weight, bias, groups
             left = Subset((chosen.channels() // (chosen.width // groups)).unique(), 1, groups)
-            weight, bias = (
-                None if p is None else left.take(p.unflatten(0, (groups, -1)), 0).flatten(0, 1) for p in (weight, bias)
-            )
-            return cast(Tensor, weight), bias, len(left)
+
+            def whole(parameter: Tensor) -> Tensor:
+                return left.take(parameter.unflatten(0, (groups, -1)), 0).flatten(0, 1)
+
+            return whole(weight), None if bias is None else whole(bias), len(left)
         weight = weight if reads is None else reads.take(weight, 0)
         weight = weight if makes is None else makes.take(weight, 1)
         return weight, bias if bias is None or makes is None else makes.take(bias, 0), 1
