@@ -19,9 +19,10 @@ RECIPE = """\
 data: {name: digits, crop: 1}
 backbone: {name: cifar_resnet20, kwargs: {width: 0.25}}
 wrap: {exits: [layer1.0, layer2.0], head_share: 0.1}
-dense: {epochs: 2, batch_size: 64}
-heads: {epochs: 1, batch_size: 64}
-joint: {epochs: 2, batch_size: 64}
+loss: {weights: equal, distill: 0.1, temperature: 1.0, equilibrium: true}
+dense: {epochs: 2, batch_size: 64, decay_norms: false}
+heads: {epochs: 1, batch_size: 64, decay_norms: false}
+joint: {epochs: 2, batch_size: 64, decay_norms: false}
 ema: 0.9
 mixup: 0.2
 log_steps: 5

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynnet.backbone.layers.table import cut_
+from dynnet.backbone.layers.table import cut_, kind_of
 from dynnet.errors import GateError
 from dynnet.gates.decisions import Decisions, Taken
 from dynnet.gates.networks import Gates
@@ -52,4 +52,6 @@ def cut_frozen_(backbone: nn.Module, gates: Gates) -> None:
         row = mask[None].to(device, torch.float32)
         decisions.take(number, Taken(None, row, row))
     for site in gates.plan.sites:
-        cut_(backbone.get_submodule(site.layer), decisions.subset(site.reads), decisions.subset(site.makes))
+        layer = backbone.get_submodule(site.layer)
+        if kind_of(layer) is not None:  # what stands for a folded norm has no channels of its own
+            cut_(layer, decisions.subset(site.reads), decisions.subset(site.makes))

@@ -11,6 +11,7 @@ import dynnet
 from dynnet.backbone.input_size import input_size_of
 from dynnet.errors import ExitError
 from dynnet.exits.boundaries import Places
+from dynnet.exits.placing import resolve
 from tests.cases import CASES, tiny
 
 
@@ -21,10 +22,10 @@ def places(name: str = "resnet18") -> Places:
 
 def test_names_fractions_and_numbers() -> None:
     resnet = places()
-    assert [b.name for b in resnet.resolve(["layer1", 0.7])] == ["layer1", "layer3.0"]
-    assert [b.name for b in resnet.resolve(2)] == [b.name for b in resnet.resolve([1 / 3, 2 / 3])]
-    assert resnet.resolve(0) == []
-    shares = [b.macs_share for b in resnet.resolve(4)]
+    assert [b.name for b in resolve(resnet, ["layer1", 0.7])] == ["layer1", "layer3.0"]
+    assert [b.name for b in resolve(resnet, 2)] == [b.name for b in resolve(resnet, [1 / 3, 2 / 3])]
+    assert resolve(resnet, 0) == []
+    shares = [b.macs_share for b in resolve(resnet, 4)]
     assert shares == sorted(shares)
     for share, wanted in zip(shares, (0.2, 0.4, 0.6, 0.8), strict=True):
         assert abs(share - wanted) < 0.1
@@ -32,8 +33,8 @@ def test_names_fractions_and_numbers() -> None:
 
 def test_fractions_share_out_what_there_is() -> None:
     """Two fractions nearest to the same boundary get two boundaries."""
-    a, b = places().resolve([0.60, 0.61])
-    assert a.share < b.macs_share
+    a, b = resolve(places(), [0.60, 0.61])
+    assert a.macs_share < b.macs_share
 
 
 def test_proposals_are_blocks_and_stages() -> None:

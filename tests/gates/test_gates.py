@@ -18,7 +18,7 @@ from dynnet.errors import CalibrationError, CheckpointError, ExitError, GateErro
 from dynnet.files.bundles import read_bundle, write_bundle
 from dynnet.gates.freezing import cut_frozen_, mean_masks
 from dynnet.gates.plan import GateConfig
-from dynnet.thresholds.calibration import check_budget
+from dynnet.thresholds.goals import Budget
 from tests.cases import CASES, Case, enliven, leave_one_by_one, open_at_random, tiny
 from tests.generated import PARTS, Generated
 
@@ -201,8 +201,8 @@ def test_the_floor_is_what_the_cheapest_sample_costs() -> None:
         model.thresholds = [-float("inf")] * len(exits)
         assert model.predict(SMALL.images(1)).macs.item() == model.floor()
         with pytest.raises(CalibrationError, match="cannot be met"):
-            check_budget(model, 0.99 * model.floor() / model.ledger().dense)
-        check_budget(model, 1.01 * model.floor() / model.ledger().dense)
+            Budget(0.99 * model.floor() / model.ledger().dense).check(model)
+        Budget(1.01 * model.floor() / model.ledger().dense).check(model)
 
 
 def test_gates_work_wherever_the_model_is() -> None:

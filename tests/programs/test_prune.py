@@ -15,7 +15,7 @@ from dynnet.deploy.int8 import int8_layers
 from dynnet.files.bundles import read_bundle
 from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe
-from dynnet.pruning import channels, sparsity
+from dynnet.pruning import choosing, sparsity
 from dynnet.pruning.norms import shrink_scales_
 from training import cuts, pipeline, prune, train
 
@@ -105,10 +105,10 @@ def test_what_is_looked_at_is_shuffled(
 
         return looked
 
-    for module, name in ((cuts, "prune"), (cuts, "recalibrate"), (pipeline, "quantize")):
+    for module, name in ((cuts, "prune"), (cuts, "recalibrate_"), (pipeline, "quantize")):
         monkeypatch.setattr(module, name, looking(name, getattr(module, name)))
     pruned(dense, tmp_path / "run", "--method", method, "--pruning.int8=true")
-    assert seen.keys() == {"prune", "recalibrate", "quantize"}
+    assert seen.keys() == {"prune", "recalibrate_", "quantize"}
     assert all(len(rows) > 500 and rows != sorted(rows) for rows in seen.values())
 
 
@@ -224,7 +224,7 @@ def test_a_target_in_time(dense: tuple[Path, str], tmp_path: Path, monkeypatch: 
     def share(model: Any, other: Any, size: tuple[int, int, int]) -> float:
         return trace(model, size, 1).macs / trace(other, size, 1).macs
 
-    monkeypatch.setattr(channels, "time_share", share)
+    monkeypatch.setattr(choosing, "time_share", share)
     results = pruned(dense, tmp_path / "run", "--method=l1", "--pruning.latency=0.5", "--pruning.steps=2")
     assert 0.4 < results["pruned"]["macs"] / results["dense"]["macs"] <= 0.5
 

@@ -13,7 +13,7 @@ import torch
 
 import dynnet
 from dynnet.errors import InputError
-from dynnet.evaluation.measurement import read_table
+from dynnet.evaluation.tables import read_table
 from dynnet.files import bundles as bundle
 from dynnet.gates.plan import GatePlan, Region
 from dynnet.learning.recipes import read_recipe, recipe_to_yaml

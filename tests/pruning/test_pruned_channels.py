@@ -20,7 +20,7 @@ from dynnet.backbone.dry_run import trace
 from dynnet.channels.groups import find_groups
 from dynnet.cost.widths import Costs
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, PruneError
-from dynnet.pruning import prune_layers, recalibrate_, sparsify_, sparsify_n_m_, structured
+from dynnet.pruning import choosing, prune_layers, recalibrate_, sparsify_, sparsify_n_m_
 from dynnet.pruning.narrowing import narrow_
 from dynnet.pruning.timed import time_share
 from tests.cases import CASES, CLASSES, Case, enliven
@@ -251,8 +251,7 @@ def test_a_dynamic_model_on_a_pruned_backbone_is_saved_with_its_shape(tmp_path: 
     assert torch.equal(again.predict(images).logits, model.predict(images).logits)
     assert torch.equal(again.predict(images).macs, model.predict(images).macs)
     dynnet.save(model.unwrap(), tmp_path / "y.safetensors")
-    with pytest.raises(CheckpointError, match="holds a backbone, not a model; dynnet.load_backbone reads it"):
-        dynnet.load(tmp_path / "y.safetensors")
+    assert type(dynnet.load(tmp_path / "y.safetensors")) is type(pruned)
     narrow_one = timm.create_model("cifar_resnet20", num_classes=CLASSES, width=0.25)
     with pytest.raises(CheckpointError, match=r"into its shape: its 'bn1' makes and reads \[4, 4\] channels"):
         dynnet.load(tmp_path / "y.safetensors", narrow_one)
@@ -295,7 +294,7 @@ def test_a_target_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(trace(model, size, 1).macs)
         return 0.5 + 0.5 * asked[-1] / trace(other, size, 1).macs
 
-    monkeypatch.setattr(structured, "time_share", share)
+    monkeypatch.setattr(choosing, "time_share", share)
     model = chain()
     pruned = dynnet.prune(model, latency=0.7, criterion="l1", multiple=1, input_size=CHAIN)
     whole, left = (trace(m, CHAIN, 1).macs for m in (model, pruned))
@@ -315,7 +314,7 @@ def test_a_share_of_time_is_of_the_other_model(monkeypatch: pytest.MonkeyPatch) 
         run(batch)
         return 2.0 if run is model else 8.0
 
-    monkeypatch.setattr(importlib.import_module("dynnet.latency"), "_timed", timed)
+    monkeypatch.setattr(importlib.import_module("dynnet.evaluation.timing"), "_timed", timed)
     assert time_share(model, other, CHAIN) == 0.25
     assert set(images) == {(1, *CHAIN)}
 

@@ -21,11 +21,11 @@ from dynnet.pruning import (
     make_permanent_,
     rewind_,
     scheduled,
+    single_weights,
     sparsify_,
     sparsify_n_m_,
     sparsity,
     to_semi_structured_,
-    unstructured,
 )
 from dynnet.pruning.criteria.weights import score_weights
 from dynnet.pruning.single_weights import weighted_layers
@@ -152,7 +152,7 @@ def test_n_of_every_m_neighbours_stay(n: int, m: int) -> None:
         assert bool(((groups != 0).sum(-1) == n).all())
         was = before[name].movedim(1, -1).unflatten(-1, (-1, m)).abs()
         assert torch.equal(was.topk(n, -1).values.sort(-1).values, groups.abs().sort(-1).values[..., -n:])
-    with pytest.raises(PruneError, match=r"has a mask .*make_permanent\(model\) first"):
+    with pytest.raises(PruneError, match=r"has a mask .*make_permanent_\(model\) first"):
         sparsify_n_m_(model, n, m)
 
 
@@ -167,7 +167,7 @@ def test_sparse_cores_take_what_they_can(monkeypatch: pytest.MonkeyPatch) -> Non
             raise RuntimeError("shape is not supported")
         return weight + 0
 
-    monkeypatch.setattr(unstructured, "_has_sparse_cores", lambda weight: True)
+    monkeypatch.setattr(single_weights, "_has_sparse_cores", lambda weight: True)
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", converted)
     assert to_semi_structured_(model) == ["0"]  # the second has too many weights, the third no shape for it
     assert [layer.weight.requires_grad for layer in model] == [False, True, True]
