@@ -58,6 +58,27 @@ class RecipeError(DynnetError, ValueError):
     """A recipe with an unknown key or a value of the wrong type."""
 
 
+class ForwardError(DynnetError, RuntimeError):
+    """What somebody's own forward raised in a dry run: the fault is the model's, or that of what it was given.
+
+    Attributes:
+        remedy: in words, where there is one that does not depend on who asked for the dry run.
+    """
+
+    def __init__(self, told: str, remedy: str | None = None) -> None:
+        super().__init__(f"{told}; {remedy}" if remedy else told)
+        self.remedy = remedy
+
+    @classmethod
+    def of(cls, raised: Exception) -> ForwardError:
+        """The error for whatever was raised."""
+        numbers = "meta tensor" in str(raised) or "Meta tensor" in str(raised)
+        remedy = (
+            "it, or a hook on it, looks at numbers, and a dry run has shapes only: take that away" if numbers else None
+        )
+        return cls(f"its own forward raised {type(raised).__name__}: {raised}", remedy)
+
+
 class UnsupportedError(DynnetError, NotImplementedError):
     """Something that timm's models do, and a wrapped one cannot."""
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.names import check_fields, title
-from dynnet.channels.groups import find_groups
-from dynnet.errors import ExitError, HeadError
+from dynnet.channels.finding import find_groups
+from dynnet.errors import ExitError, ForwardError, HeadError
 from dynnet.exits import flow
 from dynnet.exits.boundaries import Boundary, Places
 from dynnet.exits.confidence import make_measure
@@ -170,8 +170,8 @@ def _check_heads(model: DynamicModel) -> None:
     expected = (BATCH, model.num_classes)
     try:
         trace(model, model.input_size, BATCH, forward)
-    except Exception as error:  # of any kind: heads may be the user's own
-        raise HeadError(f"a head does not fit its boundary: {type(error).__name__}: {error}") from error
+    except ForwardError as error:
+        raise HeadError(f"a head does not fit its boundary: {error}") from error
     for name, answer in zip(model.exits, answers, strict=False):
         if answer != expected:
             raise HeadError(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dynnet.backbone.layers.table import channel_dim, cut_
 from dynnet.backbone.subsets import subset
-from dynnet.channels.groups import Group, find_groups
+from dynnet.channels.finding import find_groups
+from dynnet.channels.groups import Group
 from dynnet.pruning.narrowing import bound_units, narrow_
 
 LOOKS_AT_ALL = (

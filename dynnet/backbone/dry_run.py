@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from dynnet.backbone.counting import macs_of
 from dynnet.backbone.hooks import watching
 from dynnet.backbone.meta import run_on_meta
-from dynnet.backbone.modes import evaluating
+from dynnet.backbone.modes import evaluating, somebodys_forward
 from dynnet.backbone.row_order import Orders
 from dynnet.backbone.twin import meta_twin
 
@@ -172,6 +172,9 @@ def trace(
         input_size: (C, H, W).
         batch: rows of the input.
         forward: what to call instead of the model itself, with its twin and the input.
+
+    Raises:
+        ForwardError: what the forward raised.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     recorder = _Recorder(batch)
@@ -179,7 +182,7 @@ def trace(
     names = {name: module for name, module in twin.named_modules() if name}
     with torch.inference_mode(False), evaluating(twin), torch.no_grad():
         images = torch.empty(batch, *input_size, dtype=dtype, device="meta")
-        with watching(names, recorder.enter, recorder.leave), recorder:
+        with watching(names, recorder.enter, recorder.leave), recorder, somebodys_forward():
             output = twin(images) if forward is None else forward(twin, images)
     return recorder.finish(output)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dynnet.backbone.names import title
-from dynnet.errors import DynnetError
+from dynnet.errors import DynnetError, ForwardError
 
 
 def input_size_of(backbone: nn.Module) -> tuple[int, int, int]:
@@ -32,12 +32,10 @@ def first_run(model: nn.Module, size: tuple[int, ...], error: type[DynnetError])
     """The first dry run of a model on a size that somebody gave.
 
     Raises:
-        error: what the model's own forward raised, told as what it mostly is: images that it cannot take.
+        error: in place of a `ForwardError`, told as what it mostly is: images that the model cannot take.
     """
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as raised:
-        raise error(
-            f"{title(model)} cannot run on images of size {tuple(size)} ({type(raised).__name__}: {raised}); give the "
-            f"size it was made for as input_size="
-        ) from raised
+    except ForwardError as raised:
+        remedy = "" if raised.remedy else "; give the size it was made for as input_size="
+        raise error(f"{title(model)} cannot run on images of size {tuple(size)} ({raised}){remedy}") from raised

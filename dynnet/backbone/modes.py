@@ -1,4 +1,4 @@
-"""In which mode and on which device somebody's model is."""
+"""Somebody's model as it is found: its mode, its device, and what its own code raises."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+
+from dynnet.errors import DynnetError, ForwardError
 
 
 @contextlib.contextmanager
@@ -20,6 +22,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def somebodys_forward() -> Iterator[None]:
+    """Code that is not ours runs: whatever it raises, of any kind, is told as its own.
+
+    Raises:
+        ForwardError: in its place; errors of dynnet's pass.
+    """
+    try:
+        yield
+    except DynnetError:
+        raise
+    except Exception as raised:
+        raise ForwardError.of(raised) from raised
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -7,6 +7,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from dynnet.errors import ForwardError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -20,6 +23,9 @@ def meta_twin(model: M) -> M:
     Args:
         model: any. Its hooks are copied with it; one that is a closure over the model, rather than a method or an
             object, goes on to see the model.
+
+    Raises:
+        ForwardError: a lazy module has not run yet, so that its parameters have no shape.
     """
     twins: dict[int, object] = {}
     with torch.inference_mode(False):  # in which operators would not be dispatched one by one
@@ -33,5 +39,7 @@ def meta_twin(model: M) -> M:
 
 
 def _without_numbers(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, UninitializedTensorMixin):
+        raise ForwardError("it has parameters without a shape (LazyLinear, say)", "run it once on images first")
     twin = torch.empty_like(tensor, device="meta")
     return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin

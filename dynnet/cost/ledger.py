@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import Trace, trace
 from dynnet.cost.widths import Narrowable
-from dynnet.errors import DynnetError, InputError
+from dynnet.errors import ForwardError, InputError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -117,9 +117,7 @@ def price(
     """
     try:
         seen = trace(model, input_size, 1, forward)
-    except DynnetError:
-        raise
-    except Exception as error:  # of any kind: it is the backbone's own forward
+    except ForwardError as error:
         raise InputError(f"the backbone cannot take images of size {tuple(input_size)}: {error}") from error
     calls = {call.name: call for call in seen.calls}
     heads = [_below(seen, f"heads.{i}") for i in range(len(exits))]

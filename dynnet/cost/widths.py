@@ -10,7 +10,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from torch import nn
 
 from dynnet.backbone.dry_run import trace
-from dynnet.channels.groups import Group, Role
+from dynnet.channels.following import Role
+from dynnet.channels.groups import Group
 
 
 class Width(Protocol):

@@ -117,8 +117,8 @@ class Places:
 
     def __init__(self, backbone: nn.Module, input_size: tuple[int, int, int]) -> None:
         self.backbone, self.input_size = backbone, input_size
-        self.twin = meta_twin(backbone)
         with first_run(backbone, input_size, ExitError):
+            self.twin = meta_twin(backbone)
             self.trace: Trace = trace(self.twin, input_size, BATCH)
         output = self.trace.output
         if len(output) != 1 or len(output[0].shape) != 2 or output[0].batch_dim != 0:

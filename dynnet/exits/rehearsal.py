@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import BATCH, trace
+from dynnet.errors import ForwardError
 from dynnet.exits import flow
 from dynnet.exits.boundaries import Boundary, Companion, Places
 from dynnet.exits.flow import Flow, Tag, thinned
@@ -102,8 +103,8 @@ def _attempt(
     flow.attach(places.twin, tag, exits, companions)
     try:
         seen = trace(places.twin, places.input_size, BATCH, forward)
-    except Exception as error:  # of any kind: it is the backbone's own forward
-        return f"{type(error).__name__}: {error}", set()
+    except ForwardError as error:
+        return str(error), set()
     finally:
         flow.detach(places.twin)
     came, went = seen.output[0].shape[0] if seen.output else 0, rehearsal.rows.size

@@ -18,7 +18,7 @@ from dynnet.backbone.dry_run import BATCH, Call, Trace, trace
 from dynnet.backbone.input_size import first_run, input_size_of
 from dynnet.backbone.layers.table import role_of
 from dynnet.backbone.names import check_list, title
-from dynnet.errors import NonFiniteError, PruneError, did_you_mean
+from dynnet.errors import ForwardError, NonFiniteError, PruneError, did_you_mean
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.shape import remove_
 
@@ -183,6 +183,6 @@ def _is_residual(call: Call, seen: Trace, modules: dict[str, nn.Module]) -> bool
 def _runs_without(model: nn.Module, blocks: Sequence[str], size: tuple[int, int, int]) -> bool:
     try:
         trace(remove_blocks(model, blocks), size, BATCH)
-    except Exception:  # of any kind: it is the model's own forward
+    except ForwardError:
         return False
     return True

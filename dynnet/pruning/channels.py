@@ -19,7 +19,8 @@ from torch import nn
 from dynnet.backbone.batches import Batches, Loader, Loss
 from dynnet.backbone.input_size import first_run, input_size_of
 from dynnet.backbone.names import check_excluded, check_fields, check_list, is_inside, title
-from dynnet.channels.groups import Group, find_groups
+from dynnet.channels.finding import find_groups
+from dynnet.channels.groups import Group
 from dynnet.cost.widths import Costs
 from dynnet.deploy.folding import fold
 from dynnet.errors import PruneError

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from dynnet.backbone.names import title
-from dynnet.channels.groups import Group, Role, bundle
+from dynnet.channels.following import Role
+from dynnet.channels.groups import Group, bundle
 from dynnet.cost.widths import Costs
 from dynnet.deploy.folding import fold
 from dynnet.errors import PruneError

@@ -10,7 +10,8 @@ from torch import nn
 
 from dynnet.backbone.layers.table import cut_
 from dynnet.backbone.subsets import Subset, subset
-from dynnet.channels.groups import Group, Role
+from dynnet.channels.following import Role
+from dynnet.channels.groups import Group
 
 
 def bound_units(model: nn.Module, group: Group) -> np.ndarray:

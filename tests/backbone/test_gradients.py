@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dynnet
 from dynnet.backbone.batches import Batches
 from dynnet.backbone.gradients import at_risk, right_gradients
-from dynnet.channels.groups import find_groups
+from dynnet.channels.finding import find_groups
 from dynnet.gates.plan import GateConfig
 from dynnet.pruning.criteria.units import score
 from dynnet.pruning.criteria.weights import score_weights

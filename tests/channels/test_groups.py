@@ -9,7 +9,8 @@ from timm.layers import SEModule
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-from dynnet.channels.groups import Group, find_groups
+from dynnet.channels.finding import find_groups
+from dynnet.channels.groups import Group
 
 SIZE = (3, 16, 16)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import dynnet
-from dynnet.channels.groups import find_groups
+from dynnet.channels.finding import find_groups
 from dynnet.errors import GateError
 from dynnet.gates.plan import GateConfig, Region
 from tests.cases import tiny

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynnet.backbone.batches import Batches
-from dynnet.channels.groups import Group, find_groups
+from dynnet.channels.finding import find_groups
+from dynnet.channels.groups import Group
 from dynnet.errors import DataError, NonFiniteError, PruneError
 from dynnet.pruning.criteria.units import CRITERIA, score
 from tests.cases import CASES, Case, enliven

@@ -17,7 +17,7 @@ from torch import nn
 
 import dynnet
 from dynnet.backbone.dry_run import trace
-from dynnet.channels.groups import find_groups
+from dynnet.channels.finding import find_groups
 from dynnet.cost.widths import Costs
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, PruneError
 from dynnet.pruning import choosing, prune_layers, recalibrate_, sparsify_, sparsify_n_m_
