@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from timm.layers import RmsNorm2d
 from torch import Tensor, nn
 
 
@@ -80,6 +81,17 @@ class GatedMlp(nn.Module):
         return x + self.down(y * nn.functional.gelu(gate)).permute(0, 3, 1, 2)
 
 
+class Sequenced(nn.Module):
+    """Pixels in a row, mixed by convolutions along it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(width, 2 * width, 3, padding=1), nn.Conv1d(2 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x.flatten(2)).relu()).view_as(x)
+
+
 PARTS = {
     "plain": lambda w: unit(w, w),
     "basic": lambda w: Residual(nn.Sequential(unit(w, w), unit(w, w))),
@@ -93,4 +105,11 @@ PARTS = {
         nn.Sequential(nn.Conv2d(w, 2 * w, 1), nn.GroupNorm(4, 2 * w), nn.ReLU(), nn.Conv2d(2 * w, w, 1))
     ),
     "weighed": Weighed,
+    "rms": lambda w: Residual(
+        nn.Sequential(nn.Conv2d(w, 2 * w, 1), RmsNorm2d(2 * w), nn.GELU(), nn.Conv2d(2 * w, w, 1))
+    ),
+    "transposed": lambda w: Residual(
+        nn.Sequential(nn.ConvTranspose2d(w, 2 * w, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(2 * w, w, 1))
+    ),
+    "sequence": Sequenced,
 }

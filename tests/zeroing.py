@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.layers import RmsNorm, RmsNorm2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-from dynnet.backbone.layers.table import channel_dim, cut_
+from dynnet.backbone.layers.table import by_output, channel_dim, cut_, weighing_kind
 from dynnet.backbone.subsets import subset
 from dynnet.channels.finding import find_groups
 from dynnet.channels.groups import Group
@@ -19,6 +19,9 @@ from dynnet.pruning.narrowing import bound_units, narrow_
 
 LOOKS_AT_ALL = (
     nn.LayerNorm,
+    nn.RMSNorm,
+    RmsNorm,
+    RmsNorm2d,
     nn.GroupNorm,
     GlobalResponseNorm,
     StdConv2d,
@@ -52,11 +55,21 @@ def zero(model: nn.Module, groups: Sequence[Group], stay: Sequence[np.ndarray]) 
             side = kept.setdefault((member.layer, member.role), np.ones(member.width, dtype=bool))
             side[member.channels[~mask].ravel()] = False
     for (name, role), mask in kept.items():
-        if role in ("produces", "passes"):
-            for parameter in model.get_submodule(name).parameters(recurse=False):
-                parameter.data[torch.from_numpy(~mask)] = 0
-        elif role == "reads" and getattr(model.get_submodule(name), "groups", 1) == 1:
-            model.get_submodule(name).weight.data[:, torch.from_numpy(~mask)] = 0
+        layer, gone = model.get_submodule(name), torch.from_numpy(~mask)
+        if weighing_kind(layer):
+            weight = by_output(layer, layer.weight.data).clone()
+            if role in ("produces", "passes"):
+                weight[gone] = 0
+                if layer.bias is not None:
+                    layer.bias.data[gone] = 0
+            elif role == "reads" and getattr(layer, "groups", 1) == 1:
+                weight[:, gone] = 0
+            layer.weight.data = by_output(layer, weight).contiguous()
+            if role in ("produces", "passes") and getattr(layer, "gain", None) is not None:
+                layer.gain.data[gone] = 0
+        elif role == "passes":
+            for parameter in layer.parameters(recurse=False):
+                parameter.data[gone] = 0
     for (name, role), mask in kept.items():
         layer = model.get_submodule(name)
         grouped = getattr(layer, "groups", 1) > 1  # groups that are left are as they were

@@ -14,15 +14,25 @@ from timm.layers import (
     LayerNorm,
     LayerNorm2d,
     LayerNormAct2d,
+    RmsNorm,
+    RmsNorm2d,
     ScaledStdConv2d,
     StdConv2dSame,
 )
 from timm.layers.grn import GlobalResponseNorm
+from timm.layers.norm_act import RmsNormAct2d
 from torch import Tensor, nn
 
-from dynnet.backbone.layers.table import channel_dim, cut_, role_of, run
+from dynnet.backbone.layers.table import by_output, channel_dim, cut_, role_of, run
 from dynnet.backbone.subsets import subset
 from dynnet.errors import GateError
+
+
+def inputs(layer: nn.Module) -> Tensor:
+    """Images, sequences or tokens of 12 channels, as the layer takes them."""
+    if isinstance(layer, nn.Linear):
+        return torch.randn(2, 5, 12)
+    return torch.randn(2, 12, 9) if isinstance(layer, nn.Conv1d) else torch.randn(2, 12, 9, 9)
 
 
 def some(width: int, *, groups: int = 1, seed: int = 0) -> Tensor:
@@ -50,13 +60,15 @@ WEIGHING = {
     "standardised": StdConv2dSame(12, 16, 3, stride=2),
     "scaled": ScaledStdConv2d(12, 16, 3, padding=1),
     "linear": nn.Linear(12, 16),
+    "sequence": nn.Conv1d(12, 16, 3, padding=1),
+    "transposed": nn.ConvTranspose2d(12, 16, 3, 2, 1, 1),
 }
 
 
 @pytest.mark.parametrize("name", WEIGHING)
 def test_a_layer_on_some_channels_equals_the_whole_layer_on_zeros(name: str) -> None:
     layer = alive(WEIGHING[name])
-    x = torch.randn(2, 5, 12) if isinstance(layer, nn.Linear) else torch.randn(2, 12, 9, 9)
+    x = inputs(layer)
     dim = channel_dim(layer, x)
     for read, made in ((some(12), some(16, seed=1)), (None, some(16)), (some(12), None), (None, None)):
         narrow = x if read is None else x.index_select(dim, read)
@@ -82,6 +94,11 @@ MIXING = {
     "bare group norm": nn.GroupNorm(2, 16, affine=False),
     "one group": GroupNorm1(16),
     "group norm and activation": GroupNormAct(16, num_groups=4),
+    "root mean square norm": nn.RMSNorm(16),
+    "timm's root mean square norm": RmsNorm(16),
+    "root mean square norm of maps": RmsNorm2d(16),
+    "root mean square norm and activation": RmsNormAct2d(16),
+    "bare root mean square norm": nn.RMSNorm(16, eps=1e-5, elementwise_affine=False),
     "response norm": GlobalResponseNorm(16),
     "response norm of maps": GlobalResponseNorm(16, channels_last=False),
 }
@@ -99,7 +116,7 @@ def test_norms_and_depthwise_layers_pass_on_what_they_read(name: str) -> None:
     torch.testing.assert_close(run(layer, narrow, subset(read, 16), None), layer(zeroed).index_select(dim, read))
 
 
-@pytest.mark.parametrize("name", ["layer norm", "group norm", "response norm"])
+@pytest.mark.parametrize("name", ["layer norm", "group norm", "response norm", "root mean square norm"])
 def test_norms_in_half_precision_do_not_overflow(name: str) -> None:
     layer, read = alive(copy.deepcopy(MIXING[name])), some(16)
     x = 100 * torch.randn(2, 16, 16, 16)
@@ -127,7 +144,7 @@ def cut_copy(layer: nn.Module, reads: Tensor | None, read_of: int, makes: Tensor
 @pytest.mark.parametrize("name", WEIGHING)
 def test_a_layer_cut_for_good_computes_what_it_does_when_narrowed_for_one_input(name: str) -> None:
     layer = alive(WEIGHING[name])
-    x = torch.randn(2, 5, 12) if isinstance(layer, nn.Linear) else torch.randn(2, 12, 9, 9)
+    x = inputs(layer)
     dim = channel_dim(layer, x)
     for read, made in ((some(12), some(16, seed=1)), (None, some(16)), (some(12), None), (None, None)):
         if read is not None and name in ("standardised", "scaled"):
@@ -136,7 +153,9 @@ def test_a_layer_cut_for_good_computes_what_it_does_when_narrowed_for_one_input(
         reads, makes = (None if c is None else subset(c, w) for c, w in ((read, 12), (made, 16)))
         after = cut_copy(layer, read, 12, made, 16)
         torch.testing.assert_close(after(narrow), run(layer, narrow, reads, makes))
-        stated = (after.in_features, after.out_features) if dim > 1 else (after.in_channels, after.out_channels)
+        stated = (
+            (after.in_features, after.out_features) if name == "linear" else (after.in_channels, after.out_channels)
+        )
         assert stated == (narrow.shape[dim], 16 if made is None else len(made))
 
 
@@ -171,6 +190,24 @@ def test_a_grouped_convolution_is_cut_by_whole_groups() -> None:
     x = torch.randn(2, 12, 9, 9)
     torch.testing.assert_close(after(x[:, read]), layer(x)[:, made])
     assert (after.in_channels, after.out_channels, after.groups) == (6, 12, 2)
+
+
+def test_grouped_transposed_convolutions_lose_whole_groups() -> None:
+    layer = alive(nn.ConvTranspose2d(12, 24, 3, 2, groups=4))
+    read, made = some(12, groups=4), some(24, groups=4)
+    x = torch.randn(2, 12, 5, 5)
+    torch.testing.assert_close(run(layer, x[:, read], subset(read, 12), subset(made, 24)), layer(x)[:, made])
+    after = cut_copy(layer, read, 12, made, 24)
+    torch.testing.assert_close(after(x[:, read]), layer(x)[:, made])
+    assert (after.in_channels, after.out_channels, after.groups) == (6, 12, 2)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_transposed_weight_can_be_turned_and_turned_back(groups: int) -> None:
+    layer = nn.ConvTranspose2d(12, 24, 3, groups=groups)
+    turned = by_output(layer, layer.weight)
+    assert turned.shape == (24, 12 // groups, 3, 3)
+    assert torch.equal(by_output(layer, turned), layer.weight)
 
 
 def test_a_cut_layer_trains_what_was_trained() -> None:
