@@ -43,12 +43,13 @@ class Orders:
     def __init__(self, batch: int) -> None:
         self.batch = batch
         self._known: dict[int, Order | None] = {}
+        self._held: list[Tensor] = []  # an identity may not be used twice
 
     def of(self, x: Tensor) -> Order | None:
         """None where a tensor has no samples, or nobody can tell how they lie."""
         if id(x) not in self._known:
             dim = self.dim(x)  # made elsewhere, the input say: of one sample after the other
-            self._known[id(x)] = None if dim is None else Order(dim, 1)
+            self._note(x, None if dim is None else Order(dim, 1))
         return self._known[id(x)]
 
     def dim(self, x: Tensor) -> int | None:
@@ -61,7 +62,11 @@ class Orders:
         for made in tree_leaves(output):
             if isinstance(made, Tensor) and (dim := self.dim(made)) is not None and id(made) not in self._known:
                 # What only knows the batch's size (zeros, an expanded table) holds one sample after the other.
-                self._known[id(made)] = self._made(packet, args, kwargs, given, made, dim) if given else Order(dim, 1)
+                self._note(made, self._made(packet, args, kwargs, given, made, dim) if given else Order(dim, 1))
+
+    def _note(self, x: Tensor, order: Order | None) -> None:
+        self._known[id(x)] = order
+        self._held.append(x)
 
     def _made(
         self, packet: Any, args: Any, kwargs: Any, given: Sequence[Tensor], made: Tensor, dim: int

@@ -23,7 +23,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm_act import RmsNormAct2d
 from torch import Tensor, nn
 
-from dynnet.backbone.layers.table import by_output, channel_dim, cut_, role_of, run
+from dynnet.backbone.layers.table import by_output, channel_dim, cut_, role_of, run, stated_widths
 from dynnet.backbone.subsets import subset
 from dynnet.errors import GateError
 
@@ -153,10 +153,7 @@ def test_a_layer_cut_for_good_computes_what_it_does_when_narrowed_for_one_input(
         reads, makes = (None if c is None else subset(c, w) for c, w in ((read, 12), (made, 16)))
         after = cut_copy(layer, read, 12, made, 16)
         torch.testing.assert_close(after(narrow), run(layer, narrow, reads, makes))
-        stated = (
-            (after.in_features, after.out_features) if name == "linear" else (after.in_channels, after.out_channels)
-        )
-        assert stated == (narrow.shape[dim], 16 if made is None else len(made))
+        assert stated_widths(after) == (16 if made is None else len(made), narrow.shape[dim])
 
 
 def test_cut_norms_and_depthwise_layers_have_the_width_that_is_left() -> None:

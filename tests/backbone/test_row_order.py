@@ -60,7 +60,8 @@ def test_the_order_is_what_numbers_show(name: str) -> None:
     number = WAYS[name](torch.arange(B).float().view(B, 1, 1).expand(B, 4, 6).contiguous())
     if name == "computed":
         number = number / number[-1] * (B - 1)
-    seen = number.movedim(order.dim, 0).flatten(1)[:, 0].round().long()
+    along = number.movedim(order.dim, 0)
+    seen = along.reshape(len(along), -1)[:, 0].round().long()
     neighbours = len(seen) // (B * order.repeats)
     assert seen.tolist() == torch.arange(B).repeat_interleave(neighbours).repeat(order.repeats).tolist()
 
