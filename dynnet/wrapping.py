@@ -36,7 +36,7 @@ def wrap(
     >>> backbone = timm.create_model("cifar_resnet20", num_classes=10)
     >>> model = wrap(backbone, exits=["layer1", 0.7])  # module names, shares of the MACs, or how many
     >>> model.exits
-    ('layer1', 'layer2.1')
+    ('layer1', 'layer2')
     >>> prediction = model.eval().predict(torch.randn(4, 3, 32, 32))
     >>> prediction.logits.shape, prediction.exit.tolist()  # with thresholds at inf nobody leaves yet
     (torch.Size([4, 10]), [2, 2, 2, 2])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dynnet.errors import CheckpointError, did_you_mean
-from dynnet.files.checkpoints import load
+from dynnet.files import checkpoints
 from dynnet.model import DynamicModel
 
 _WEIGHTS = "model.safetensors"
@@ -37,7 +37,7 @@ def create_model(name: str) -> DynamicModel:
     Raises:
         CheckpointError: no model of this name, or its file is damaged.
     """
-    return cast(DynamicModel, load(_folder_of(name) / _WEIGHTS))
+    return cast(DynamicModel, checkpoints.load(_folder_of(name) / _WEIGHTS))
 
 
 def results(name: str) -> dict[str, Any]:
