@@ -1,7 +1,5 @@
 """Programs that measure: `python -m eval.report`, `eval.latency`, `eval.coverage`."""
 
-import os
+from dynnet.evaluation.waiting import sleep_soon
 
-# As in training/__init__.py: threads that wait soon sleep.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+sleep_soon()

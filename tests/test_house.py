@@ -11,7 +11,7 @@ PACKAGE = ROOT / "dynnet"
 
 # A room, or a module that stands between rooms, imports only what comes before it.
 ORDER = (
-    "errors", "backbone", "channels", "cost", "exits", "gates", "model", "wrapping", "thresholds", "deploy",
+    "errors", "registration", "backbone", "channels", "cost", "exits", "gates", "model", "wrapping", "thresholds", "deploy",
     "evaluation", "pruning", "files", "learning", "zoo", "__init__",
 )  # fmt: skip
 LONGEST, MEDIAN = 350, 180  # lines of a file
