@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import trace
+from dynnet.backbone.host import prepare_
 from dynnet.errors import CheckpointError, RecipeError
 from dynnet.evaluation.threads import fit_threads
 from dynnet.files.bundles import read_bundle
@@ -151,6 +152,7 @@ def _cut_and_begin_anew(cuts: Cuts, model: nn.Module, number: int, dense: nn.Mod
     torch.manual_seed(cuts.recipe.seed + number)
     fresh = timm.create_model(**cuts.create)
     bring_into_shape_(fresh, pruned_shape(thin, cuts.create))
+    prepare_(fresh, cuts.data.preparation)
     return fresh.to(cuts.here.device)
 
 

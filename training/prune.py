@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dynnet.backbone.host import prepare_
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.files.bundles import write_atomically
 from dynnet.learning.recipes import Recipe, recipe_to_yaml
@@ -46,6 +47,7 @@ def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
     state = State.read(out / "state.safetensors") if resume else None
     with here.first_goes_first():
         model = make_backbone(recipe.backbone, create, None if state is None else state.shape)
+    prepare_(model, data.preparation)
     pipeline = Pipeline(recipe, data, create, out, here)
     model = pipeline.placed(model)
     if state is None:

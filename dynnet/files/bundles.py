@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dynnet.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2  # 1 did not say how images are prepared
 
 
 def write_bundle(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
