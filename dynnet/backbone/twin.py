@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from dynnet.errors import ForwardError
 
@@ -39,7 +39,7 @@ def meta_twin(model: M) -> M:
 
 
 def _without_numbers(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise ForwardError("it has parameters without a shape (LazyLinear, say)", "run it once on images first")
     twin = torch.empty_like(tensor, device="meta")
     return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin

@@ -6,7 +6,7 @@ import os
 
 
 def sleep_soon() -> None:
-    """Let OpenMP's threads spin for 1,000 turns, libgomp's own count where there are more threads than cores, not 300,000.
+    """Let OpenMP's threads spin for 1,000 turns, libgomp's count where there are more threads than cores, not 300,000.
 
     On a shared machine the one they wait for gets a core. Where the environment says how to wait, that is kept.
     """

@@ -36,10 +36,10 @@ def test_truncation_is_noticed(saved: Path, keep: int) -> None:
 
 def test_a_newer_format_asks_for_an_upgrade(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, about = bundle.read_bundle(saved)
-    monkeypatch.setattr(bundle, "FORMAT", 2)
+    monkeypatch.setattr(bundle, "FORMAT", bundle.FORMAT + 1)
     bundle.write_bundle(saved, tensors, about)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="has format 2, this dynnet reads up to 1; upgrade dynnet"):
+    with pytest.raises(CheckpointError, match="has format 3, this dynnet reads up to 2; upgrade dynnet"):
         dynnet.load(saved)
 
 
