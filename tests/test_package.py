@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
-    """Built, installed in a fresh environment, and a zoo model loaded from it."""
+    """Built, installed in a fresh environment; a program that uses every public name is typed there, and runs."""
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
         check=True,
@@ -37,14 +38,22 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
         text=True,
     ).stdout.strip()
     (Path(site) / "lent.pth").write_text(sysconfig.get_path("purelib"))
-    program = (
-        "import dynnet, torch, pathlib; "
-        f"assert not pathlib.Path(dynnet.__file__).is_relative_to({str(ROOT)!r}), dynnet.__file__; "
-        "assert 'digits' in dynnet.list_models(), dynnet.list_models(); m = dynnet.create_model('digits'); "
-        "print(m.predict(torch.zeros(1, *m.input_size)).logits.shape)"
-    )
-    done = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == "torch.Size([1, 10])", done.stderr
+    shutil.copy(ROOT / "tests" / "example.py", tmp_path)
+    inside = "import dynnet; print(dynnet.__file__)"
+    assert str(tmp_path) in subprocess.run([python, "-c", inside], cwd=tmp_path, capture_output=True, text=True).stdout
+    typed = [python, "-m", "mypy", "--strict", "--python-executable", python, "example.py"]
+    done = subprocess.run(typed, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run([python, "example.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "'digits'" in done.stdout
+
+
+def test_an_editable_install_shows_the_package_alone(tmp_path: Path) -> None:
+    names = "('training', 'eval', 'tests')"
+    code = f"import dynnet, importlib.util as u; assert dynnet.__version__; print([u.find_spec(n) for n in {names}])"
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert told.stdout.strip() == "[None, None, None]", told.stdout + told.stderr
 
 
 def test_the_zoo_keeps_what_it_promises() -> None:
