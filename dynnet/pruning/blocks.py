@@ -31,13 +31,13 @@ class Sensitivity:
 
     Attributes:
         block: its name.
-        macs: of the block, as a share of the model's.
+        macs_share: of the model's MACs that run in the block.
         metric: of the model without it.
         drop: of the metric.
     """
 
     block: str
-    macs: float
+    macs_share: float
     metric: float
     drop: float
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.data import resolve_model_data_config
 
 import dynnet
 from dynnet.files import bundles as bundle
@@ -37,6 +38,9 @@ def test_a_run_learns_and_leaves_everything_behind(run: Path, recipe: Path) -> N
     assert records[-1]["kind"] == "calibration"
     assert read_recipe(run / "recipe.yaml") == read_recipe(recipe)
     model = dynnet.load(run / "model.safetensors")
+    assert model.class_names == tuple("0123456789")
+    prepared = resolve_model_data_config(dynnet.load(run / "backbone.safetensors"))
+    assert (prepared["input_size"], prepared["mean"], prepared["crop_pct"]) == ((1, 8, 8), (0.5,), 1.0)
     assert model.calibration is not None
     assert model.calibration["samples"] == round(1438 * 0.15)
 

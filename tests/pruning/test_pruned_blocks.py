@@ -82,7 +82,7 @@ def test_the_block_that_does_least_is_needed_least() -> None:
     assert found[0].block == "layer3.1"
     assert found[-1].drop > 10 * found[0].drop >= 0
     total = trace(model, SIZE, 1)
-    assert found[0].macs == pytest.approx(
+    assert found[0].macs_share == pytest.approx(
         sum(m for n, m in total.layers.items() if n.startswith("layer3.1.")) / total.macs
     )
     few = sensitivity(model, likeness(model), ["layer1.0"], SIZE)
