@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dynnet.files.checkpoints import load, save
     from dynnet.gates.plan import GateConfig
     from dynnet.learning.losses import loss
-    from dynnet.model import DynamicModel, Prediction, WrapConfig
+    from dynnet.model import DynamicModel, WrapConfig
+    from dynnet.outputs import Prediction
     from dynnet.pruning.channels import prune
     from dynnet.thresholds.calibration import calibrate
     from dynnet.wrapping import wrap
@@ -54,7 +55,7 @@ __all__ = [
 _HOMES = {
     "DynamicModel": "model",
     "GateConfig": "gates.plan",
-    "Prediction": "model",
+    "Prediction": "outputs",
     "WrapConfig": "model",
     "calibrate": "thresholds.calibration",
     "create_model": "zoo",
@@ -75,7 +76,7 @@ _HOMES = {
 _RENAMED = {
     "Boundary": "dynnet.exits.boundaries.Boundary",
     "Calibration": "dynnet.thresholds.calibration.Calibration",
-    "ExitOutputs": "dynnet.model.ExitOutputs",
+    "ExitOutputs": "dynnet.outputs.ExitOutputs",
     "Latency": "dynnet.evaluation.timing.Latency",
     "Measurement": "dynnet.evaluation.measurement.Measurement",
     "backbones": 'timm.create_model("cifar_resnet20")',
@@ -89,10 +90,11 @@ registration.when_timm_is_there()
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         found = getattr(importlib.import_module(f"dynnet.{_HOMES[name]}"), name)
-    elif name in ("errors", "pruning"):
+    elif name in ("errors", "pruning", "zoo"):
         found = importlib.import_module(f"dynnet.{name}")
     elif name in _RENAMED:
-        raise AttributeError(f"dynnet.{name} of version 0.1 is gone; write {_RENAMED[name]}")
+        # `from dynnet import ...` would swallow the words of an AttributeError.
+        raise ImportError(f"dynnet.{name} of version 0.1 is gone; write {_RENAMED[name]}")
     else:
         raise AttributeError(f"module 'dynnet' has no attribute {name!r}")
     globals()[name] = found

@@ -70,13 +70,13 @@ class ForwardError(DynnetError, RuntimeError):
         self.remedy = remedy
 
     @classmethod
-    def of(cls, raised: Exception) -> ForwardError:
-        """The error for whatever was raised."""
+    def of(cls, raised: Exception, model: str) -> ForwardError:
+        """The error for whatever was raised in a model's own code."""
         numbers = "meta tensor" in str(raised) or "Meta tensor" in str(raised)
         remedy = (
             "it, or a hook on it, looks at numbers, and a dry run has shapes only: take that away" if numbers else None
         )
-        return cls(f"its own forward raised {type(raised).__name__}: {raised}", remedy)
+        return cls(f"the forward of {model} itself raised {type(raised).__name__}: {raised}", remedy)
 
 
 class UnsupportedError(DynnetError, NotImplementedError):

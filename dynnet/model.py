@@ -6,9 +6,10 @@ B batch, K classes, E exits; exit number E is the backbone's own head
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,54 +17,23 @@ from torch import Tensor, nn
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.backbone.host import Hosted, preparation_of, prepare_
 from dynnet.cost.ledger import Ledger, price
-from dynnet.errors import GateError, InputError
+from dynnet.errors import ForwardError, GateError, InputError
 from dynnet.exits import flow
 from dynnet.exits.calls import Answering, EveryExit
 from dynnet.exits.confidence import Measure, check_thresholds, to_json
 from dynnet.exits.flow import Tag
 from dynnet.exits.noted_sizes import NotedSizes
-from dynnet.exits.rehearsal import Placement
+from dynnet.exits.rehearsal import Line, Placement, lines_at
 from dynnet.gates import attaching
 from dynnet.gates.decisions import Decisions, least_macs
 from dynnet.gates.networks import Gates
 from dynnet.gates.plan import GateConfig, GatePlan
+from dynnet.outputs import ExitOutputs, Prediction
 
 Execution = Literal["sparse", "masked"]
 
-
-class Prediction(NamedTuple):
-    """What a batch got, and what it cost.
-
-    Attributes:
-        logits: (B, K) of the exit at which each sample left.
-        exit: (B,) int64, its number; E is the backbone's own head.
-        confidence: (B,) of that exit, in the unit of the model's measure.
-        macs: (B,) int64, multiply-adds that ran for the sample; FLOPs are twice as many.
-    """
-
-    logits: Tensor
-    exit: Tensor
-    confidence: Tensor
-    macs: Tensor
-
-    @property
-    def flops(self) -> Tensor:
-        """(B,) int64, 2 x MACs."""
-        return 2 * self.macs
-
-
-class ExitOutputs(NamedTuple):
-    """What every exit says of every sample, as in training.
-
-    Attributes:
-        logits: E + 1 tensors of (B, K), the backbone's own last.
-        decisions: what the gates decided on the way; None without gates.
-        macs_shares: of the backbone's MACs that are spent at each of the E exits.
-    """
-
-    logits: tuple[Tensor, ...]
-    decisions: Decisions | None = None
-    macs_shares: tuple[float, ...] = ()
+STATE = "_extra_state"  # the key under which torch keeps in a state_dict what a model says besides its weights
+_RENAMED = {"active": "running", "remembers": "measure.every_vote"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +108,11 @@ class DynamicModel(Hosted):
         self._dtype: torch.dtype | None = None  # of the backbone, when last looked up
         self.tag = Tag()
         self._noted = placement.noted
-        self.train(backbone.training)
+        # Modules of the backbone keep the modes in which they came: some may be frozen.
+        self.training = backbone.training
+        for own in (self.heads, self.gates):
+            if own is not None:
+                own.train(backbone.training)
 
     @property
     def exits(self) -> tuple[str, ...]:
@@ -206,7 +180,7 @@ class DynamicModel(Hosted):
                 "Improved Techniques for Training Adaptive Deep Networks", https://arxiv.org/abs/1908.06294).
             gated: let the gates decide; else all channels are computed.
         """
-        self._check(x)
+        self.check(x)
         if torch.is_grad_enabled() and getattr(self.backbone, "grad_checkpointing", False):
             raise InputError(
                 "gradient checkpointing runs blocks a second time, and their exits with them; switch it off with "
@@ -242,8 +216,16 @@ class DynamicModel(Hosted):
             plan = None if self.gates is None else self.gates.plan
             gated = ((), ()) if plan is None else (plan.switches(), plan.deciders())
             found = price(self, DynamicModel.run_every_exit, size, self.exits, *gated)
+            if self._noted:
+                self._noted = self._noted | self._noted_at(size)
             self._ledgers = {**self._ledgers, size: found}  # a new one: another thread may be copying the model
         return self._ledgers[size]
+
+    def _noted_at(self, size: tuple[int, ...]) -> frozenset[Line]:
+        try:
+            return lines_at(self, size)
+        except ForwardError as error:
+            raise InputError(f"samples cannot leave early on images of size {size}: {error}") from error
 
     def floor(self) -> int:
         """The fewest MACs that a sample can cost: it leaves at the first exit, all gates but one a group closed."""
@@ -270,7 +252,9 @@ class DynamicModel(Hosted):
             "calibration": self.calibration,
             "preparation": preparation_of(self.backbone),
         }
-        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        # Thresholds may change while an average of weights is kept, which wants tensors of one size.
+        size = len(json.dumps(state["preparation"])) + 1024 + 128 * len(self.thresholds)
+        return torch.frombuffer(bytearray(json.dumps(state).ljust(size).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what `get_extra_state` gave.
@@ -283,6 +267,19 @@ class DynamicModel(Hosted):
         self.calibration = found["calibration"]
         if found["preparation"]:
             prepare_(self.backbone, found["preparation"])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if f"{prefix}{STATE}" in missing:
+            missing.remove(f"{prefix}{STATE}")
+            warnings.warn("this state_dict, of dynnet 0.1, has no thresholds: they stay as they are", stacklevel=2)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _RENAMED:
+            raise AttributeError(f"model.{name} of version 0.1 is model.{_RENAMED[name]} now")
+        return super().__getattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DynamicModel:
         self._dtype = None  # `.half()` and the like come through here
@@ -310,7 +307,7 @@ class DynamicModel(Hosted):
         return None if self.gates is None else Decisions(self.gates, sparse)
 
     def _answer(self, x: Tensor) -> tuple[Answering, Decisions | None]:
-        self._check(x)
+        self.check(x)
         decisions = self._decisions(sparse=self.execution == "sparse")
         answers = Answering(self.tag, len(x), decisions, list(self.heads), self.measure, self.thresholds, self.running)
         noted = NotedSizes(answers.rows, self._noted) if self._noted else None
@@ -318,7 +315,12 @@ class DynamicModel(Hosted):
             answers.finish(self.backbone(x))
         return answers, decisions
 
-    def _check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:
+        """Refuse images that the model cannot take.
+
+        Raises:
+            InputError: of another type, shape, channels or size; or the model was unwrapped.
+        """
         if self._unwrapped:
             raise InputError("this model was unwrapped; call dynnet.wrap on the backbone again")
         channels = self.input_size[0]

@@ -19,7 +19,8 @@ from dynnet.exits.confidence import make_measure
 from dynnet.exits.heads import ExitHead, HeadFactory
 from dynnet.exits.rehearsal import Placement, place
 from dynnet.gates import attaching
-from dynnet.gates.plan import GateConfig, GatePlan, check_gates, plan_gates
+from dynnet.gates.plan import GateConfig, GatePlan, check_gates
+from dynnet.gates.planning import plan_gates
 from dynnet.model import DynamicModel, WrapConfig
 
 
@@ -81,13 +82,16 @@ def _settled(
     if exits is not None and not isinstance(exits, WrapConfig):
         given["exits"] = exits if isinstance(exits, (int, str)) or not isinstance(exits, Sequence) else tuple(exits)
     base = exits if isinstance(exits, WrapConfig) else WrapConfig()
-    check_fields(given, WrapConfig, "wrap()", ExitError)
+    check_fields(given, WrapConfig, "wrap()", ExitError, ["heads"])
     confidence = given.get("confidence", base.confidence)
     given |= {"confidence": make_measure(confidence, 0).name, "gates": check_gates(given.get("gates", base.gates))}
     config = replace(base, **given)
-    if not 0 < config.head_share < 1:
+    if not isinstance(config.head_share, (int, float)) or not 0 < config.head_share < 1:
         raise HeadError(f"head_share={config.head_share}: give a share of the backbone's MACs in (0, 1), such as 0.03")
-    config = replace(config, input_size=config.input_size or input_size_of(backbone))
+    size = tuple(config.input_size or input_size_of(backbone))
+    if len(size) != 3:
+        raise ExitError(f"input_size={config.input_size}: give (C, H, W), such as (3, 224, 224)")
+    config = replace(config, input_size=size)
     return config, confidence
 
 

@@ -44,9 +44,12 @@ def results(name: str) -> dict[str, Any]:
     """What was measured of a model: its results.json.
 
     Raises:
-        CheckpointError: no model of this name.
+        CheckpointError: no model of this name, or nothing was measured of it.
     """
-    return dict(json.loads((_folder_of(name) / "results.json").read_text()))
+    path = _folder_of(name) / "results.json"
+    if not path.is_file():
+        raise CheckpointError(f"no results of {name!r} in the zoo: {path.name} is missing")
+    return dict(json.loads(path.read_text()))
 
 
 def folder() -> Path:
@@ -65,5 +68,5 @@ def _folder_of(name: str) -> Path:
 
 def __getattr__(name: str) -> Any:
     if name in _RENAMED:
-        raise AttributeError(f"dynnet.zoo.{name} is {_RENAMED[name]} now")
+        raise ImportError(f"dynnet.zoo.{name} is {_RENAMED[name]} now")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

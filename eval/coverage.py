@@ -164,7 +164,7 @@ def _with_numbers(name: str) -> dict[str, Any]:
     bare = _difference(torch.cat([backbone(images[i : i + 1]) for i in range(3)]), plain)
     model = wrap(backbone, exits=[1 / 3, 2 / 3])
     identical = torch.equal(model(images), plain)
-    model.measure, model.thresholds = InTurn(), [1.0, 1.0]
+    model.measure, model.thresholds = InTurn(2), [1.0, 1.0]
     mixed = model.predict(images)
     alone = [model.forward_exits(images[i : i + 1]).logits[i] for i in range(3)]
     left = mixed.exit.tolist()

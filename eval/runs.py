@@ -56,11 +56,16 @@ def open_run(path: Path, data: str | None = None, device: str | None = None) -> 
     recipe = read_recipe(path / "recipe.yaml")
     if data is not None:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=data))
-    dense = load(path / "backbone.safetensors")
+    dense, model = load(path / "backbone.safetensors"), load(path / "model.safetensors")
+    if not isinstance(model, DynamicModel):
+        raise CheckpointError(
+            f"{str(path)!r} is a run of training.prune, whose model decides nothing by the input; show it beside a run "
+            f"of training.train, with --static"
+        )
     config = timm.get_pretrained_cfg(recipe.backbone.name)
     loaded = load_data(recipe.data, config.to_dict() if config is not None else None)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Run(path, recipe, loaded, load(path / "model.safetensors").to(where), dense.to(where))
+    return Run(path, recipe, loaded, model.to(where), dense.to(where))
 
 
 def test_images(data: Data, count: int) -> tuple[Tensor, Tensor]:

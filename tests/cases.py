@@ -113,6 +113,18 @@ def tiny(classes: int = 4, channels: int = 3) -> nn.Module:
     ).eval()
 
 
+CHAIN = (3, 12, 12)
+
+
+def chain(units: int = 16) -> nn.Module:
+    """Two convolutions in a row, for images of size `CHAIN`."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, units, 3), nn.BatchNorm2d(units), nn.ReLU(), nn.Conv2d(units, 2 * units, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * units, 4),
+    ).eval()  # fmt: skip
+
+
 def enliven(model: nn.Module, seed: int = 0) -> None:
     """Give norms, scales and biases numbers of their own, so that every channel and every branch counts."""
     generator = torch.Generator().manual_seed(seed)

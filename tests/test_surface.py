@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import inspect
@@ -38,9 +39,13 @@ def test_importing_it_waits_for_nothing() -> None:
     assert run(f"import sys, dynnet; print({heavy})").strip() == "set()"
 
 
-@pytest.mark.parametrize("order", ["dynnet, timm", "timm, dynnet", "timm.layers, dynnet", "dynnet, timm.layers"])
+ORDERS = ["dynnet, timm", "timm.layers, dynnet", "dynnet, importlib.util as u; u.find_spec('timm'); import timm.layers"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_timm_knows_the_small_backbones_in_any_order(order: str) -> None:
-    assert run(f"import {order}, timm; print(timm.is_model('cifar_resnet20'), timm.__spec__.name)") == "True timm\n"
+    told = run(f"import {order}; import timm; print(timm.is_model('cifar_resnet20'), timm.__spec__.name)")
+    assert told == "True timm\n"
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "exits.rows"])
@@ -67,18 +72,26 @@ def test_examples_of_docstrings_run(verb: str) -> None:
     ],
 )
 def test_old_names_say_the_new_one(old: str, message: str) -> None:
-    with pytest.raises(AttributeError, match=message):
+    with pytest.raises((AttributeError, ImportError), match=message):
         getattr(dynnet, old)
 
 
 def test_functions_that_change_their_argument_say_so() -> None:
     for name in ("sparsify", "recalibrate", "make_permanent", "rewind", "sparsify_n_m", "to_semi_structured"):
-        with pytest.raises(AttributeError, match=f"{name} is {name}_ now: it changes the model"):
+        with pytest.raises(ImportError, match=f"{name} is {name}_ now: it changes the model"):
             getattr(dynnet.pruning, name)
-    from dynnet import zoo
 
-    with pytest.raises(AttributeError, match=r"dynnet.zoo.load is dynnet.create_model\(name\) now"):
-        zoo.load  # noqa: B018
+
+def test_old_names_are_told_to_whoever_imports_them() -> None:
+    with pytest.raises(ImportError, match="dynnet.load_backbone of version 0.1 is gone"):
+        from dynnet import load_backbone  # noqa: F401
+    with pytest.raises(ImportError, match="recalibrate is recalibrate_ now"):
+        from dynnet.pruning import recalibrate  # noqa: F401
+    with pytest.raises(ImportError, match=r"dynnet.zoo.load is dynnet.create_model\(name\) now"):
+        from dynnet.zoo import load  # noqa: F401
+    for old, new in (("active", "running"), ("remembers", "measure.every_vote")):
+        with pytest.raises(AttributeError, match=f"model.{old} of version 0.1 is model.{new} now"):
+            getattr(FEW[0].wrapped(), old)
 
 
 def test_a_configuration_goes_through_whole() -> None:
@@ -106,6 +119,8 @@ def test_plain_models_are_measured_and_timed_where_that_makes_sense() -> None:
     assert (measured.macs == measured.ledger.dense).all()
     timed = dynnet.latency(dynnet.fold(model), images, against=model)
     assert timed.dense_ms.shape == timed.dynamic_ms.shape == (6,)
+    dynnet.latency(dynnet.fold(model), images, against=model.train())
+    assert model.training
     with pytest.raises(InputError, match="no bare backbone to be compared with; give against="):
         dynnet.latency(model, images)
     with pytest.raises(dynnet.errors.CalibrationError, match="is a plain model: it has no exits.*dynnet.wrap first"):
@@ -130,10 +145,13 @@ def test_a_drop_below_zero_is_a_gain() -> None:
     assert "-2.25%" not in str(fitted)
 
 
+@pytest.mark.parametrize("joint", [False, True], ids=["frozen", "joint"])
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_the_loss_trains_a_wrapped_model_in_plain_torch(case) -> None:
+def test_the_loss_trains_a_wrapped_model_in_plain_torch(case, joint: bool) -> None:
     model = case.wrapped().train()
-    model.backbone.requires_grad_(False)
+    if not joint:
+        model.backbone.requires_grad_(False).eval()
+    before = copy.deepcopy(model.backbone.state_dict())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     images, target = case.images(4), torch.arange(4)
     losses = []
@@ -144,3 +162,7 @@ def test_the_loss_trains_a_wrapped_model_in_plain_torch(case) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+    same = all(torch.equal(tensor, before[name]) for name, tensor in model.backbone.state_dict().items())
+    assert same is not joint
+    with pytest.raises(InputError, match=r"got a Tensor, not what every exit says; call model.train\(\) before"):
+        dynnet.loss(model.eval()(images), target)

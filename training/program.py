@@ -19,7 +19,7 @@ from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
 from dynnet.files.bundles import is_bundle
 from dynnet.files.checkpoints import load
-from dynnet.files.weights import load_weights
+from dynnet.files.weights import load_weights_
 from dynnet.learning.data import Data, load_data
 from dynnet.learning.recipes import BackboneConfig, Recipe, read_recipe, recipe_parser
 from dynnet.model import DynamicModel
@@ -105,7 +105,7 @@ def make_backbone(config: BackboneConfig, create: dict[str, Any], shape: Shape |
         if folded_norms(backbone) or int8_layers(backbone):
             raise CheckpointError(f"{config.weights!r} is folded or in int8, for inference; give what it was made from")
     elif config.weights:
-        load_weights(backbone, _read_weights(config.weights), config.weights)
+        load_weights_(backbone, _read_weights(config.weights), config.weights)
     return backbone
 
 

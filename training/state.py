@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynnet.errors import CheckpointError
 from dynnet.files.bundles import read_bundle, write_bundle
-from dynnet.files.weights import load_weights
+from dynnet.files.weights import load_weights_
 from dynnet.pruning.shape import UNCHANGED, Shape
 from training.distributed import World
 
@@ -94,9 +94,9 @@ class State:
         write_bundle(out / "state.safetensors", tensors, about)
 
     def restore(self, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer | None) -> None:
-        load_weights(model, self._part("model."), "state.safetensors")
+        load_weights_(model, self._part("model."), "state.safetensors")
         if ema is not None and self._part("ema."):
-            load_weights(ema.module, self._part("ema."), "state.safetensors")
+            load_weights_(ema.module, self._part("ema."), "state.safetensors")
         kept = self.about["optimizer"]
         if optimizer is not None and kept["param_groups"]:
             state = {int(i): dict(entries) for i, entries in kept["state"].items()}

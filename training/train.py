@@ -32,7 +32,7 @@ from dynnet.files.creation import pruned_shape
 from dynnet.learning.data import Data
 from dynnet.learning.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise, joint_loss
 from dynnet.learning.recipes import Recipe, StageConfig, recipe_to_yaml
-from dynnet.model import ExitOutputs
+from dynnet.outputs import ExitOutputs
 from dynnet.thresholds.goals import GOALS, Budget
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools, run_stage
@@ -215,6 +215,8 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
     for key in ("log_steps", "checkpoint_steps"):
         if getattr(recipe, key) < 1:
             raise RecipeError(f"{key}={getattr(recipe, key)}: give at least 1")
+    if recipe.wrap.input_size not in (None, data.input_size):
+        raise RecipeError(f"wrap.input_size={recipe.wrap.input_size}: the size of images is data.input_size; set that")
     for stage in STAGES:
         if _runs(model, stage, getattr(recipe, stage)):
             make_tools(_trained(stage, model), getattr(recipe, stage), stage, recipe, data, here)

@@ -182,7 +182,7 @@ def trace(
     names = {name: module for name, module in twin.named_modules() if name}
     with torch.inference_mode(False), evaluating(twin), torch.no_grad():
         images = torch.empty(batch, *input_size, dtype=dtype, device="meta")
-        with watching(names, recorder.enter, recorder.leave), recorder, somebodys_forward():
+        with watching(names, recorder.enter, recorder.leave), recorder, somebodys_forward(model):
             output = twin(images) if forward is None else forward(twin, images)
     return recorder.finish(output)
 

@@ -13,6 +13,7 @@ from dynnet.errors import UnsupportedError
 # What of timm's `pretrained_cfg` says how images are prepared, and what the classes are called.
 PREPARATION = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation", "label_names")
 
+_ANSWERED = ("pretrained_cfg", "default_cfg", "num_features", "head_hidden_size", "feature_info", "get_classifier")
 _REFUSED = {
     "reset_classifier": "exits have classifiers of their own; call it on the backbone, before wrap",
     "set_grad_checkpointing": "blocks would run a second time, and their exits with them; train without it",
@@ -38,44 +39,56 @@ def prepare_(model: nn.Module, preparation: dict[str, Any]) -> None:
 
 
 class Hosted(nn.Module):
-    """A module that answers for the `backbone` inside it.
+    """A module that answers for the `backbone` inside it, whatever that can be asked.
 
     Attributes:
         backbone: timm's model, or another.
-        pretrained_cfg, default_cfg, num_features, head_hidden_size, feature_info: the backbone's, where it has them.
+        pretrained_cfg, default_cfg, num_features, head_hidden_size, feature_info, get_classifier: the backbone's.
+        group_matcher: groups of parameters by depth, as timm's layer-wise learning rates ask for; what is not the
+            backbone's comes last, with its classifier.
     """
 
     backbone: nn.Module
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("pretrained_cfg", "default_cfg", "num_features", "head_hidden_size", "feature_info"):
+        if name in _ANSWERED:
             return getattr(self.backbone, name)
-        if name in _REFUSED:
-            return _refusal(name)
+        if name == "group_matcher":
+            return _matcher_of(self.backbone.group_matcher)
+        if name in _REFUSED and hasattr(self.backbone, name):
+            return _refusal(name, getattr(self.backbone, name))
         return super().__getattr__(name)
-
-    def get_classifier(self) -> nn.Module:
-        """The backbone's own, the last of all classifiers."""
-        host: Any = self.backbone
-        return host.get_classifier()
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimisers are to spare: position embeddings and the like."""
         spared = getattr(self.backbone, "no_weight_decay", None)
         return {f"backbone.{name}" for name in spared()} if callable(spared) else set()
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of parameters by depth, as timm's layer-wise learning rates ask for; what is not the backbone's comes
-        last, with its classifier."""
-        host: Any = self.backbone
-        return {name: _inside(spec) for name, spec in host.group_matcher(coarse=coarse).items()}
 
-
-def _refusal(name: str) -> Callable[..., Any]:
+def _refusal(name: str, backbones: Callable[..., Any]) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
+        if name == "set_grad_checkpointing" and not {**dict(zip(["enable"], args, strict=False)), **kwargs}.get(
+            "enable", True
+        ):
+            return backbones(*args, **kwargs)  # off is what it has to be
         raise UnsupportedError(f"a wrapped model has no {name}(): {_REFUSED[name]}")
 
     return refuse
+
+
+def _matcher_of(backbones: Any) -> Callable[..., Any]:
+    def matcher(coarse: bool = False) -> Any:
+        found = backbones(coarse=coarse)
+        if not callable(found):
+            return {name: _inside(spec) for name, spec in found.items()}
+
+        def group(name: str) -> Any:
+            ours = not name.startswith("backbone.")
+            return (float("inf"),) if ours else found(name.removeprefix("backbone."))
+
+        return group
+
+    return matcher
 
 
 def _inside(spec: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from dynnet.backbone.names import title
 from dynnet.errors import DynnetError, ForwardError
 
 
@@ -25,8 +26,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def somebodys_forward() -> Iterator[None]:
-    """Code that is not ours runs: whatever it raises, of any kind, is told as its own.
+def somebodys_forward(model: nn.Module) -> Iterator[None]:
+    """Code that is not ours runs: whatever it raises, of any kind, is told as the model's own.
 
     Raises:
         ForwardError: in its place; errors of dynnet's pass.
@@ -36,7 +37,7 @@ def somebodys_forward() -> Iterator[None]:
     except DynnetError:
         raise
     except Exception as raised:
-        raise ForwardError.of(raised) from raised
+        raise ForwardError.of(raised, title(model)) from raised
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -44,13 +44,18 @@ def check_excluded(exclude: Sequence[str], modules: Collection[str], model: str,
             raise error(f"exclude: {model} has no module {name!r}{did_you_mean(name, modules)}")
 
 
-def check_fields(given: Mapping[str, Any], config: type, verb: str, error: type[DynnetError]) -> None:
+def check_fields(
+    given: Mapping[str, Any], config: type, verb: str, error: type[DynnetError], others: Sequence[str] = ()
+) -> None:
     """Refuse arguments that are no fields of a verb's configuration.
+
+    Args:
+        others: that the verb takes besides, for the message.
 
     Raises:
         error: with the nearest that there is.
     """
-    known = [field.name for field in dataclasses.fields(config)]
+    known = [*(field.name for field in dataclasses.fields(config)), *others]
     for name in given:
         if name not in known:
             raise error(f"{verb} has no {name!r}{did_you_mean(name, known)}; it takes {', '.join(known)}")

@@ -60,7 +60,12 @@ class Orders:
         """Note how samples lie in what an operator made."""
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and self.dim(x) is not None]
         for made in tree_leaves(output):
-            if isinstance(made, Tensor) and (dim := self.dim(made)) is not None and id(made) not in self._known:
+            if not isinstance(made, Tensor):
+                continue
+            known = self._known.get(id(made))
+            if known is not None and (known.dim >= made.ndim or made.shape[known.dim] % self.batch):
+                self._known[id(made)] = None  # an operator in place that has moved its dimensions
+            elif (dim := self.dim(made)) is not None and id(made) not in self._known:
                 # What only knows the batch's size (zeros, an expanded table) holds one sample after the other.
                 self._note(made, self._made(packet, args, kwargs, given, made, dim) if given else Order(dim, 1))
 
@@ -139,14 +144,24 @@ def _repeated(orders: Orders, args: Any, kwargs: Any, made: Tensor) -> Order | N
     return Order(dim, order.repeats * times[dim])
 
 
-def _parted(orders: Orders, args: Any, kwargs: Any, made: Tensor) -> Order | None:
-    """Neighbouring entries of a dimension."""
-    x = args[0]
+def _sliced(orders: Orders, args: Any, kwargs: Any, made: Tensor) -> Order | None:
+    x, given = args[0], dict(enumerate(args))
+    dim, start, step = given.get(1, 0), given.get(2) or 0, given.get(4, 1)
     order = orders.of(x)
-    if order is None or made.ndim != x.ndim:
-        return None
+    if order is None or dim % x.ndim != order.dim:
+        return order
     whole = x.shape[order.dim] // order.repeats  # entries of one round of the batch
-    fits = made.shape[order.dim] % whole == 0
+    fits = step == 1 and start % whole == 0 and made.shape[order.dim] % whole == 0
+    return Order(order.dim, made.shape[order.dim] // whole) if fits else None
+
+
+def _split(orders: Orders, args: Any, kwargs: Any, made: Tensor) -> Order | None:
+    x, sizes = args[:2]
+    order, dim = orders.of(x), args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    if order is None or dim % x.ndim != order.dim:
+        return order
+    whole = x.shape[order.dim] // order.repeats
+    fits = all(size % whole == 0 for size in ([sizes] if isinstance(sizes, int) else sizes))
     return Order(order.dim, made.shape[order.dim] // whole) if fits else None
 
 
@@ -181,11 +196,14 @@ _RULES: dict[Any, Rule] = {
     aten.t: _transposed,
     aten.cat: _joined,
     aten.repeat: _repeated,
-    aten.slice: _parted,
-    aten.split: _parted,
-    aten.split_with_sizes: _parted,
+    aten.slice: _sliced,
+    aten.split: _split,
+    aten.split_with_sizes: _split,
     aten.flip: _shuffled(1),
     aten.roll: _shuffled(2),
     aten.index_select: _shuffled(1),
+    aten.gather: _shuffled(1),
+    aten.scatter: _shuffled(1),
+    aten.sort: _shuffled(1),
     aten.index: _indexed,
 }

@@ -85,7 +85,7 @@ def _follow(
     with torch.inference_mode(False), evaluating(model), torch.no_grad():
         images = torch.empty(1, *input_size, dtype=dtype, device="meta")
         try:
-            with watching(modules, tracer.enter, tracer.leave), tracer, somebodys_forward():
+            with watching(modules, tracer.enter, tracer.leave), tracer, somebodys_forward(model):
                 output = model(images)
         except ForwardError as error:
             return tracer, error

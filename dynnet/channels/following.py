@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dynnet.backbone.layers.table import channel_dim, known, role_of
+from dynnet.backbone.layers.table import channel_dim, effect_of, weighing_kind
 from dynnet.backbone.meta import run_on_meta
 from dynnet.channels.labels import FREE, Labels
 from dynnet.channels.operators import rule_of
@@ -73,6 +73,7 @@ class Tracer(TorchDispatchMode):
         self._segment = 0
         self._inside = 0  # layers whose operators are known as a whole
         self._incoming: Tensor | None = None  # of the outermost of them
+        self._more = False  # is it called with more than that?
 
     def counted(self, narrow: Tracer) -> list[tuple[Tensor, str]]:
         """Labels that met another number when run narrow: it was computed from how many there are; and where."""
@@ -87,13 +88,14 @@ class Tracer(TorchDispatchMode):
     def enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             self.labels.running.append((name, module))
-            kind = role_of(module)
+            kind = effect_of(module)
             if kind is None:
                 return None
             self._inside += 1
             if self._inside > 1:
                 return None
             self._incoming = x = args[0]
+            self._more = len(args) > 1 or bool(kwargs)
             kept = self._narrow.get((name, "reads" if kind == "weighs" else kind))
             if kept is None:
                 return None
@@ -108,7 +110,7 @@ class Tracer(TorchDispatchMode):
 
     def leave(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            kind = role_of(module)
+            kind = effect_of(module)
             narrowed = None
             if kind is not None:
                 if self._inside == 1:
@@ -130,8 +132,9 @@ class Tracer(TorchDispatchMode):
         return hook
 
     def _layer(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        kind, dim = role_of(module), channel_dim(module, x)
-        self.macs.append(known(module).macs(module, x, output) if kind == "weighs" else 0)
+        kind, dim = effect_of(module), channel_dim(module, x)
+        weighs = weighing_kind(module) if kind == "weighs" else None
+        self.macs.append(0 if weighs is None else weighs.macs(module, x, output))
         incoming = self._along(x, dim)
         if kind != "weighs":
             if (incoming >= 0).any():
@@ -139,10 +142,12 @@ class Tracer(TorchDispatchMode):
                 passed = self._slot(name, kind, output, dim)
                 self.labels.tie(passed, incoming)
                 self.labels.set(output, passed, dim)
+                self._pin_if_more(name, passed)
             return
         read = self._slot(name, "reads", x, dim)
         made = self._slot(name, "produces", output, dim)
         self.labels.tie(read, incoming)
+        self._pin_if_more(name, torch.cat([read, made]))
         if not (incoming >= 0).any():
             self.labels.pin(read, "they are no layer's channels")
         groups = getattr(module, "groups", 1)
@@ -154,6 +159,10 @@ class Tracer(TorchDispatchMode):
                 self.labels.tie(whole[:, :1].expand_as(whole), whole)
             self.labels.tie(read.view(groups, -1)[:, 0], made.view(groups, -1)[:, 0])
         self.labels.set(output, made, dim)
+
+    def _pin_if_more(self, name: str, channels: Tensor) -> None:
+        if self._more:
+            self.labels.pin(channels, f"{name} is called with more than its input")
 
     def _slot(self, name: str, role: Role, x: Tensor, dim: int) -> Tensor:
         """The labels of the channels on one side of a layer; x has them along `dim`."""

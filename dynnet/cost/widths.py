@@ -46,7 +46,7 @@ class Narrowable(Generic[W]):
         return cost
 
 
-class Side(NamedTuple):
+class LayerSide(NamedTuple):
     """One side of one layer, as channel groups name it."""
 
     layer: str
@@ -72,8 +72,8 @@ class Costs:
         modules = dict(model.named_modules())
         macs = trace(model, size, 1)  # some layers work once for a whole batch
         self.whole = macs.macs if unit == "macs" else sum(p.numel() for p in model.parameters())
-        touched = dict.fromkeys(Side(m.layer, m.role, m.width) for group in groups for m in group.members)
-        self._parts: list[Narrowable[Side]] = []
+        touched = dict.fromkeys(LayerSide(m.layer, m.role, m.width) for group in groups for m in group.members)
+        self._parts: list[Narrowable[LayerSide]] = []
         for layer in dict.fromkeys(side.layer for side in touched):
             module = modules[layer]
             sides = tuple(side for side in touched if side.layer == layer)
@@ -95,7 +95,7 @@ class Costs:
         return float(self.whole - sum(saved))
 
 
-def _attention(groups: Sequence[Group]) -> dict[str, Side]:
+def _attention(groups: Sequence[Group]) -> dict[str, LayerSide]:
     """Modules that work head by head, and a side whose channels are these heads'."""
     first = ((group, group.members[0]) for group in groups)
-    return {number.module: Side(m.layer, m.role, m.width) for group, m in first for number in group.numbers}
+    return {number.module: LayerSide(m.layer, m.role, m.width) for group, m in first for number in group.numbers}

@@ -274,7 +274,7 @@ def _is_plain(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return False
     # A depthwise convolution has little to multiply: bytes cost it more than they save.
-    return kind.role(module) == "weighs"
+    return kind.effect(module) == "weighs"
 
 
 @torch.no_grad()

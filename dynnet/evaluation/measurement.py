@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dynnet.backbone.modes import device_of, evaluating
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import DataError
-from dynnet.model import DynamicModel, Prediction
+from dynnet.model import DynamicModel
+from dynnet.outputs import Prediction
 from dynnet.thresholds.answers import Answers, BatchAnswers, ask, join
 from dynnet.wrapping import wrap
 

@@ -141,8 +141,8 @@ def latency(
             if i >= 0:
                 exits.append(_exits(model, batch))
 
-    with evaluating(model):
-        dense = _bare(model) if against is None else against.eval()
+    dense = _bare(model) if against is None else against
+    with evaluating(model), evaluating(dense):
         times = take_turns({"dense": dense, "dynamic": model}, batches(), warmup)
     setting = {
         "device": str(device),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dynnet.exits.confidence import Measure
-from dynnet.exits.flow import Finished, Flow, Switch, Tag, thinned
+from dynnet.exits.flow import Finished, Flow, Gating, Tag, thinned
 from dynnet.exits.rows import leaves
 
 
@@ -21,7 +21,7 @@ class EveryExit(Flow):
     """All heads answer, all samples go on."""
 
     def __init__(
-        self, tag: Tag, size: int, decisions: Switch | None, heads: Sequence[nn.Module], equilibrium: bool
+        self, tag: Tag, size: int, decisions: Gating | None, heads: Sequence[nn.Module], equilibrium: bool
     ) -> None:
         super().__init__(tag, size, decisions)
         self.heads, self.equilibrium = heads, equilibrium
@@ -48,7 +48,7 @@ class Answering(Flow):
         self,
         tag: Tag,
         size: int,
-        decisions: Switch | None,
+        decisions: Gating | None,
         heads: Sequence[nn.Module],
         measure: Measure,
         thresholds: Sequence[float],

@@ -28,6 +28,10 @@ class Measure(ABC):
     name: str
     every_vote: bool = False
 
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = f"{cls.__module__}.{cls.__qualname__}"
+
     @abstractmethod
     def __call__(self, logits: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """
@@ -135,6 +139,8 @@ def make_measure(confidence: str | Score | Measure, exits: int) -> Measure:
         return Instant(confidence, f"{kind.__module__}.{kind.__qualname__}")
     if confidence in MEASURES:
         return MEASURES[confidence](exits)
+    if "." in str(confidence):
+        raise ThresholdError(f"{confidence!r} names a measure of somebody's own; pass the callable itself")
     raise ThresholdError(
         f"unknown confidence {confidence!r}{did_you_mean(str(confidence), MEASURES)}; choose from "
         f"{', '.join(MEASURES)}, or give a callable from (B, K) logits to (B,) numbers"

@@ -34,8 +34,8 @@ class Tag:
     """The identity of one wrapped model; copied together with it, so a copy listens to its own flows only."""
 
 
-class Switch(Protocol):
-    """Runs layers in place of their own forward; see `dynnet.gates.networks.Decisions`."""
+class Gating(Protocol):
+    """Runs layers in place of their own forward; see `dynnet.gates.decisions.Decisions`."""
 
     def apply(self, site: Any, layer: nn.Module, x: Tensor, of: Flow) -> Tensor: ...
 
@@ -48,7 +48,7 @@ class Flow:
         decisions: of the gates, by which layers run; None where nothing is gated.
     """
 
-    def __init__(self, tag: Tag, size: int, decisions: Switch | None = None) -> None:
+    def __init__(self, tag: Tag, size: int, decisions: Gating | None = None) -> None:
         self.tag = tag
         self.rows = Rows(size)
         self.decisions = decisions

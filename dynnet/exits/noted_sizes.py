@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from dynnet.exits.rows import Rows
 
 # Where a tensor is shaped: (module, function, instruction) of the line, and of the line that called its function.
-Site = tuple[tuple[str, str, int], ...]
+Line = tuple[tuple[str, str, int], ...]
 
 _RESHAPES = {Tensor.reshape, Tensor.view, Tensor.expand, torch.reshape}
 
@@ -32,16 +32,16 @@ class NotedSizes(TorchFunctionMode):
 
     Args:
         rows: of the call.
-        sites: where to correct; None for everywhere, in a rehearsal.
+        lines: where to correct; None for everywhere, in a rehearsal.
 
     Attributes:
         met: where something was corrected.
     """
 
-    def __init__(self, rows: Rows, sites: Collection[Site] | None) -> None:
+    def __init__(self, rows: Rows, lines: Collection[Line] | None) -> None:
         super().__init__()
-        self.rows, self.sites = rows, sites
-        self.met: set[Site] = set()
+        self.rows, self.lines = rows, lines
+        self.met: set[Line] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.rows.here is not None and func in _RESHAPES and len(args) > 1:
@@ -57,19 +57,19 @@ class NotedSizes(TorchFunctionMode):
         """Is it the batch's size of an earlier moment, at a line that means it?"""
         if self.rows.since(size) is None:
             return False
-        site = _site(sys._getframe(2))
-        self.met.add(site)
-        return self.sites is None or site in self.sites
+        line = _line(sys._getframe(2))
+        self.met.add(line)
+        return self.lines is None or line in self.lines
 
 
-def _site(frame: FrameType | None) -> Site:
-    lines: list[tuple[str, str, int]] = []
-    while frame is not None and len(lines) < 2:
+def _line(frame: FrameType | None) -> Line:
+    found: list[tuple[str, str, int]] = []
+    while frame is not None and len(found) < 2:
         module = str(frame.f_globals.get("__name__", ""))
         if module.startswith("dynnet.") and not module.startswith("dynnet.learning."):
-            if lines:
+            if found:
                 break  # who called the forward differs from a rehearsal to a run
         elif module != "torch" and not module.startswith("torch."):
-            lines.append((module, frame.f_code.co_qualname, frame.f_lasti))
+            found.append((module, frame.f_code.co_qualname, frame.f_lasti))
         frame = frame.f_back
-    return tuple(lines)
+    return tuple(found)

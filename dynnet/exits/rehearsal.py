@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,10 @@ from dynnet.errors import ForwardError
 from dynnet.exits import flow
 from dynnet.exits.boundaries import Boundary, Companion, Places
 from dynnet.exits.flow import Flow, Tag, thinned
-from dynnet.exits.noted_sizes import NotedSizes, Site
+from dynnet.exits.noted_sizes import Line, NotedSizes
 from dynnet.exits.placing import resolve
 
-# Sizes of the batch in a rehearsal: primes, which are the size of nothing else.
+# Sizes of the batch in a rehearsal: primes, which are seldom the size of anything else.
 _PRIMES = [n for n in range(BATCH - 1, 1, -1) if all(n % d for d in range(2, int(n**0.5) + 1))]
 
 
@@ -53,7 +53,7 @@ class Placement:
 
     exits: tuple[Boundary, ...]
     companions: tuple[Companion, ...]
-    noted: frozenset[Site]
+    noted: frozenset[Line]
     problem: str | None
 
 
@@ -81,16 +81,50 @@ def rehearse(places: Places, exits: Sequence[Boundary]) -> Placement:
         )
         return Placement(tuple(exits), tuple(companions), frozenset(), told)
     problem, _ = _attempt(places, exits, companions, correcting=False)
-    noted: set[Site] = set()
+    noted: set[Line] = set()
     if problem is not None:
         still, noted = _attempt(places, exits, companions, correcting=True)
         problem = problem if still is not None else None
     return Placement(tuple(exits), tuple(companions), frozenset(() if problem else noted), problem)
 
 
+class Wrapped(Protocol):
+    """What a rehearsal asks of a wrapped model."""
+
+    backbone: nn.Module
+    tag: Tag
+
+    @property
+    def exits(self) -> Sequence[str]: ...
+
+
+def lines_at(model: Any, input_size: tuple[int, ...]) -> frozenset[Line]:
+    """Where the forward of a wrapped model reshapes to a noted size on images of another size than it was wrapped for,
+    on which it may take other ways.
+
+    Args:
+        model: wrapped (`Wrapped`, and a module).
+        input_size: (C, H, W).
+
+    Raises:
+        ForwardError: rows cannot leave it on such images.
+    """
+    met: set[Line] = set()
+
+    def forward(twin: Wrapped, images: Tensor) -> None:
+        rehearsal = _Rehearsal(twin.tag, len(twin.exits))
+        noted = NotedSizes(rehearsal.rows, None)
+        with flow.run(rehearsal, noted):
+            twin.backbone(images)
+        met.update(noted.met)
+
+    trace(model, input_size, BATCH, forward)
+    return frozenset(met)
+
+
 def _attempt(
     places: Places, exits: Sequence[Boundary], companions: Sequence[Companion], correcting: bool
-) -> tuple[str | None, set[Site]]:
+) -> tuple[str | None, set[Line]]:
     """What went wrong, and where noted sizes were corrected."""
     tag = Tag()
     rehearsal = _Rehearsal(tag, len(exits))

@@ -37,7 +37,7 @@ def leaves(confidence: Any, threshold: float) -> Any:
         (B,) bool, or one bool.
     """
     # NaN >= -inf is False in IEEE 754, so a broken head can never answer.
-    if isinstance(confidence, float):
+    if isinstance(confidence, (int, float)):
         return confidence >= threshold
     # In float64, where thresholds were fitted: in float32 one just above the largest confidence would be rounded to it.
     if isinstance(confidence, np.ndarray):

@@ -24,13 +24,11 @@ from dynnet.exits.heads import ExitHead, HeadFactory
 from dynnet.files.bundles import read_bundle, write_bundle
 from dynnet.files.creation import difference, fresh_of, timm_name
 from dynnet.files.packed import pack, unpack
-from dynnet.files.weights import check_weights
+from dynnet.files.weights import check_weights, load_weights_
 from dynnet.gates.plan import GateConfig
-from dynnet.model import DynamicModel
+from dynnet.model import STATE, DynamicModel
 from dynnet.pruning.shape import UNCHANGED, bring_into_shape_, shape_of
 from dynnet.wrapping import wrap
-
-_STATE = "_extra_state"  # what a wrapped model's state_dict holds besides tensors; a file has words for it
 
 
 def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = None, *, sparse: bool = False) -> None:
@@ -90,7 +88,7 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
             "calibration": model.calibration,
             "regions": _regions(model),
         }
-    tensors: Mapping[str, Tensor] = {k: t for k, t in model.state_dict().items() if k != _STATE}
+    tensors: Mapping[str, Tensor] = {k: t for k, t in model.state_dict().items() if k != STATE}
     if sparse:
         tensors, about["packed"] = pack(tensors)
     write_bundle(path, tensors, about)
@@ -134,7 +132,7 @@ def load(
     model = build(file, backbone, own)
     if backbone is None:
         _retype(model, file.tensors)
-    model.load_state_dict(file.tensors, strict=False)  # names and shapes have been checked
+    load_weights_(model, file.tensors, path)
     preparation = file.about.get("preparation")
     if preparation:
         prepare_(model.backbone if isinstance(model, DynamicModel) else model, preparation)

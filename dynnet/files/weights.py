@@ -8,14 +8,18 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dynnet.errors import CheckpointError
+from dynnet.model import STATE
 
-_STATE = "_extra_state"  # what a wrapped model says of itself besides its weights, in bytes of any number
 
+def load_weights_(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Strict loading of weights; what a wrapped model says besides them stays as it is.
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Strict loading; raises as `check_weights`, and leaves the model untouched then."""
+    Raises:
+        CheckpointError: as `check_weights`; the model is left untouched then.
+    """
     check_weights(model, tensors, source)
-    model.load_state_dict(dict(tensors), strict=False)
+    besides = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(STATE)}
+    model.load_state_dict({**besides, **tensors})
 
 
 def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
@@ -24,8 +28,8 @@ def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str |
     Raises:
         CheckpointError: a name that is missing or unknown, or a shape that differs.
     """
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(_STATE)}
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_STATE)}
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(STATE)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(STATE)}
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
     if missing or unknown or shapes:

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynnet.cost.ledger import Ledger
-from dynnet.errors import RecipeError
+from dynnet.errors import InputError, RecipeError
 from dynnet.exits.confidence import Measure
-from dynnet.model import ExitOutputs
+from dynnet.outputs import ExitOutputs
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,12 @@ def loss(outputs: ExitOutputs, target: Tensor, config: LossConfig | None = None,
 
     Raises:
         RecipeError: the weights are not one for each exit.
+        InputError: these are no outputs of a wrapped model in train mode.
     """
+    if not isinstance(outputs, ExitOutputs):
+        raise InputError(
+            f"got a {type(outputs).__name__}, not what every exit says; call model.train() before model(images)"
+        )
     config = config or LossConfig()
     losses = exit_losses(outputs.logits, target, config)
     return joint_loss(losses, exit_weights(config, outputs.macs_shares, progress))

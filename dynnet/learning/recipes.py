@@ -141,7 +141,8 @@ class Recipe:
         seed: of weights, batches and augmentation.
         data, backbone, loss: see their classes.
         wrap: where exits stand and how channels are gated, as for `dynnet.wrap`; the size of images is that of the
-        data. budget: what gates are trained for, in the joint stage.
+            data.
+        budget: what gates are trained for, in the joint stage.
         dense: trains the backbone alone.
         heads: trains the heads on the frozen backbone.
         joint: trains everything together.

@@ -41,5 +41,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if f"{name}_" in __all__:
-        raise AttributeError(f"dynnet.pruning.{name} is {name}_ now: it changes the model that it is given")
+        raise ImportError(f"dynnet.pruning.{name} is {name}_ now: it changes the model that it is given")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dynnet.backbone.dry_run import BATCH, Call, Trace, trace
 from dynnet.backbone.input_size import first_run, input_size_of
-from dynnet.backbone.layers.table import role_of
+from dynnet.backbone.layers.table import effect_of
 from dynnet.backbone.names import check_list, title
 from dynnet.errors import ForwardError, NonFiniteError, PruneError, did_you_mean
 from dynnet.pruning.bare import check_bare
@@ -173,7 +173,7 @@ def _is_residual(call: Call, seen: Trace, modules: dict[str, nn.Module]) -> bool
     inside = [clock for clock, _ in seen.lives[given].readers if call.begin < clock <= call.end]
     # Channel attention reads twice as well; it works on what is pooled.
     works = any(
-        role_of(modules[other.name]) == "weighs" and math.prod(other.leaves[0].shape[2:]) > 1
+        effect_of(modules[other.name]) == "weighs" and math.prod(other.leaves[0].shape[2:]) > 1
         for other in seen.calls
         if other.name.startswith(call.name + ".") and other.leaves
     )

@@ -95,7 +95,7 @@ def prune(
 
 
 def _settled(config: PruneConfig | None, fields: dict[str, Any]) -> PruneConfig:
-    check_fields(fields, PruneConfig, "prune()", PruneError)
+    check_fields(fields, PruneConfig, "prune()", PruneError, ["loss", "between", "of", "input_size"])
     if "exclude" in fields:
         check_list("exclude", fields["exclude"], PruneError)
         fields = {**fields, "exclude": tuple(fields["exclude"])}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import BATCH, trace
-from dynnet.backbone.layers.table import cut_, role_of, stated_widths
+from dynnet.backbone.layers.table import cut_, effect_of, stated_widths
 from dynnet.backbone.subsets import Subset, subset
 from dynnet.channels.labels import HEADS, TOGETHER
 from dynnet.errors import PruneError
@@ -40,7 +40,7 @@ def shape_of(model: nn.Module, fresh: nn.Module) -> Shape:
     widths = {
         name: [*now, *(stated_widths(module) or ())]
         for name, module in fresh.named_modules()
-        if role_of(module) and name in modules
+        if effect_of(module) and name in modules
         if (now := stated_widths(modules[name])) and now != stated_widths(module)
     }
     stated = {
@@ -73,7 +73,7 @@ def bring_into_shape_(model: nn.Module, shape: Mapping[str, Any]) -> None:
         remove_(model, name)
     for name, (made, read, *before) in shape["widths"].items():
         layer = modules[name]
-        wide = stated_widths(layer) if role_of(layer) else None
+        wide = stated_widths(layer) if effect_of(layer) else None
         if wide is None:
             raise PruneError(f"its {name!r} is a {type(layer).__name__}, which has no width")
         if wide not in ((made, read), tuple(before)) or made > wide[0] or read > wide[1]:
@@ -139,7 +139,7 @@ def _restate_head(model: nn.Module, before: nn.Module) -> None:
         return
     for module in model.modules():
         for key in _FEATURES:
-            known = role_of(module) or (module is model and key == "num_features")
+            known = effect_of(module) or (module is model and key == "num_features")
             if not known and vars(module).get(key) == was.in_features:
                 setattr(module, key, head.in_features)
 
@@ -147,7 +147,7 @@ def _restate_head(model: nn.Module, before: nn.Module) -> None:
 def _stated(module: nn.Module) -> list[str]:
     """What a module says of its widths that is no layer itself."""
     keys = (*_FEATURES, *HEADS, *TOGETHER)
-    return [] if role_of(module) else [key for key in keys if isinstance(vars(module).get(key), int)]
+    return [] if effect_of(module) else [key for key in keys if isinstance(vars(module).get(key), int)]
 
 
 def _features(model: nn.Module) -> list[int]:

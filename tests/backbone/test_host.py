@@ -10,6 +10,7 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 
 import dynnet
 from dynnet.backbone.host import prepare_
@@ -39,6 +40,38 @@ def test_parameters_are_grouped_by_depth_as_the_backbones_are(case) -> None:
     assert all(depth == max(ours.values()) for name, depth in ours.items() if name.startswith("heads."))
 
 
+def test_a_backbone_whose_groups_are_a_function_is_grouped_by_it() -> None:
+    with torch.device("meta"):
+        backbone = timm.create_model("cait_xxs24_224")
+    bare = group_parameters(backbone, backbone.group_matcher(), reverse=True)
+    model = dynnet.wrap(backbone, 1)
+    ours = group_parameters(model, model.group_matcher(), reverse=True)
+    assert all(ours[f"backbone.{name}"] == depth for name, depth in bare.items())
+
+
+def test_what_a_backbone_does_not_have_nobody_claims() -> None:
+    model = dynnet.wrap(tiny(), 1, input_size=(3, 32, 32))
+    for name in ("group_matcher", "get_classifier", "forward_features", "set_grad_checkpointing"):
+        assert not hasattr(model, name)
+
+
+def test_checkpointing_may_be_switched_off() -> None:
+    model = dynnet.wrap(timm.create_model("test_vit", img_size=64), 1)
+    model.set_grad_checkpointing(False)
+    with pytest.raises(UnsupportedError, match=r"set_grad_checkpointing\(\)"):
+        model.set_grad_checkpointing()
+
+
+def test_frozen_batch_norms_stay_as_they_are() -> None:
+    backbone = tiny().train()
+    backbone[0][1].eval()
+    model = dynnet.wrap(backbone, ["0"], input_size=(3, 32, 32))
+    assert not backbone[0][1].training
+    assert model.training
+    assert model.heads[0].training
+    assert backbone[1][1].training
+
+
 def test_timms_optimisers_take_a_wrapped_model() -> None:
     optimizer = create_optimizer_v2(FEW[0].wrapped(), "sgd", lr=0.1, weight_decay=1e-4, layer_decay=0.7)
     assert len({group["lr_scale"] for group in optimizer.param_groups}) > 2
@@ -49,7 +82,7 @@ def test_timms_optimisers_take_a_wrapped_model() -> None:
 )
 def test_what_cannot_be_kept_is_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"a wrapped model has no {name}\(\): .*(backbone|train without it)"):
-        getattr(FEW[0].wrapped(), name)(3)
+        getattr(dynnet.wrap(timm.create_model("resnet18"), 1), name)(3)
 
 
 def test_what_a_plain_backbone_does_not_say_is_not_made_up() -> None:
@@ -80,6 +113,22 @@ def test_a_state_of_other_exits_is_refused() -> None:
     state = {**one.state_dict(), "_extra_state": case_state(3)}
     with pytest.raises((DynnetError, RuntimeError), match="3 thresholds for 1 exits"):
         two.load_state_dict(state, strict=False)
+
+
+def test_a_state_without_thresholds_leaves_them_and_says_so() -> None:
+    model = dynnet.wrap(tiny(), ["0"], input_size=(3, 32, 32))
+    model.thresholds = [0.5]
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "_extra_state"}
+    with pytest.warns(UserWarning, match="has no thresholds: they stay as they are"):
+        model.load_state_dict(state)
+    assert model.thresholds == (0.5,)
+
+
+def test_thresholds_may_change_while_weights_are_averaged() -> None:
+    model = dynnet.wrap(tiny(), ["0", "1"], input_size=(3, 32, 32))
+    ema = ModelEmaV3(model)
+    dynnet.calibrate(model, [(torch.randn(12, 3, 32, 32), torch.zeros(12, dtype=torch.long))], budget=0.9)
+    ema.update(model, step=1)
 
 
 def case_state(exits: int) -> torch.Tensor:

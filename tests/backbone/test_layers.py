@@ -23,7 +23,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm_act import RmsNormAct2d
 from torch import Tensor, nn
 
-from dynnet.backbone.layers.table import by_output, channel_dim, cut_, role_of, run, stated_widths
+from dynnet.backbone.layers.table import by_output, channel_dim, cut_, effect_of, run, stated_widths
 from dynnet.backbone.subsets import subset
 from dynnet.errors import GateError
 
@@ -107,7 +107,7 @@ MIXING = {
 @pytest.mark.parametrize("name", [*PASSING, *MIXING])
 def test_norms_and_depthwise_layers_pass_on_what_they_read(name: str) -> None:
     layer = alive((PASSING | MIXING)[name])
-    assert role_of(layer) == ("passes" if name in PASSING else "mixes")
+    assert effect_of(layer) == ("passes" if name in PASSING else "mixes")
     x = torch.randn(2, 16, 16, 16) * 3 + 1
     dim = channel_dim(layer, x)
     read = some(16)
@@ -163,7 +163,7 @@ def test_cut_norms_and_depthwise_layers_have_the_width_that_is_left() -> None:
         dim = channel_dim(layer, x)
         after = cut_copy(layer, read, 16, None, 16)
         narrow = x.index_select(dim, read)
-        if role_of(layer) == "passes":
+        if effect_of(layer) == "passes":
             torch.testing.assert_close(after(narrow), layer(x).index_select(dim, read))
         assert after(narrow).shape == narrow.shape
         assert all(len(tensor) == 8 for tensor in [*after.parameters(), *after.buffers()] if tensor.ndim)

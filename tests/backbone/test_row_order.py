@@ -31,6 +31,9 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {  # of (B, 4, 6)
 UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "flipped": lambda x: x.flip(0),
     "rolled": lambda x: x.roll(1, 0),
+    "every second": lambda x: torch.cat([x, x + 0])[::2],
+    "from the middle": lambda x: torch.cat([x, x + 0])[3 : 3 + B],
+    "gathered": lambda x: x.gather(0, torch.zeros(B, 4, 6, dtype=torch.long, device=x.device)),
     "chosen": lambda x: x[torch.arange(B - 1, -1, -1, device=x.device)],
     "two batches of different pieces": lambda x: torch.cat([x.flatten(0, 1), x.mean(1)]),
 }
@@ -70,3 +73,11 @@ def test_the_order_is_what_numbers_show(name: str) -> None:
 def test_what_nobody_can_tell_is_not_told(name: str) -> None:
     made, orders = followed(UNKNOWN[name])
     assert orders.of(made) is None
+
+
+def test_an_operator_in_place_that_moves_dimensions_is_noticed() -> None:
+    with Following() as mode:
+        x = torch.empty(B, 4, 6, device="meta")
+        x += 1
+        x.transpose_(0, 1)
+    assert mode.orders.of(x) is None

@@ -112,3 +112,10 @@ def test_unknown_measures_are_refused() -> None:
         make_measure("margins", 2)
     with pytest.raises(ThresholdError, match=r"gave shape \(2, 4\) for logits of shape \(2, 4\)"):
         make_measure(lambda x: x, 2)(torch.zeros(2, 4), None)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_measure_may_give_whole_numbers(size: int) -> None:
+    model = dynnet.wrap(tiny(), ["0"], input_size=(3, 32, 32), confidence=lambda x: (x.amax(1) > -1e9).long())
+    model.thresholds = [1]
+    assert model.predict(torch.randn(size, 3, 32, 32)).exit.tolist() == [0] * size

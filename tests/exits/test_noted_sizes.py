@@ -57,3 +57,28 @@ def test_a_copy_corrects_as_well() -> None:
     images = torch.randn(8, 3, 64, 64)
     leave_one_by_one(model, images)
     assert len(model.predict(images).exit.unique()) == 2
+
+
+class OtherWays(nn.Module):
+    """Takes another line for larger images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.fc = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 5)
+        self.a, self.b = Stage(16), Stage(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, _, height, _ = x.shape
+        x = self.b(self.a(self.patches(x).flatten(2).transpose(1, 2)))
+        x = x.reshape(size, 12, 12, -1)[:, :8, :8] if height > 64 else x.reshape(size, 8, 8, -1)
+        return self.fc(x.mean((1, 2)))
+
+
+@torch.no_grad()
+def test_lines_that_run_on_other_sizes_of_images_are_found_when_these_come() -> None:
+    model = dynnet.wrap(OtherWays().eval(), ["a"], input_size=(3, 64, 64))
+    for side in (64, 96):
+        images = torch.randn(6, 3, side, side)
+        taken = leave_one_by_one(model, images)
+        assert model.predict(images).exit.tolist() == taken.tolist()

@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
-
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import dynnet
 from dynnet.backbone.counting import flop_counter
-from dynnet.errors import CalibrationError, CheckpointError, ExitError, GateError, InputError, NonFiniteError
-from dynnet.files.bundles import read_bundle, write_bundle
+from dynnet.errors import CalibrationError, GateError, NonFiniteError
 from dynnet.gates.freezing import cut_frozen_, mean_masks
 from dynnet.gates.plan import GateConfig
 from dynnet.thresholds.goals import Budget
-from tests.cases import CASES, Case, enliven, leave_one_by_one, open_at_random, tiny
+from tests.cases import Case, enliven, leave_one_by_one, open_at_random
+from tests.gates.gated import GATED, SMALL, difference, gated, predict_alone
 from tests.generated import PARTS, Generated
-
-# Its halves are cut out by numbers written down in its code.
-CLOSED = {"test_mambaout"}
-GATED = [case for case in CASES if case.name not in CLOSED]
-SMALL = Case("cifar_resnet20", (3, 32, 32))
-
-
-def gated(case: Case = SMALL, exits: object = (), unit: int = 8, **kwargs) -> dynnet.DynamicModel:
-    backbone = case.backbone()
-    enliven(backbone)
-    model = dynnet.wrap(backbone, exits, gates=GateConfig(unit=unit), input_size=case.size, **kwargs)
-    open_at_random(model)
-    return model
-
-
-def predict_alone(model: dynnet.DynamicModel, images: Tensor) -> dynnet.Prediction:
-    """Sparse: one image at a time."""
-    model.execution = "sparse"
-    found = [model.predict(images[i : i + 1]) for i in range(len(images))]
-    return dynnet.Prediction(*(torch.cat(column) for column in zip(*found, strict=True)))
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
 @pytest.mark.parametrize("case", GATED, ids=str)
@@ -205,25 +177,6 @@ def test_the_floor_is_what_the_cheapest_sample_costs() -> None:
         Budget(1.01 * model.floor() / model.ledger().dense).check(model)
 
 
-def test_gates_work_wherever_the_model_is() -> None:
-    with torch.device("meta"):
-        backbone = timm.create_model("cifar_resnet20")
-    assert dynnet.wrap(backbone, [], gates="channel", input_size=SMALL.size).floor() > 0
-    model = gated()
-    model(SMALL.images(1))
-    with pytest.raises(InputError, match="got images of torch.float32 for a model of torch.bfloat16"):
-        model.to(torch.bfloat16)(SMALL.images(1))
-
-
-def test_a_forward_of_the_users_own_is_not_overwritten() -> None:
-    backbone = SMALL.backbone()
-    backbone.layer1[0].conv1.forward = own = backbone.layer1[0].conv1.forward
-    with pytest.raises(GateError, match="layer1.0.conv1 has a forward of its own, set on the instance"):
-        dynnet.wrap(backbone, [], gates="channel", input_size=SMALL.size)
-    assert backbone.layer1[0].conv1.forward is own
-    dynnet.wrap(backbone, [], gates=GateConfig(exclude=("layer1.0",)), input_size=SMALL.size)
-
-
 @pytest.mark.parametrize("name", ["cifar_resnet20", "test_vit"])
 @torch.no_grad()
 def test_frozen_gates_can_be_cut_out_for_good(name: str) -> None:
@@ -241,31 +194,6 @@ def test_frozen_gates_can_be_cut_out_for_good(name: str) -> None:
     assert counter.get_total_flops() == expected.flops.sum()
     # What is left is a plain model: it trains and is wrapped again.
     assert dynnet.wrap(backbone, [], gates="channel", input_size=case.size).ledger().dense == expected.macs[0]
-
-
-def test_gates_for_other_regions_are_refused(tmp_path: Path) -> None:
-    model = gated()
-    dynnet.save(model, tmp_path / "model.safetensors")
-    tensors, about = read_bundle(tmp_path / "model.safetensors")
-    about["regions"][0][0] = "layer1.1.conv1"
-    write_bundle(tmp_path / "other.safetensors", tensors, about)
-    given = SMALL.backbone()
-    nn.init.constant_(given.conv1.weight, 0.5)
-    with pytest.raises(CheckpointError, match="has gates for regions .*, here they would be"):
-        dynnet.load(tmp_path / "other.safetensors", backbone=given)
-    assert (given.conv1.weight == 0.5).all()
-    dynnet.wrap(given, [], gates="channel")  # nothing is attached
-
-
-def test_gates_of_other_widths_are_refused(tmp_path: Path) -> None:
-    dynnet.save(gated(), tmp_path / "model.safetensors")
-    wide = Case("cifar_resnet20", (3, 32, 32)).backbone()
-    wide.layer1[0].conv1, wide.layer1[0].bn1 = nn.Conv2d(16, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
-    wide.layer1[0].conv2 = nn.Conv2d(24, 16, 3, padding=1, bias=False)
-    with pytest.raises(
-        CheckpointError, match=r"has gates for regions .*\[4, 4, 4\].*, here they would be .*\[6, 4, 4\]"
-    ):
-        dynnet.load(tmp_path / "model.safetensors", backbone=wide)
 
 
 def test_gradients_reach_the_gates() -> None:
@@ -295,16 +223,6 @@ def test_thresholds_are_fitted_on_what_gated_samples_cost() -> None:
     # Half of the channels are closed: never exiting is far below the dense bill.
     never = measured.answers.bills(measured.ledger, [False, False])[:, -1]
     assert 0.2 < never.mean() / fitted.dense_macs < 0.8
-
-
-def test_folding_keeps_what_gates_decide() -> None:
-    model, images = gated(exits=["layer2.0"]), SMALL.images(3)
-    folded = dynnet.fold(model)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.backbone.modules())
-    for ask in (dynnet.DynamicModel.predict, predict_alone):
-        expected, found = ask(model, images), ask(folded, images)
-        assert difference(found.logits, expected.logits) < 1e-4
-        assert torch.equal(found.macs, expected.macs)
 
 
 def test_decisions_are_hard_in_any_precision() -> None:
@@ -343,67 +261,6 @@ def test_noise_is_for_training_only() -> None:
     assert torch.equal(*quiet)
     model.gates.noise = 1.0
     assert not torch.equal(model(images).logits[0], quiet[0])
-
-
-def test_gated_models_are_copied_and_keep_their_names() -> None:
-    model, images = gated(exits=["layer2.0"]), SMALL.images(3)
-    names = set(SMALL.backbone().state_dict())
-    assert {k.removeprefix("backbone.") for k in model.state_dict() if k.startswith("backbone.")} == names
-    twin = copy.deepcopy(model)
-    expected = model(images)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    assert torch.equal(twin(images), expected)
-
-
-def test_a_gated_model_is_saved_and_loaded(tmp_path) -> None:
-    model, images = gated(exits=["layer2.0"], unit=4), SMALL.images(3)
-    model.thresholds = [0.3]
-    path = tmp_path / "m.safetensors"
-    dynnet.save(model, path, {"model_name": "cifar_resnet20", "num_classes": 7})
-    loaded = dynnet.load(path)
-    assert loaded.config == model.config
-    assert torch.equal(loaded.predict(images).logits, model.predict(images).logits)
-    assert torch.equal(loaded.predict(images).macs, model.predict(images).macs)
-
-
-@pytest.mark.parametrize(
-    ("gates", "message"),
-    [
-        ("channels", "gates='channels': give 'channel', a GateConfig, or None"),
-        (GateConfig(unit=0), "unit=0: give a number of 1 or more"),
-        (GateConfig(blocks=0), "blocks=0: give a number of 1 or more"),
-        (GateConfig(exclude=("layer9",)), r"cifar_resnet20 has no module 'layer9'; did you mean 'layer\d'\?"),
-        (GateConfig(exclude=("layer1", "layer2", "layer3")), "no channels to gate: .*excluded are"),
-    ],
-)
-def test_impossible_gates_are_refused(gates: object, message: str) -> None:
-    backbone = SMALL.backbone()
-    with pytest.raises(GateError, match=message):
-        dynnet.wrap(backbone, [], gates=gates, input_size=SMALL.size)
-    assert not any("forward" in vars(m) for m in backbone.modules())
-
-
-def test_a_model_without_anything_to_gate_says_why() -> None:
-    with pytest.raises(GateError, match=r"test_mambaout has no channels to gate: .*split_with_sizes in stages"):
-        dynnet.wrap(Case("test_mambaout", (3, 160, 160)).backbone(), [], gates="channel")
-    with pytest.raises(GateError, match="Sequential has no channels to gate"):
-        dynnet.wrap(tiny(), [], gates=GateConfig(exclude=("1", "2")), input_size=(3, 32, 32))
-
-
-def test_a_gated_backbone_is_not_wrapped_twice() -> None:
-    model = gated()
-    with pytest.raises(ExitError, match="is wrapped already; call unwrap"):
-        dynnet.wrap(model.backbone, [], gates="channel", input_size=SMALL.size)
-    dynnet.wrap(model.unwrap(), [], gates="channel", input_size=SMALL.size)
-
-
-def test_excluded_modules_are_left_alone() -> None:
-    model = dynnet.wrap(SMALL.backbone(), [], gates=GateConfig(exclude=("layer1", "layer2.1")), input_size=SMALL.size)
-    layers = {site.layer for site in model.gates.plan.sites}
-    assert not any(name.startswith(("layer1.", "layer2.1.")) for name in layers)
-    assert any(name.startswith("layer2.0.") for name in layers)
 
 
 def test_an_unknown_execution_is_refused() -> None:

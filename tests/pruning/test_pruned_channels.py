@@ -19,11 +19,11 @@ import dynnet
 from dynnet.backbone.dry_run import trace
 from dynnet.channels.finding import find_groups
 from dynnet.cost.widths import Costs
-from dynnet.errors import CheckpointError, DataError, NonFiniteError, PruneError
-from dynnet.pruning import choosing, prune_layers, recalibrate_, sparsify_, sparsify_n_m_
+from dynnet.errors import CheckpointError, DataError, PruneError
+from dynnet.pruning import choosing, sparsify_
 from dynnet.pruning.narrowing import narrow_
 from dynnet.pruning.timed import time_share
-from tests.cases import CASES, CLASSES, Case, enliven
+from tests.cases import CASES, CHAIN, CLASSES, Case, chain, enliven
 from tests.generated import PARTS, Generated
 from tests.zeroing import assert_cut_is_zeroed
 
@@ -76,17 +76,6 @@ def test_pruned_models_cost_what_was_asked_for_and_learn(case: Case, tmp_path: P
     assert {k: v for k, v in vars(again).items() if type(v) in (int, list)} == {
         k: v for k, v in vars(pruned).items() if type(v) in (int, list)
     }
-
-
-def chain(units: int = 16) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, units, 3), nn.BatchNorm2d(units), nn.ReLU(), nn.Conv2d(units, 2 * units, 3), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * units, 4),
-    ).eval()  # fmt: skip
-
-
-CHAIN = (3, 12, 12)
 
 
 def test_the_units_worth_most_stay() -> None:
@@ -317,61 +306,3 @@ def test_a_share_of_time_is_of_the_other_model(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(importlib.import_module("dynnet.evaluation.timing"), "_timed", timed)
     assert time_share(model, other, CHAIN) == 0.25
     assert set(images) == {(1, *CHAIN)}
-
-
-def test_wrapped_and_masked_models_are_refused() -> None:
-    case = CASES[0]
-    with pytest.raises(PruneError, match="unwrap"):
-        dynnet.prune(case.wrapped(), macs=0.5)
-    for refuse in (
-        lambda: dynnet.prune(case.wrapped().backbone, macs=0.5),
-        lambda: sparsify_(case.wrapped(), 0.5),
-        lambda: sparsify_n_m_(case.wrapped()),
-        lambda: prune_layers(case.wrapped(), lambda model: 0.0, 0.5),
-    ):
-        with pytest.raises(PruneError, match="unwrap"):
-            refuse()
-    model = chain()
-    sparsify_(model, 0.5)
-    with pytest.raises(PruneError, match="0 has a mask on its weights; call dynnet.pruning.make_permanent"):
-        dynnet.prune(model, macs=0.5, criterion="l1", input_size=CHAIN)
-
-
-def test_batch_norms_are_measured_anew() -> None:
-    model = chain().double()
-    pruned = dynnet.prune(model, macs=0.5, criterion="l2", multiple=1, input_size=CHAIN).train()
-    images = torch.randn(64, *CHAIN, dtype=torch.float64)
-    recalibrate_(pruned, images.split(16))
-    expected = pruned[0](images)
-    assert torch.allclose(pruned[1].running_mean, expected.mean((0, 2, 3)))
-    means = torch.stack([part.var((0, 2, 3)) for part in expected.split(16)]).mean(0)
-    assert torch.allclose(pruned[1].running_var, means)
-    assert pruned.training
-    assert pruned[1].momentum == 0.1
-    before = pruned[1].running_mean.clone()
-    with pytest.raises(DataError, match="no batches"):
-        recalibrate_(pruned, [])
-    with pytest.raises(NonFiniteError, match="1 was given NaN"):
-        recalibrate_(pruned, [images, images * torch.nan])
-    with pytest.raises(RuntimeError):  # three channels are expected
-        recalibrate_(pruned, [images, images[:, :2]])
-    assert torch.equal(pruned[1].running_mean, before)
-    recalibrate_(pruned, [(images, ["no labels here"]), images[:1]])
-    assert torch.allclose(pruned[1].running_mean, expected.mean((0, 2, 3)))  # one image alone does not count
-
-
-@torch.no_grad()
-def test_batch_norms_of_a_wrapped_model_see_every_sample_and_channel() -> None:
-    case = Case("cifar_resnet20", (3, 32, 32))
-    images = [case.images(8)]
-    plain, leaving = case.backbone(), case.wrapped()
-    leaving.thresholds = [float("-inf")] * len(leaving.exits)  # all would leave at the first exit
-    for model in (plain, leaving):
-        recalibrate_(model, images)
-    assert all(torch.equal(v, leaving.backbone.state_dict()[k]) for k, v in plain.state_dict().items())
-    gated = case.wrapped([], gates="channel")
-    assert gated.gates is not None
-    gated.gates.freeze([torch.arange(region.units) % 2 == 0 for region in gated.gates.plan.regions])
-    recalibrate_(gated, images)
-    norms = [norm for norm in gated.modules() if isinstance(norm, nn.BatchNorm2d)]
-    assert all(norm.num_batches_tracked == 1 for norm in norms)

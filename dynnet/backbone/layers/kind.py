@@ -15,7 +15,7 @@ HALF = (torch.float16, torch.bfloat16)  # sums over channels or pixels are taken
 
 # What a layer does to channels. It "weighs" its inputs (convolution, linear layer); it "passes" channels on one by one
 # (depthwise convolution, batch norm); it "mixes" them (layer norm): passes them on, but every one depends on others.
-Role = Literal["weighs", "passes", "mixes"]
+Effect = Literal["weighs", "passes", "mixes"]
 
 
 class Kind(ABC):
@@ -26,7 +26,7 @@ class Kind(ABC):
         """Is the layer of this kind? Where a subclass may do something else, only exact types are."""
 
     @abstractmethod
-    def role(self, layer: nn.Module) -> Role: ...
+    def effect(self, layer: nn.Module) -> Effect: ...
 
     @abstractmethod
     def widths(self, layer: nn.Module) -> tuple[int, int]:
@@ -43,14 +43,6 @@ class Kind(ABC):
     def channel_dim(self, layer: nn.Module, x: Tensor) -> int:
         """The dimension of a layer's input, and of its output, that holds the channels."""
         return 1
-
-    def is_plain(self, layer: nn.Module) -> bool:
-        """Is the forward what the class of torch's says, so that somebody else may do the same in its place?"""
-        return False
-
-    def macs(self, layer: nn.Module, x: Tensor, output: Tensor) -> int:
-        """Multiply-adds of one call, of all samples."""
-        return 0
 
 
 def own_forward(layer: nn.Module, x: Tensor) -> Tensor:

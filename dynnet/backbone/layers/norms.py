@@ -29,7 +29,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm_act import GroupNorm1Act, RmsNormAct, RmsNormAct2d
 from torch import Tensor, nn
 
-from dynnet.backbone.layers.kind import HALF, Kind, Role, activated, replace_
+from dynnet.backbone.layers.kind import HALF, Effect, Kind, activated, replace_
 from dynnet.backbone.subsets import Subset
 from dynnet.errors import GateError
 
@@ -48,7 +48,7 @@ class Norm(Kind):
     def matches(self, layer: nn.Module) -> bool:
         return type(layer) in self.types
 
-    def role(self, layer: nn.Module) -> Role:
+    def effect(self, layer: nn.Module) -> Effect:
         return "mixes"
 
     def run(self, layer: nn.Module, x: Tensor, reads: Subset | None, makes: Subset | None) -> Tensor:
@@ -79,7 +79,7 @@ class BatchNorm(Norm):
     types = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d})
     tensors = ("weight", "bias", "running_mean", "running_var")
 
-    def role(self, layer: nn.Module) -> Role:
+    def effect(self, layer: nn.Module) -> Effect:
         return "passes"
 
     def widths(self, layer: nn.Module) -> tuple[int, int]:
@@ -144,8 +144,8 @@ class RmsNormKind(ShapedNorm):
     def normed(self, layer: nn.Module, x: Tensor, reads: Subset) -> Tensor:
         norm: Any = layer
         dim, given = self.channel_dim(layer, x), x.dtype
-        eps = torch.finfo(given).eps if norm.eps is None else norm.eps
         x = x.float() if given in HALF else x
+        eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps  # of the type in which torch computes
         square = x.square().sum(dim, keepdim=True) / reads.width
         return _scaled(layer, x * torch.rsqrt(square + eps), reads, dim).to(given)
 
@@ -193,9 +193,6 @@ class ResponseNorm(Norm):
     """Global response norm: x times its energy over that of the mean channel (ConvNeXt V2)."""
 
     types = frozenset({GlobalResponseNorm})
-
-    def matches(self, layer: nn.Module) -> bool:
-        return isinstance(layer, GlobalResponseNorm)
 
     def channel_dim(self, layer: nn.Module, x: Tensor) -> int:
         return x.ndim - 1 if layer.channel_dim == -1 else 1

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dynnet.backbone.layers import norms, weighing
-from dynnet.backbone.layers.kind import Kind, Role, own_forward
+from dynnet.backbone.layers.kind import Effect, Kind, own_forward
 from dynnet.backbone.layers.weighing import Weighing
 from dynnet.backbone.subsets import Subset
 
@@ -39,10 +39,10 @@ def by_output(layer: nn.Module, weight: Tensor) -> Tensor:
     return kind.by_output(layer, weight)
 
 
-def role_of(layer: nn.Module) -> Role | None:
+def effect_of(layer: nn.Module) -> Effect | None:
     """What a layer does to channels, None for modules that are followed op by op."""
     kind = kind_of(layer)
-    return None if kind is None else kind.role(layer)
+    return None if kind is None else kind.effect(layer)
 
 
 def channel_dim(layer: nn.Module, x: Tensor) -> int:

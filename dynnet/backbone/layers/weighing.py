@@ -12,7 +12,7 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dynnet.backbone.layers.kind import Kind, Role, own_forward, replace_
+from dynnet.backbone.layers.kind import Effect, Kind, own_forward, replace_
 from dynnet.backbone.subsets import Subset
 
 
@@ -21,13 +21,15 @@ class Weighing(Kind):
 
     plain: tuple[type, ...]  # exact types whose forward is known
 
-    def role(self, layer: nn.Module) -> Role:
+    def effect(self, layer: nn.Module) -> Effect:
         return "weighs"
 
     def is_plain(self, layer: nn.Module) -> bool:
+        """Is the forward what the class of torch's says, so that somebody else may do the same in its place?"""
         return type(layer) in self.plain
 
     def macs(self, layer: nn.Module, x: Tensor, output: Tensor) -> int:
+        """Multiply-adds of one call, of all samples."""
         weight: Any = layer.weight
         return int(weight[0].numel() * output.numel())
 
@@ -98,7 +100,7 @@ class Convolution(Weighing):
     def matches(self, layer: nn.Module) -> bool:
         return isinstance(layer, (nn.Conv1d, nn.Conv2d))
 
-    def role(self, layer: nn.Module) -> Role:
+    def effect(self, layer: nn.Module) -> Effect:
         conv: Any = layer
         return "passes" if 1 < conv.groups == conv.in_channels == conv.out_channels else "weighs"
 

@@ -51,7 +51,7 @@ def score(model: nn.Module, groups: Sequence[Group], criterion: str, batches: Ba
 
     Args:
         model: whose groups they are; left as it was.
-        groups: as `dynnet.channels.groups.find_groups` gives them.
+        groups: as `dynnet.channels.finding.find_groups` gives them.
         criterion: a name from `CRITERIA`.
         batches: what data-driven criteria look at.
 
