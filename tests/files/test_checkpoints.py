@@ -15,6 +15,7 @@ from torch import nn
 import dynnet
 from dynnet.errors import CheckpointError
 from dynnet.exits import flow
+from dynnet.exits.boundaries import Boundary
 from dynnet.files import bundles as bundle
 from tests.cases import CLASSES, FEW, Case, enliven, leave_one_by_one, tiny
 
@@ -193,7 +194,7 @@ def test_unknown_backbones_and_custom_parts_are_asked_for(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="timm cannot create the backbone .* pass it as backbone="):
         dynnet.load(path)
 
-    def factory(boundary: dynnet.Boundary, k: int) -> torch.nn.Module:
+    def factory(boundary: Boundary, k: int) -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, k))
 
     mine = dynnet.wrap(tiny(), ["1"], input_size=(3, 32, 32), heads=factory, confidence=lambda x: x.amax(1))
