@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from dynnet.backbone.dry_run import BATCH, Trace, trace
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.backbone.host import Hosted, preparation_of, prepare_
 from dynnet.cost.ledger import Ledger, price
@@ -23,7 +24,7 @@ from dynnet.exits.calls import Answering, EveryExit
 from dynnet.exits.confidence import Measure, check_thresholds, to_json
 from dynnet.exits.flow import Tag
 from dynnet.exits.noted_sizes import NotedSizes
-from dynnet.exits.rehearsal import Line, Placement, lines_at
+from dynnet.exits.rehearsal import Placement, lines_at
 from dynnet.gates import attaching
 from dynnet.gates.decisions import Decisions, least_macs
 from dynnet.gates.networks import Gates
@@ -62,9 +63,8 @@ class DynamicModel(Hosted):
     """A timm model that answers each sample as early as its confidence allows. Made by `dynnet.wrap`.
 
     In eval mode `model(x)` gives (B, K) logits, as the backbone does; `model.predict(x)` also tells exits, confidence
-    and MACs. In train mode `model(x)` gives `ExitOutputs`. What timm's tools ask of a model, the backbone answers
-    (`dynnet.backbone.host`). Thresholds, what they were fitted for, the preparation of images and the names of classes
-    travel with copies, `state_dict` and files.
+    and MACs. In train mode `model(x)` gives `ExitOutputs`. What timm's tools ask of a model, the backbone answers.
+    Thresholds, the preparation of images and the names of classes travel with copies, `state_dict` and files.
 
     Attributes:
         backbone: as it came, with hooks on its boundaries.
@@ -182,10 +182,8 @@ class DynamicModel(Hosted):
         """
         self.check(x)
         if torch.is_grad_enabled() and getattr(self.backbone, "grad_checkpointing", False):
-            raise InputError(
-                "gradient checkpointing runs blocks a second time, and their exits with them; switch it off with "
-                "backbone.set_grad_checkpointing(False)"
-            )
+            off = "switch it off with backbone.set_grad_checkpointing(False)"
+            raise InputError(f"gradient checkpointing runs blocks a second time, and their exits with them; {off}")
         with right_gradients(_learns(x) and self._at_risk):
             return self.run_every_exit(x, equilibrium, gated)
 
@@ -213,19 +211,21 @@ class DynamicModel(Hosted):
         """Prices of segments and heads for one sample of (C, H, W); by default of the size it was wrapped for."""
         size = tuple(input_size or self.input_size)
         if size not in self._ledgers:
-            plan = None if self.gates is None else self.gates.plan
-            gated = ((), ()) if plan is None else (plan.switches(), plan.deciders())
-            found = price(self, DynamicModel.run_every_exit, size, self.exits, *gated)
-            if self._noted:
-                self._noted = self._noted | self._noted_at(size)
-            self._ledgers = {**self._ledgers, size: found}  # a new one: another thread may be copying the model
+            try:
+                seen = trace(self, size, BATCH, DynamicModel.run_every_exit)
+                noted = lines_at(self, size) if self._noted else frozenset()
+            except ForwardError as error:
+                raise InputError(f"the backbone cannot take images of size {size}: {error}") from error
+            self._noted = self._noted | noted
+            self.price(size, seen)
         return self._ledgers[size]
 
-    def _noted_at(self, size: tuple[int, ...]) -> frozenset[Line]:
-        try:
-            return lines_at(self, size)
-        except ForwardError as error:
-            raise InputError(f"samples cannot leave early on images of size {size}: {error}") from error
+    def price(self, size: tuple[int, ...], seen: Trace) -> None:
+        """Know the prices of images of a size from a dry run in which all heads answered."""
+        plan = None if self.gates is None else self.gates.plan
+        gated = ((), ()) if plan is None else (plan.switches(), plan.deciders())
+        # A new one: another thread may be copying the model.
+        self._ledgers = {**self._ledgers, size: price(seen, self.exits, *gated)}
 
     def floor(self) -> int:
         """The fewest MACs that a sample can cost: it leaves at the first exit, all gates but one a group closed."""
@@ -332,9 +332,8 @@ class DynamicModel(Hosted):
         if x.dtype != self._dtype:  # looking it up costs as much as an operator
             self._dtype = next((p.dtype for p in self.backbone.parameters()), x.dtype)
             if x.dtype != self._dtype and not torch.is_autocast_enabled(x.device.type):
-                raise InputError(
-                    f"got images of {x.dtype} for a model of {self._dtype}; convert with x.to({self._dtype})"
-                )
+                wanted = self._dtype
+                raise InputError(f"got images of {x.dtype} for a model of {wanted}; convert with x.to({wanted})")
         if tuple(x.shape[1:]) not in self._ledgers:
             self.ledger(tuple(x.shape[1:]))  # a dry run, which tells in words where a size does not fit
 

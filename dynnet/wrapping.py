@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dynnet.backbone.dry_run import BATCH, trace
+from dynnet.backbone.dry_run import BATCH, Trace, trace
 from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.names import check_fields, title
 from dynnet.channels.finding import find_groups
@@ -118,8 +118,7 @@ def _attach(model: DynamicModel, placement: Placement) -> None:
         attaching.attach(backbone, model.tag, model.gates.plan)
     flow.attach(backbone, model.tag, placement.exits, placement.companions)
     try:
-        _check_heads(model)
-        model.ledger()
+        model.price(model.input_size, _try_heads(model))
     except BaseException:
         model.unwrap()
         raise
@@ -163,8 +162,8 @@ def _beside(module: nn.Module, backbone: nn.Module) -> nn.Module:
     return module if parameter is None else module.to(parameter.device, parameter.dtype)
 
 
-def _check_heads(model: DynamicModel) -> None:
-    """Run everything once on the meta device: every head must give (B, K) logits."""
+def _try_heads(model: DynamicModel) -> Trace:
+    """A dry run of everything, in which every head must give (B, K) logits."""
     answers: list[tuple[int, ...] | str] = []
 
     def forward(twin: DynamicModel, images: Tensor) -> None:
@@ -173,7 +172,7 @@ def _check_heads(model: DynamicModel) -> None:
 
     expected = (BATCH, model.num_classes)
     try:
-        trace(model, model.input_size, BATCH, forward)
+        seen = trace(model, model.input_size, BATCH, forward)
     except ForwardError as error:
         raise HeadError(f"a head does not fit its boundary: {error}") from error
     for name, answer in zip(model.exits, answers, strict=False):
@@ -182,3 +181,4 @@ def _check_heads(model: DynamicModel) -> None:
                 f"the head of exit {name!r} answers {answer} where (B, K) = {expected} is needed; build it for "
                 f"{model.num_classes} classes"
             )
+    return seen

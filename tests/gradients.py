@@ -1,6 +1,7 @@
 """A program: five training steps of narrow networks, the gradient of every convolution checked.
 
     ONEDNN_MAX_CPU_ISA=AVX2 python -m tests.gradients 1      # on one thread, with the kernels of another processor
+    ONEDNN_MAX_CPU_ISA=AVX2 python -m tests.gradients 2 1    # on two, and one training step only
 
 A whole network bends at every ReLU, so that rounding alone moves its gradients by any amount. Each weight's gradient is
 therefore compared with what the layer's own input and output gradient give, in double precision and contiguous. The
@@ -22,7 +23,6 @@ from torch.nn.grad import conv2d_weight
 
 import dynnet
 
-STEPS = 5
 # Relative to the sum of the sizes of all products, of which most cancel. Processors without bfloat16 sum in it as well.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-4}
 
@@ -44,12 +44,12 @@ def watch(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return seen
 
 
-def worst(model: nn.Module, images: Tensor, dtype: torch.dtype) -> float:
+def worst(model: nn.Module, images: Tensor, dtype: torch.dtype, steps: int) -> float:
     """The largest error over all steps and convolutions."""
     seen = watch(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     found = 0.0
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             logits = model(images).logits
@@ -67,7 +67,7 @@ def worst(model: nn.Module, images: Tensor, dtype: torch.dtype) -> float:
     return found
 
 
-def main(threads: int) -> int:
+def main(threads: int, steps: int = 5) -> int:
     torch.set_num_threads(threads)
     failed = 0
     for width in range(1, 9):
@@ -77,11 +77,11 @@ def main(threads: int) -> int:
                 backbone = timm.create_model("cifar_resnet20", width=width / 16, in_chans=1, num_classes=10)
                 model = dynnet.wrap(backbone, ["layer2.0"], head_share=0.1, input_size=(1, 8, 8)).train()
                 model.to(memory_format=layout)
-                found = worst(model, torch.randn(64, 1, 8, 8).to(memory_format=layout), dtype)
+                found = worst(model, torch.randn(64, 1, 8, 8).to(memory_format=layout), dtype, steps)
                 print(f"{width} channels, {dtype}, {layout}, threads {threads}: {found:.1e}", flush=True)
                 failed += found > rounding
     return failed
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -19,34 +19,43 @@ from dynnet.errors import CheckpointError
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
-    """Built, installed in a fresh environment; a program that uses every public name is typed there, and runs."""
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
-        check=True,
-        capture_output=True,
+def test_the_wheel_works_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    """Built, installed in a fresh environment, and a zoo model loaded from it."""
+    program = (
+        "import dynnet, torch; m = dynnet.create_model('digits'); "
+        "print(dynnet.__file__, m.predict(torch.zeros(1, *m.input_size)).logits.shape)"
     )
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
-    python = tmp_path / "env" / "bin" / "python"
-    (wheel,) = tmp_path.glob("*.whl")
+    done = subprocess.run([installed, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith(str(installed.parents[1])), done.stderr
+    assert done.stdout.strip().endswith("torch.Size([1, 10])")
+
+
+@pytest.mark.sweep
+def test_a_program_that_uses_every_public_name_is_typed_and_runs(installed: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tests" / "example.py", tmp_path)
+    used = (tmp_path / "example.py").read_text()
+    assert all(name in used for name in dynnet.__all__)
+    typed = [installed, "-m", "mypy", "--strict", "--python-executable", installed, "example.py"]
+    for command in (typed, [installed, "example.py"]):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh environment, in which the wheel is installed."""
+    folder = tmp_path_factory.mktemp("installed")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
+    python = folder / "env" / "bin" / "python"
+    (wheel,) = folder.glob("*.whl")
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
     # torch and timm are lent by the environment that runs the tests: a second copy would take minutes.
-    site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()
     (Path(site) / "lent.pth").write_text(sysconfig.get_path("purelib"))
-    shutil.copy(ROOT / "tests" / "example.py", tmp_path)
-    inside = "import dynnet; print(dynnet.__file__)"
-    assert str(tmp_path) in subprocess.run([python, "-c", inside], cwd=tmp_path, capture_output=True, text=True).stdout
-    typed = [python, "-m", "mypy", "--strict", "--python-executable", python, "example.py"]
-    done = subprocess.run(typed, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = subprocess.run([python, "example.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "'digits'" in done.stdout
+    return python
 
 
 def test_an_editable_install_shows_the_package_alone(tmp_path: Path) -> None:

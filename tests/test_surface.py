@@ -39,7 +39,7 @@ def test_importing_it_waits_for_nothing() -> None:
     assert run(f"import sys, dynnet; print({heavy})").strip() == "set()"
 
 
-ORDERS = ["dynnet, timm", "timm.layers, dynnet", "dynnet, importlib.util as u; u.find_spec('timm'); import timm.layers"]
+ORDERS = ["timm.layers, dynnet", "dynnet, importlib.util as u; u.find_spec('timm'); import timm.layers"]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -146,7 +146,7 @@ def test_a_drop_below_zero_is_a_gain() -> None:
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["frozen", "joint"])
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", FEW[:2], ids=str)
 def test_the_loss_trains_a_wrapped_model_in_plain_torch(case, joint: bool) -> None:
     model = case.wrapped().train()
     if not joint:

@@ -8,18 +8,15 @@ bill is a path through it, and equals what a counter sees when that sample runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dynnet.backbone.dry_run import Trace, trace
+from dynnet.backbone.dry_run import Trace
 from dynnet.cost.widths import Narrowable
-from dynnet.errors import ForwardError, InputError
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Switch(NamedTuple):
@@ -98,27 +95,15 @@ class Ledger:
 
 
 def price(
-    model: M,
-    forward: Callable[[M, Tensor], Any],
-    input_size: tuple[int, ...],
-    exits: Sequence[str],
-    switches: Sequence[Switch] = (),
-    deciders: Sequence[Decider] = (),
+    seen: Trace, exits: Sequence[str], switches: Sequence[Switch] = (), deciders: Sequence[Decider] = ()
 ) -> Ledger:
-    """Price a model whose `backbone` has boundaries `exits`, where its `heads` answer when `forward` is called.
+    """The prices of a model whose `backbone` has boundaries `exits`, where its `heads` answer.
 
     Args:
-        model, forward, input_size: as for `dynnet.backbone.dry_run.trace`; nothing may be gated.
+        seen: a dry run of the model in which all heads answered and nothing was gated.
         exits: module names.
         switches, deciders: of the model's gates.
-
-    Raises:
-        InputError: the model cannot take images of this size.
     """
-    try:
-        seen = trace(model, input_size, 1, forward)
-    except ForwardError as error:
-        raise InputError(f"the backbone cannot take images of size {tuple(input_size)}: {error}") from error
     calls = {call.name: call for call in seen.calls}
     heads = [_below(seen, f"heads.{i}") for i in range(len(exits))]
     # A boundary's call ends after its head has run, so what is spent by then includes all heads so far.

@@ -44,5 +44,7 @@ def test_a_forward_that_looks_at_numbers_is_told_so() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x / 255 if x.max() > 2 else x
 
-    with pytest.raises(ForwardError, match="forward of Checked itself raised RuntimeError.*looks at numbers, and a dry run has"):
+    with pytest.raises(
+        ForwardError, match="of Checked itself raised RuntimeError.*looks at numbers, and a dry run has"
+    ):
         trace(Checked(), (3, 4, 4), 2)
