@@ -21,7 +21,7 @@ FAMILIES = {
 def test_twelve_families_keep_their_promises(case: Case) -> None:
     model = case.wrapped()
     model.thresholds = [0.25, 0.5]
-    found = dynnet.verify(model, case.images(4))
+    found = dynnet.verify(model, case.images(3))
     assert len(found.checks) == len(str(found).splitlines()) == 3
     assert model.thresholds == (0.25, 0.5)
 
