@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn.parameter import is_lazy
 from dynnet.errors import ForwardError
 
 M = TypeVar("M", bound=nn.Module)
+
+_HOOKS = (dict, OrderedDict)
 
 
 def meta_twin(model: M) -> M:
@@ -34,8 +37,14 @@ def meta_twin(model: M) -> M:
                 for value in slots.values():
                     if isinstance(value, Tensor) and value.device.type != "meta":
                         twins[id(value)] = _without_numbers(value)
-        # deepcopy takes from its memo what it finds there.
-        return copy.deepcopy(model, twins) if twins else model
+        if not twins:
+            return model
+        # deepcopy takes from its memo what it finds there. Of a module it would spend most of its time on empty hooks.
+        for module in model.modules():
+            twins |= {
+                id(hooks): type(hooks)() for hooks in vars(module).values() if type(hooks) in _HOOKS and not hooks
+            }
+        return copy.deepcopy(model, twins)
 
 
 def _without_numbers(tensor: Tensor) -> Tensor:
