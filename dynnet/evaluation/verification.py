@@ -124,9 +124,8 @@ class InTurn(Measure):
 
 def _as_the_backbone(model: DynamicModel, images: Tensor) -> Check:
     if model.gates is None:
-        never = copy.deepcopy(model)
-        never.thresholds = [float("inf")] * len(model.exits)
-        ours = never.predict(images).logits
+        before, model.thresholds = model.thresholds, [float("inf")] * len(model.exits)
+        ours, model.thresholds = model.predict(images).logits, before
     else:
         ours = model.run_every_exit(images).logits[-1]  # without gates: they are another model
     backbone = copy.deepcopy(model).unwrap()
