@@ -104,8 +104,8 @@ def _placed(places: Places, config: WrapConfig) -> Placement:
     placement = place(places, config.exits)
     if placement.problem is not None:
         raise ExitError(
-            f"rows cannot leave {title(places.backbone)} at {[b.name for b in placement.exits]}: what follows still "
-            f"needs the whole batch ({placement.problem}); choose other exits"
+            f"rows cannot leave {title(places.backbone)} at {[b.name for b in placement.exits]}: {placement.problem}; "
+            f"choose other exits"
         )
     return placement
 

@@ -84,7 +84,7 @@ def rehearse(places: Places, exits: Sequence[Boundary]) -> Placement:
     noted: set[Line] = set()
     if problem is not None:
         still, noted = _attempt(places, exits, companions, correcting=True)
-        problem = problem if still is not None else None
+        problem = None if still is None else f"what follows still needs the whole batch ({problem})"
     return Placement(tuple(exits), tuple(companions), frozenset(() if problem else noted), problem)
 
 
