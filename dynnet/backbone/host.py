@@ -67,9 +67,8 @@ class Hosted(nn.Module):
 
 def _refusal(name: str, backbones: Callable[..., Any]) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        if name == "set_grad_checkpointing" and not {**dict(zip(["enable"], args, strict=False)), **kwargs}.get(
-            "enable", True
-        ):
+        enable = args[0] if args else kwargs.get("enable", True)
+        if name == "set_grad_checkpointing" and not enable:
             return backbones(*args, **kwargs)  # off is what it has to be
         raise UnsupportedError(f"a wrapped model has no {name}(): {_REFUSED[name]}")
 

@@ -35,7 +35,7 @@ class NotedSizes(TorchFunctionMode):
         lines: where to correct; None for everywhere, in a rehearsal.
 
     Attributes:
-        met: where something was corrected.
+        met: in a rehearsal, where something was corrected.
     """
 
     def __init__(self, rows: Rows, lines: Collection[Line] | None) -> None:
@@ -58,8 +58,10 @@ class NotedSizes(TorchFunctionMode):
         if self.rows.since(size) is None:
             return False
         line = _line(sys._getframe(2))
-        self.met.add(line)
-        return self.lines is None or line in self.lines
+        if self.lines is None:
+            self.met.add(line)
+            return True
+        return line in self.lines
 
 
 def _line(frame: FrameType | None) -> Line:
