@@ -334,8 +334,7 @@ class DynamicModel(Hosted):
             if x.dtype != self._dtype and not torch.is_autocast_enabled(x.device.type):
                 wanted = self._dtype
                 raise InputError(f"got images of {x.dtype} for a model of {wanted}; convert with x.to({wanted})")
-        if tuple(x.shape[1:]) not in self._ledgers:
-            self.ledger(tuple(x.shape[1:]))  # a dry run, which tells in words where a size does not fit
+        self.ledger(tuple(x.shape[1:]))  # of a new size a dry run, which tells in words where it does not fit
 
 
 def every_layer(model: nn.Module) -> Callable[[Tensor], object]:

@@ -91,8 +91,7 @@ def _settled(
     size = tuple(config.input_size or input_size_of(backbone))
     if len(size) != 3:
         raise ExitError(f"input_size={config.input_size}: give (C, H, W), such as (3, 224, 224)")
-    config = replace(config, input_size=size)
-    return config, confidence
+    return replace(config, input_size=size), confidence
 
 
 def _placed(places: Places, config: WrapConfig) -> Placement:

@@ -15,6 +15,7 @@ from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import InputError, VerificationError
 from dynnet.exits.confidence import Measure
 from dynnet.model import DynamicModel
+from dynnet.outputs import Prediction
 
 # Of the largest logit, absolute below one: what another batch size does to rounding.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -138,17 +139,9 @@ def _as_the_backbone(model: DynamicModel, images: Tensor) -> Check:
 
 def _alone(model: DynamicModel, images: Tensor) -> Check:
     together = model.predict(images)
-    measure = model.measure
-    assert isinstance(measure, InTurn)
-    alone, exits = [], []
-    for number in range(len(images)):
-        measure.first = number
-        prediction = model.predict(images[number : number + 1])
-        alone.append(prediction.logits)
-        exits.append(prediction.exit)
-    measure.first = 0
-    worst, image = _deviation(torch.cat(alone), together.logits)
-    elsewhere = (torch.cat(exits) != together.exit).nonzero()
+    alone = [_by_itself(model, images, number) for number in range(len(images))]
+    worst, image = _deviation(torch.cat([one.logits for one in alone]), together.logits)
+    elsewhere = (torch.cat([one.exit for one in alone]) != together.exit).nonzero()
     if len(elsewhere):
         worst, image = float("inf"), int(elsewhere[0])
     allowed = TOLERANCES.get(together.logits.dtype, 1e-4)
@@ -157,20 +150,26 @@ def _alone(model: DynamicModel, images: Tensor) -> Check:
 
 
 def _bill(model: DynamicModel, images: Tensor) -> Check:
-    measure = model.measure
-    assert isinstance(measure, InTurn)
     worst, where = -1.0, ""
     for number in range(min(len(images), len(model.exits) + 1)):
-        measure.first = number
         counter = flop_counter()
         with counter:
-            prediction = model.predict(images[number : number + 1])
+            prediction = _by_itself(model, images, number)
         billed, counted = int(prediction.macs), counter.get_total_flops() // 2
         if abs(billed - counted) > worst:
             worst = float(abs(billed - counted))
             where = f"{_name(model, int(prediction.exit))}: {billed} billed, {counted} counted"
-    measure.first = 0
     return Check("the bill equals the counter", worst, 0.0, "MACs", where)
+
+
+def _by_itself(model: DynamicModel, images: Tensor, number: int) -> Prediction:
+    """What one of the images gets alone; it leaves where it does in company."""
+    measure = model.measure
+    assert isinstance(measure, InTurn)
+    measure.first = number
+    prediction = model.predict(images[number : number + 1])
+    measure.first = 0
+    return prediction
 
 
 def _deviation(a: Tensor, b: Tensor) -> tuple[float, int]:
