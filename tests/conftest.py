@@ -71,10 +71,17 @@ def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """The file of a small wrapped model."""
-    path = tmp_path / "m.safetensors"
+@pytest.fixture(scope="session")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("saved") / "m.safetensors"
     case = FEW[0]
     dynnet.save(case.wrapped(), path, {"model_name": case.name, "num_classes": 7})
+    return path.read_bytes()
+
+
+@pytest.fixture
+def saved(saved_once: bytes, tmp_path: Path) -> Path:
+    """The file of a small wrapped model."""
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(saved_once)
     return path

@@ -19,6 +19,7 @@ from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
 from dynnet.files.bundles import is_bundle
 from dynnet.files.checkpoints import load
+from dynnet.files.creation import not_architecture
 from dynnet.files.weights import load_weights_
 from dynnet.learning.data import Data, load_data
 from dynnet.learning.recipes import BackboneConfig, Recipe, read_recipe, recipe_parser
@@ -69,13 +70,16 @@ def run_program(
 
 def open_data(recipe: Recipe, here: World) -> tuple[Data, dict[str, Any]]:
     """The recipe's data, and what `timm.create_model` is called with for them."""
+    prepared, kwargs = _pretrained_cfg(recipe.backbone.name), recipe.backbone.kwargs
+    if told := not_architecture({"model_name": recipe.backbone.name, **kwargs}):
+        raise RecipeError(f"backbone.kwargs: {told}; give what makes the architecture")
     with here.first_goes_first():  # it may have to download
-        data = load_data(recipe.data, _pretrained_cfg(recipe.backbone.name))
+        data = load_data(recipe.data, prepared)
     create = {
         "model_name": recipe.backbone.name,
         "num_classes": len(data.classes),
         "in_chans": data.input_size[0],
-        **recipe.backbone.kwargs,
+        **kwargs,
     }
     return data, create
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from dynnet.errors import CheckpointError
 from dynnet.files.bundles import read_bundle, write_bundle
 from dynnet.files.weights import load_weights_
-from dynnet.pruning.shape import UNCHANGED, Shape
+from dynnet.pruning.shape import Shape
+from dynnet.schema import read_as
 from training.distributed import World
 
 
@@ -50,7 +51,7 @@ class State:
     @property
     def shape(self) -> Shape:
         """Of the backbone: what pruning had made of it."""
-        return cast(Shape, self.about.get("shape", UNCHANGED))
+        return read_as(Shape, self.about.get("shape", {}), "shape")
 
     @classmethod
     def read(cls, path: Path) -> State:

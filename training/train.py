@@ -54,7 +54,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
     state = State.read(out / "state.safetensors") if resume else None
     with here.first_goes_first():
         model = _build(recipe, data, create, state)
-    about = {"shape": pruned_shape(model.backbone, create)}
+    about = {"shape": dataclasses.asdict(pruned_shape(model.backbone, create))}
     model.to(here.device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)

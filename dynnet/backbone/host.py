@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import nn
 
 from dynnet.errors import UnsupportedError
-
-# What of timm's `pretrained_cfg` says how images are prepared, and what the classes are called.
-PREPARATION = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation", "label_names")
 
 _ANSWERED = ("pretrained_cfg", "default_cfg", "num_features", "head_hidden_size", "feature_info", "get_classifier")
 _REFUSED = {
@@ -25,10 +23,27 @@ _REFUSED = {
 }
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What of timm's `pretrained_cfg` says how images are prepared, and what the classes are called."""
+
+    input_size: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
+    label_names: tuple[str, ...] | None = None
+
+    def known(self) -> dict[str, Any]:
+        """What it says, without what it leaves open."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
 def preparation_of(model: nn.Module) -> dict[str, Any]:
     """How a model's images are prepared and its classes are called, as far as its `pretrained_cfg` says."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    return {key: config[key] for key in PREPARATION if config.get(key) is not None}
+    return {field.name: config[field.name] for field in fields(Preparation) if config.get(field.name) is not None}
 
 
 def prepare_(model: nn.Module, preparation: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -147,9 +148,11 @@ def make_measure(confidence: str | Score | Measure, exits: int) -> Measure:
     )
 
 
-def to_json(threshold: float) -> float | str:
+def to_json(threshold: float) -> float | Literal["inf", "-inf"]:
     """A threshold for JSON, which has no infinity: inf and -inf become strings that float() reads back."""
-    return threshold if abs(threshold) < math.inf else str(threshold)
+    if abs(threshold) < math.inf:
+        return threshold
+    return "inf" if threshold > 0 else "-inf"
 
 
 def check_thresholds(thresholds: Sequence[float], exits: Sequence[str]) -> tuple[float, ...]:

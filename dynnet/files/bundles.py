@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from dynnet.errors import CheckpointError
+from dynnet.schema import SchemaError, parse
 
 FORMAT = 2  # 1 did not say how images are prepared
 
@@ -58,7 +59,10 @@ def read_bundle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     if _digest(tensors, header["dynnet"]) != header["sha256"]:
         raise CheckpointError(f"{str(path)!r} is damaged: its SHA-256 does not match; take another copy")
-    return tensors, json.loads(header["dynnet"])
+    try:
+        return tensors, parse(header["dynnet"])
+    except SchemaError as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: of what it says, {error}; take another copy") from error
 
 
 def is_bundle(path: str | Path) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dynnet.backbone.host import preparation_of, prepare_
+from dynnet.backbone.host import Preparation, preparation_of, prepare_
 from dynnet.backbone.masks import not_plain
 from dynnet.backbone.names import title
 from dynnet.backbone.twin import meta_twin
@@ -22,12 +22,13 @@ from dynnet.errors import CheckpointError, DynnetError, PruneError
 from dynnet.exits.confidence import MEASURES, to_json
 from dynnet.exits.heads import ExitHead, HeadFactory
 from dynnet.files.bundles import read_bundle, write_bundle
-from dynnet.files.creation import difference, fresh_of, timm_name
-from dynnet.files.packed import pack, unpack
-from dynnet.files.weights import check_weights, load_weights_
-from dynnet.gates.plan import GateConfig
+from dynnet.files.creation import Most, fresh_of, give_memory_, hollow, not_architecture, timm_name
+from dynnet.files.description import Description, Wrapping, description_of
+from dynnet.files.likeness import other_answer, other_parts
+from dynnet.files.packed import outline, pack, unpack
+from dynnet.files.weights import check_weights, load_weights_, unlike
 from dynnet.model import STATE, DynamicModel
-from dynnet.pruning.shape import UNCHANGED, bring_into_shape_, shape_of
+from dynnet.pruning.shape import Shape, bring_into_shape_, shape_of
 from dynnet.wrapping import wrap
 
 
@@ -48,50 +49,74 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
             dynnet's own if the file is to be loaded without further arguments); or a plain one. Either may be pruned,
             folded, or in int8.
         path: of the file to write, usually named *.safetensors.
-        create: arguments of `timm.create_model` that make the backbone; by default its name, with the tag of its
+        create: arguments of `timm.create_model` that make the architecture; by default its name, with the tag of its
             pretrained weights, and its number of classes. A warning says so where these make a model of other parts,
-            settings or widths.
+            settings or widths, or one that answers an image otherwise: the model is built from them to compare.
         sparse: write tensors with many zeros as bits and values; reading takes no option.
 
     Raises:
-        CheckpointError: some weights are masked, or no plain parameters for another reason.
+        CheckpointError: some weights are masked, or no plain parameters for another reason; `create` says more than an
+            architecture; or what belongs to the model, its classes' names say, has a form that no file has.
     """
     if told := not_plain(model):
         raise CheckpointError(told)
     backbone = model.backbone if isinstance(model, DynamicModel) else model
-    create = dict(create or {"model_name": timm_name(backbone), "num_classes": getattr(model, "num_classes", None)})
+    made = dict(create or {"model_name": timm_name(backbone), "num_classes": getattr(model, "num_classes", None)})
+    if create is not None and (told := not_architecture(made)):
+        raise CheckpointError(f"create={made}: {told}; give what makes the architecture")
+    description = _describe(model, backbone, made)
+    tensors: Mapping[str, Tensor] = {k: t for k, t in model.state_dict().items() if k != STATE}
+    if sparse:
+        tensors, packed = pack(tensors)
+        description = replace(description, packed=packed)
+    write_bundle(path, tensors, description.to_json())
+
+
+def _describe(model: nn.Module, backbone: nn.Module, create: dict[str, Any]) -> Description:
+    """What a file will say of a model; without a name where timm would make another backbone of it, with a warning."""
     fresh = fresh_of(create)
-    shape = UNCHANGED if fresh is None else shape_of(backbone, fresh)
-    if fresh is not None and (other := difference(backbone, fresh, shape)):
+    plain = Description(
+        kind="backbone",
+        create=create,
+        backbone=title(backbone),
+        shape=Shape() if fresh is None else shape_of(backbone, fresh),
+        folded=tuple(folded_norms(backbone)),
+        int8=tuple(int8_layers(backbone)),
+        preparation=Preparation(**preparation_of(backbone)),
+        versions={"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
+    )
+    if fresh is None:
+        plain = replace(plain, create={"model_name": None})
+    elif other := other_parts(backbone, fresh, plain.shape) or _other_answer(backbone, plain):
         warnings.warn(
             f"timm.create_model(**{create}) makes another model than this {title(backbone)}: {other}. Save it with "
             f"create=, the arguments that make it, or load it with backbone=",
-            stacklevel=2,
+            stacklevel=3,
         )
-        create = {"model_name": None}
-    about: dict[str, Any] = {
-        "kind": "backbone",
-        "backbone": title(backbone),
-        "create": create,
-        "shape": shape,
-        "folded": folded_norms(model),
-        "int8": int8_layers(model),
-        "preparation": preparation_of(backbone),
-        "versions": {"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
-    }
-    if isinstance(model, DynamicModel):
-        about |= {
-            "kind": "model",
-            "wrap": dataclasses.asdict(model.config),
-            "own_heads": not all(isinstance(head, ExitHead) for head in model.heads),
-            "thresholds": [to_json(t) for t in model.thresholds],
-            "calibration": model.calibration,
-            "regions": _regions(model),
-        }
-    tensors: Mapping[str, Tensor] = {k: t for k, t in model.state_dict().items() if k != STATE}
-    if sparse:
-        tensors, about["packed"] = pack(tensors)
-    write_bundle(path, tensors, about)
+        plain = replace(plain, create={"model_name": None})
+    if not isinstance(model, DynamicModel):
+        return plain
+    return replace(
+        plain,
+        kind="model",
+        folded=tuple(folded_norms(model)),
+        int8=tuple(int8_layers(model)),
+        wrap=Wrapping(**{f.name: getattr(model.config, f.name) for f in fields(Wrapping)}),
+        own_heads=not all(isinstance(head, ExitHead) for head in model.heads),
+        thresholds=tuple(to_json(t) for t in model.thresholds),
+        calibration=model.calibration,
+        regions=_regions(model),
+    )
+
+
+def _other_answer(backbone: nn.Module, description: Description) -> str | None:
+    """Where a backbone answers otherwise than what its description makes of the same tensors, in words."""
+    tensors = {name: tensor.cpu() for name, tensor in backbone.state_dict().items()}
+    try:
+        again = _loaded(_File(description.backbone, tensors, tensors, description), None, _Own(None, None))
+    except CheckpointError as error:
+        return str(error)
+    return other_answer(backbone, again)
 
 
 def load(
@@ -101,6 +126,9 @@ def load(
     confidence: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """Load whatever `save` saved, in eval mode; in the type of its weights, where the backbone is created.
+
+    A file is only data: loading it asks no server, opens no other file, runs nothing that it says, and takes no more
+    memory than its model, whoever made it.
 
     >>> import timm, tempfile, dynnet
     >>> model = dynnet.wrap(timm.create_model("cifar_resnet20"), exits=["layer1"])
@@ -123,29 +151,24 @@ def load(
     Raises:
         CheckpointError: the file is missing, damaged, or of another model.
     """
-    file = _read(path)
-    build = _wrapped if file.about["kind"] == "model" else _plain
-    own = _Own(heads, confidence)
-    if backbone is not None:
-        # On a copy without numbers: a backbone that does not fit is left untouched.
-        build(file, meta_twin(backbone), own)
-    model = build(file, backbone, own)
-    if backbone is None:
-        _retype(model, file.tensors)
-    load_weights_(model, file.tensors, path)
-    preparation = file.about.get("preparation")
-    if preparation:
-        prepare_(model.backbone if isinstance(model, DynamicModel) else model, preparation)
-    if isinstance(model, DynamicModel):
-        model.thresholds = [float(t) for t in file.about["thresholds"]]
-        model.calibration = file.about["calibration"]
+    model = _loaded(_read(path), backbone, _Own(heads, confidence))
     return model.eval()
 
 
 class _File(NamedTuple):
+    """What was read.
+
+    Attributes:
+        path: of the file.
+        packed: tensors as they are written.
+        outline: all tensors, those that are packed without numbers.
+        about: what the file says besides.
+    """
+
     path: str
-    tensors: dict[str, Tensor]
-    about: dict[str, Any]
+    packed: Mapping[str, Tensor]
+    outline: Mapping[str, Tensor]
+    about: Description
 
 
 class _Own(NamedTuple):
@@ -156,48 +179,103 @@ class _Own(NamedTuple):
 
 
 def _read(path: str | Path) -> _File:
-    tensors, about = read_bundle(path)
-    if about.get("kind") not in ("model", "backbone"):
-        raise CheckpointError(f"{str(path)!r} holds a {about.get('kind')}, not a model")
-    if "create" not in about:
-        raise CheckpointError(f"{str(path)!r} does not say how to build its backbone; save it again with dynnet.save")
-    if about.get("packed"):
-        try:
-            tensors = unpack(tensors, about["packed"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{str(path)!r} is damaged: {error}; take another copy") from error
-    return _File(str(path), tensors, about)
-
-
-def _wrapped(file: _File, backbone: nn.Module | None, own: _Own) -> DynamicModel:
-    """The wrapped model of a file, ready for its weights; errors as for `load`."""
-    settings = file.about["wrap"]
-    if (file.about.get("own_heads") or settings.get("heads") == "custom") and own.heads is None:
-        raise CheckpointError(f"{file.path!r} has heads of its own making; pass the factory as heads=")
-    if settings["confidence"] not in MEASURES and own.confidence is None:
-        raise CheckpointError(
-            f"{file.path!r} has a confidence measure of its own, {settings['confidence']!r}; pass it as confidence="
-        )
-    built = _built(file, backbone)
+    tensors, said = read_bundle(path)
+    about = description_of(said, path)
     try:
-        model = wrap(
-            built,
-            settings["exits"],
-            gates=_gates(settings.get("gates")),
-            heads=own.heads,
-            head_share=settings["head_share"],
-            confidence=own.confidence or settings["confidence"],
-            input_size=tuple(settings["input_size"]),
+        return _File(str(path), tensors, outline(tensors, about.packed), about)
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: {error}; take another copy") from error
+
+
+def _loaded(file: _File, backbone: nn.Module | None, own: _Own) -> nn.Module:
+    """The model of a file, as `load` gives it, but for its mode."""
+    about = file.about
+    build = _plain if about.wrap is None else _wrapped
+    if backbone is None:
+        model = build(file, _created(file), own)
+        _retype(model, file.outline)
+    else:
+        # On a copy without numbers: a backbone that does not fit is left untouched.
+        build(file, _shaped(file, meta_twin(backbone)), own)
+        model = build(file, _shaped(file, backbone), own)
+    load_weights_(model, unpack(file.packed, about.packed), file.path)
+    prepare_(model.backbone if isinstance(model, DynamicModel) else model, about.preparation.known())
+    if isinstance(model, DynamicModel):
+        model.thresholds = [float(t) for t in about.thresholds]
+        model.calibration = about.calibration
+    return model
+
+
+def _created(file: _File) -> nn.Module:
+    """The backbone of a file as timm makes it, in shape, with weights of no meaning. Memory is there for what the file
+    has numbers for, and for no more."""
+    create = file.about.create
+    try:
+        if create.get("model_name") is None:
+            raise ValueError("timm has no such model")
+        backbone = hollow(create, Most.beside(file.outline))
+    except ValueError as error:
+        raise CheckpointError(
+            f"timm cannot create the backbone of {file.path!r}, {create}: {error}; pass it as backbone="
+        ) from error
+    prefix = "" if file.about.wrap is None else "backbone."
+    tensors = {n.removeprefix(prefix): t for n, t in file.outline.items() if n.startswith(prefix)}
+    folded, int8 = ({n.removeprefix(prefix) for n in names} for names in (file.about.folded, file.about.int8))
+    _shaped(file, backbone)
+    for name, parameter in backbone.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        there = tensors.get(f"{layer}.weight_int8" if layer in int8 and kind == "weight" else name)
+        told = None if there is None else unlike(name, there.to(parameter.dtype) if layer in int8 else there, parameter)
+        if told or (there is None and layer not in folded | int8):
+            raise CheckpointError(f"{file.path!r} is of another model: {told or f'it lacks {name!r}'}")
+    give_memory_(backbone, tensors)
+    return backbone
+
+
+def _shaped(file: _File, backbone: nn.Module) -> nn.Module:
+    """A backbone, brought into the shape of a file's, in place; errors as for `load`."""
+    about = file.about
+    if told := not_plain(backbone):
+        raise CheckpointError(f"{file.path!r} cannot be loaded into the given backbone: {told}")
+    try:
+        bring_into_shape_(backbone, about.shape)
+    except PruneError as error:
+        raise CheckpointError(
+            f"{file.path!r} holds a pruned {about.backbone}, and this backbone cannot be brought into its shape: "
+            f"{error}; it was saved with {about.versions}, this is timm {timm.__version__}"
+        ) from error
+    return backbone
+
+
+def _plain(file: _File, backbone: nn.Module, own: _Own) -> nn.Module:
+    """The plain model of a file, ready for its weights; errors as for `load`."""
+    _as_saved(backbone, file)
+    return backbone
+
+
+def _wrapped(file: _File, backbone: nn.Module, own: _Own) -> nn.Module:
+    """The wrapped model of a file, ready for its weights; errors as for `load`."""
+    about, settings = file.about, file.about.wrap
+    assert settings is not None
+    if about.own_heads and own.heads is None:
+        raise CheckpointError(f"{file.path!r} has heads of its own making; pass the factory as heads=")
+    if settings.confidence not in MEASURES and own.confidence is None:
+        raise CheckpointError(
+            f"{file.path!r} has a confidence measure of its own, {settings.confidence!r}; pass it as confidence="
         )
+    given = {f.name: getattr(settings, f.name) for f in fields(Wrapping)}
+    given["confidence"] = own.confidence or settings.confidence
+    try:
+        model = wrap(backbone, heads=own.heads, **given)
     except DynnetError as error:
         raise CheckpointError(
-            f"{file.path!r} was saved for {file.about['backbone']}, which does not fit the given backbone: {error}"
+            f"{file.path!r} was saved for {about.backbone}, which does not fit the given backbone: {error}"
         ) from error
     try:
-        if file.about.get("regions", _regions(model)) != _regions(model):
+        if about.regions not in (None, _regions(model)):
             raise CheckpointError(
-                f"{file.path!r} has gates for regions {file.about['regions']}, here they would be {_regions(model)}; "
-                f"it was saved with {file.about['versions']}"
+                f"{file.path!r} has gates for regions {about.regions}, here they would be {_regions(model)}; it was "
+                f"saved with {about.versions}"
             )
         _as_saved(model, file)
     except CheckpointError:
@@ -206,52 +284,18 @@ def _wrapped(file: _File, backbone: nn.Module | None, own: _Own) -> DynamicModel
     return model
 
 
-def _plain(file: _File, backbone: nn.Module | None, own: _Own) -> nn.Module:
-    """The plain model of a file, ready for its weights; errors as for `load`."""
-    built = _built(file, backbone)
-    _as_saved(built, file)
-    return built
-
-
-def _built(file: _File, given: nn.Module | None) -> nn.Module:
-    """The backbone of a file, or the one that is given, in shape, with weights of no meaning."""
-    about, backbone = file.about, given
-    if backbone is not None and (told := not_plain(backbone)):
-        raise CheckpointError(f"{file.path!r} cannot be loaded into the given backbone: {told}")
-    if backbone is None:
-        try:
-            if not timm.is_model(about["create"]["model_name"] or ""):
-                raise ValueError("timm has no such model")
-            backbone = timm.create_model(**about["create"])
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"timm cannot create the backbone of {file.path!r}, {about['create']}: {error}; pass it as backbone="
-            ) from error
-    shape = about.get("shape")
-    if not shape or shape == UNCHANGED:
-        return backbone
-    try:
-        bring_into_shape_(backbone, shape)
-    except PruneError as error:
-        raise CheckpointError(
-            f"{file.path!r} holds a pruned {about['backbone']}, and this backbone cannot be brought into its shape: "
-            f"{error}; it was saved with {about['versions']}, this is timm {timm.__version__}"
-        ) from error
-    return backbone
-
-
 def _as_saved(model: nn.Module, file: _File) -> None:
     """Fold what was folded, and make int8 what was, in place; then the weights fit."""
+    about = file.about
     try:
-        if file.about.get("folded"):
-            fold_again_(model, file.about["folded"], file.tensors.keys())
-        put_int8_(model, dict.fromkeys(file.about.get("int8", ()), (0.0, 1.0)))
+        fold_again_(model, about.folded, file.outline.keys())
+        put_int8_(model, dict.fromkeys(about.int8, (0.0, 1.0)))
     except CheckpointError as error:
         raise CheckpointError(
-            f"{file.path!r} was saved folded or in int8, which this {file.about['backbone']} cannot be: {error}; it "
-            f"was saved with {file.about['versions']}"
+            f"{file.path!r} was saved folded or in int8, which this {about.backbone} cannot be: {error}; it was saved "
+            f"with {about.versions}"
         ) from error
-    check_weights(model, file.tensors, file.path)
+    check_weights(model, file.outline, file.path)
 
 
 def _retype(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -261,10 +305,6 @@ def _retype(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             own.data = own.data.to(tensors[name].dtype)
 
 
-def _regions(model: DynamicModel) -> list[list[Any]]:
-    """What each gate network decides, as JSON: equal shapes do not mean that they switch the same layers."""
-    return [] if model.gates is None else [[r.layer, list(r.groups)] for r in model.gates.plan.regions]
-
-
-def _gates(settings: Mapping[str, Any] | None) -> GateConfig | None:
-    return None if settings is None else GateConfig(settings["unit"], settings["blocks"], tuple(settings["exclude"]))
+def _regions(model: DynamicModel) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """What each gate network decides."""
+    return () if model.gates is None else tuple((r.layer, tuple(r.groups)) for r in model.gates.plan.regions)

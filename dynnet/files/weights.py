@@ -26,18 +26,25 @@ def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str |
     """Have tensors the names and shapes that a model has?
 
     Raises:
-        CheckpointError: a name that is missing or unknown, or a shape that differs.
+        CheckpointError: a name that is missing or unknown, or a shape or a kind of number that differs.
     """
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(STATE)}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(STATE)}
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
-    if missing or unknown or shapes:
-        problems = [
-            f"lacks {len(missing)} tensors (first {missing[0]!r})" if missing else "",
-            f"has {len(unknown)} unknown tensors (first {unknown[0]!r})" if unknown else "",
-            f"{shapes[0]!r} has shape {tuple(tensors[shapes[0]].shape)}, the model's is {tuple(own[shapes[0]].shape)}"
-            if shapes
-            else "",
-        ]
+    others = (told for name in own if name in tensors and (told := unlike(name, tensors[name], own[name])))
+    problems = [
+        f"lacks {len(missing)} tensors (first {missing[0]!r})" if missing else None,
+        f"has {len(unknown)} unknown tensors (first {unknown[0]!r})" if unknown else None,
+        next(others, None),
+    ]
+    if any(problems):
         raise CheckpointError(f"{str(source)!r} is of another model: {'; '.join(p for p in problems if p)}")
+
+
+def unlike(name: str, tensor: Tensor, own: Tensor) -> str | None:
+    """Why a tensor cannot take the place of a model's own, in words; None where it can."""
+    if tensor.shape != own.shape:
+        return f"{name!r} has shape {tuple(tensor.shape)}, the model's is {tuple(own.shape)}"
+    if (tensor.is_floating_point(), tensor.is_complex()) != (own.is_floating_point(), own.is_complex()):
+        return f"{name!r} is of {tensor.dtype}, the model's of {own.dtype}"
+    return None

@@ -6,7 +6,7 @@ shape, load weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,31 +14,42 @@ from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.backbone.layers.table import cut_, effect_of, stated_widths
+from dynnet.backbone.names import is_inside
 from dynnet.backbone.subsets import Subset, subset
 from dynnet.channels.labels import HEADS, TOGETHER
 from dynnet.errors import PruneError
 
-Shape = dict[str, Any]
-UNCHANGED: Shape = {"removed": [], "widths": {}, "stated": {}, "features": []}
 _FEATURES = ("in_features", "num_features", "head_hidden_size")  # what timm's models say of their widths
 
 
+@dataclass(frozen=True)
+class Shape:
+    """How a model differs from a fresh one; by default not at all.
+
+    Attributes:
+        removed: names of modules that pass on what they are given.
+        widths: (made, read) channels of layers that are narrower, and the same two of the fresh model, by layer.
+        stated: what other modules say of widths, by module and attribute.
+        features: widths in `feature_info`.
+    """
+
+    removed: tuple[str, ...] = ()
+    widths: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    stated: dict[str, dict[str, int]] = field(default_factory=dict)
+    features: tuple[int, ...] = ()
+
+
 def shape_of(model: nn.Module, fresh: nn.Module) -> Shape:
-    """How a model differs from a fresh one, as JSON.
+    """How a model differs from a fresh one.
 
     Args:
         model: pruned, or not.
         fresh: as timm builds it; may be on the meta device.
-
-    Returns:
-        "removed": names of modules that pass on what they are given; "widths": (made, read) channels of layers that are
-        narrower, and the same two of the fresh model; "stated": what other modules say of widths, by module;
-        "features": widths in `feature_info`.
     """
     modules = dict(model.named_modules())
-    removed = [name for name, module in fresh.named_modules() if isinstance(modules.get(name), Skipped)]
+    removed = tuple(name for name, module in fresh.named_modules() if isinstance(modules.get(name), Skipped))
     widths = {
-        name: [*now, *(stated_widths(module) or ())]
+        name: (*now, *(stated_widths(module) or ()))
         for name, module in fresh.named_modules()
         if effect_of(module) and name in modules
         if (now := stated_widths(modules[name])) and now != stated_widths(module)
@@ -51,41 +62,55 @@ def shape_of(model: nn.Module, fresh: nn.Module) -> Shape:
         if name in modules and type(modules[name]) is type(module)
     }
     features = _features(model)
-    return {
-        "removed": removed,
-        "widths": widths,
-        "stated": {name: values for name, values in stated.items() if values},
-        "features": features if features != _features(fresh) else [],
-    }
+    narrower = {name: values for name, values in stated.items() if values}
+    return Shape(removed, widths, narrower, features if features != _features(fresh) else ())
 
 
-def bring_into_shape_(model: nn.Module, shape: Mapping[str, Any]) -> None:
+def bring_into_shape_(model: nn.Module, shape: Shape) -> None:
     """Make a fresh model as narrow and as short as another one was, in place; which channels stay means nothing.
 
     Raises:
         PruneError: the model has no such layers, or of other widths than the one had that was pruned.
     """
     modules = dict(model.named_modules())
-    unknown = sorted((set(shape["removed"]) | set(shape["widths"]) | set(shape["stated"])) - set(modules))
+    unknown = sorted((set(shape.removed) | set(shape.widths) | set(shape.stated)) - set(modules))
     if unknown:
         raise PruneError(f"it has no {unknown[0]!r}, which was pruned")
-    for name in shape["removed"]:
+    for name in shape.removed:
+        if name == "" or is_inside(name, [other for other in shape.removed if other != name]):
+            raise PruneError(f"{name!r} cannot be left out by itself")
         remove_(model, name)
-    for name, (made, read, *before) in shape["widths"].items():
-        layer = modules[name]
-        wide = stated_widths(layer) if effect_of(layer) else None
-        if wide is None:
-            raise PruneError(f"its {name!r} is a {type(layer).__name__}, which has no width")
-        if wide not in ((made, read), tuple(before)) or made > wide[0] or read > wide[1]:
-            raise PruneError(
-                f"its {name!r} makes and reads {list(wide)} channels, not {before} or, pruned, {[made, read]}"
-            )
-        cut_(layer, _first(read, wide[1]), _first(made, wide[0]))
-    for name, values in shape["stated"].items():
-        for key, value in values.items():
-            setattr(modules[name], key, value)
-    for entry, width in zip(getattr(model, "feature_info", ()), shape["features"], strict=False):
+    for name, widths in shape.widths.items():
+        _cut_as_stated_(name, modules[name], widths)
+    for name, values in shape.stated.items():
+        _restate_as_stated_(name, modules[name], values)
+    for entry, width in zip(getattr(model, "feature_info", None) or (), shape.features, strict=False):
+        if not isinstance(entry, dict) or not 0 <= width <= entry.get("num_chs", 0):
+            raise PruneError(f"a feature of {width} channels is none of its own: {entry}")
         entry["num_chs"] = width
+
+
+def _cut_as_stated_(name: str, layer: nn.Module, widths: tuple[int, ...]) -> None:
+    wide = stated_widths(layer) if effect_of(layer) else None
+    if wide is None:
+        raise PruneError(f"its {name!r} is a {type(layer).__name__}, which has no width")
+    now, before = widths[:2], widths[2:]
+    if len(now) < 2 or wide not in (now, before) or not all(0 < n <= w for n, w in zip(now, wide, strict=True)):
+        raise PruneError(
+            f"its {name!r} makes and reads {list(wide)} channels, not {list(before)} or, pruned, {list(now)}"
+        )
+    try:
+        cut_(layer, _first(now[1], wide[1]), _first(now[0], wide[0]))
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        raise PruneError(f"its {name!r} cannot make and read {list(now)} of {list(wide)} channels") from error
+
+
+def _restate_as_stated_(name: str, module: nn.Module, values: dict[str, int]) -> None:
+    """Only what pruning sets, and only to less: nothing else of a module is for a file to say."""
+    for key, value in values.items():
+        if key not in _stated(module) or not 0 < value <= vars(module)[key]:
+            raise PruneError(f"its {name!r} states no {key!r} of {value} channels or more")
+        setattr(module, key, value)
 
 
 class Skipped(nn.Module):
@@ -150,9 +175,9 @@ def _stated(module: nn.Module) -> list[str]:
     return [] if effect_of(module) else [key for key in keys if isinstance(vars(module).get(key), int)]
 
 
-def _features(model: nn.Module) -> list[int]:
+def _features(model: nn.Module) -> tuple[int, ...]:
     info = getattr(model, "feature_info", None)
-    return [entry.get("num_chs", 0) for entry in info] if isinstance(info, list) else []
+    return tuple(entry.get("num_chs", 0) for entry in info) if isinstance(info, list) else ()
 
 
 def _first(kept: int, width: int) -> Subset | None:
