@@ -33,7 +33,8 @@ from dynnet.learning.data import Data
 from dynnet.learning.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise, joint_loss
 from dynnet.learning.recipes import Recipe, StageConfig, recipe_to_yaml
 from dynnet.outputs import ExitOutputs
-from dynnet.thresholds.goals import GOALS, Budget
+from dynnet.thresholds.calibration import make_goal
+from dynnet.thresholds.goals import Budget
 from training.distributed import World
 from training.loop import Desk, Objective, Stage, make_tools, run_stage
 from training.program import make_backbone, open_data, run_program
@@ -221,10 +222,8 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
         if _runs(model, stage, getattr(recipe, stage)):
             make_tools(_trained(stage, model), getattr(recipe, stage), stage, recipe, data, here)
     exit_weights(recipe.loss, [boundary.macs_share for boundary in model.boundaries], 1.0)
-    goal = recipe.calibration.goal()
-    for name, value in goal.items():
-        if model.exits:
-            GOALS[name](value).check(model)
+    if model.exits:
+        make_goal(**recipe.calibration.goal()).check(model)
     shares = {key: getattr(recipe.budget, key) for key in ("target", "ramp", "relax", "quiet")}
     for key, share in shares.items():
         if not 0 <= share <= 1:

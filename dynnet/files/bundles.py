@@ -6,18 +6,17 @@ SHA-256 over all tensors and the description; a flipped bit is an error that nam
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from dynnet.backbone.digest import digest_of
 from dynnet.errors import CheckpointError
 from dynnet.schema import SchemaError, parse
 
@@ -30,7 +29,7 @@ def write_bundle(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping
     # Safetensors refuses memory that is shared (tied weights) or strided (channels_last): each gets its own, in order.
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     text = json.dumps(about, sort_keys=True)
-    header = {"dynnet": text, "format": str(FORMAT), "sha256": _digest(own, text)}
+    header = {"dynnet": text, "format": str(FORMAT), "sha256": digest_of(own, text)}
     write_atomically(path, to_bytes(own, header))
 
 
@@ -57,7 +56,7 @@ def read_bundle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"{str(path)!r} has format {header['format']}, this dynnet reads up to {FORMAT}; upgrade dynnet"
         )
-    if _digest(tensors, header["dynnet"]) != header["sha256"]:
+    if digest_of(tensors, header["dynnet"]) != header["sha256"]:
         raise CheckpointError(f"{str(path)!r} is damaged: its SHA-256 does not match; take another copy")
     try:
         return tensors, parse(header["dynnet"])
@@ -85,12 +84,3 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

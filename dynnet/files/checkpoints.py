@@ -29,6 +29,8 @@ from dynnet.files.packed import outline, pack, unpack
 from dynnet.files.weights import check_weights, load_weights_, unlike
 from dynnet.model import STATE, DynamicModel
 from dynnet.pruning.shape import Shape, bring_into_shape_, shape_of
+from dynnet.schema import SchemaError
+from dynnet.thresholds.certified import void_certificate
 from dynnet.wrapping import wrap
 
 
@@ -203,7 +205,19 @@ def _loaded(file: _File, backbone: nn.Module | None, own: _Own) -> nn.Module:
     if isinstance(model, DynamicModel):
         model.thresholds = [float(t) for t in about.thresholds]
         model.calibration = about.calibration
+        _tell_void(file, model)
     return model
+
+
+def _tell_void(file: _File, model: DynamicModel) -> None:
+    """Warn where the file has a certificate that does not hold for its model."""
+    try:
+        void = void_certificate(model)
+    except SchemaError as error:
+        raise CheckpointError(f"{file.path!r} says of its thresholds what cannot be: {error}") from error
+    if void:
+        told = f"the certificate of {file.path!r} is void: {void}; call dynnet.calibrate again"
+        warnings.warn(told, stacklevel=4)
 
 
 def _created(file: _File) -> nn.Module:
@@ -225,7 +239,8 @@ def _created(file: _File) -> nn.Module:
     for name, parameter in backbone.named_parameters():
         layer, _, kind = name.rpartition(".")
         there = tensors.get(f"{layer}.weight_int8" if layer in int8 and kind == "weight" else name)
-        told = None if there is None else unlike(name, there.to(parameter.dtype) if layer in int8 else there, parameter)
+        own = parameter if there is None or layer not in int8 else parameter.to(there.dtype)
+        told = None if there is None else unlike(name, there, own)
         if told or (there is None and layer not in folded | int8):
             raise CheckpointError(f"{file.path!r} is of another model: {told or f'it lacks {name!r}'}")
     give_memory_(backbone, tensors)

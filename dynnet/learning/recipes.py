@@ -17,6 +17,7 @@ from dynnet.learning.data import DataConfig
 from dynnet.learning.losses import BudgetConfig, LossConfig
 from dynnet.model import WrapConfig
 from dynnet.pruning.config import CutConfig
+from dynnet.thresholds.answers import Harm
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,21 @@ class CalibrationConfig:
 
     budget: float | None = None
     accuracy_drop: float | None = None
+    risk: float | None = None
+    delta: float = 0.05
+    of: Harm = "disagreement"
 
-    def goal(self) -> dict[str, float]:
-        """The keyword for `dynnet.calibrate`.
+    def goal(self) -> dict[str, Any]:
+        """The keywords for `dynnet.calibrate`.
 
         Raises:
-            RecipeError: several are given.
+            RecipeError: several goals are given.
         """
-        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        goals = {key: getattr(self, key) for key in ("budget", "accuracy_drop", "risk")}
+        given = {key: value for key, value in goals.items() if value is not None}
         if len(given) > 1:
-            raise RecipeError(f"calibration has {given}; give either a budget or an accuracy_drop")
-        return given or {"accuracy_drop": 0.005}
+            raise RecipeError(f"calibration has {given}; give one of budget, accuracy_drop and risk")
+        return {**(given or {"accuracy_drop": 0.005}), "delta": self.delta, "of": self.of}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,13 +20,15 @@ from dynnet.errors import DataError, NonFiniteError
 from dynnet.exits.rows import route
 from dynnet.model import DynamicModel
 
+Harm = Literal["disagreement", "lost"]
+
 
 @dataclass(frozen=True)
 class Answers:
     """All exits' answers to a dataset.
 
     Attributes:
-        labels: (N,) int64.
+        labels: (N,) int64; -1 where there are none.
         predictions: (N, E + 1) int64.
         confidences: (N, E + 1) float64, NaN where an exit gave NaN.
         exits: E names.
@@ -42,9 +46,24 @@ class Answers:
     masks: tuple[np.ndarray, ...] = ()
 
     @property
+    def labelled(self) -> bool:
+        """Has every sample a label?"""
+        return bool((self.labels >= 0).all())
+
+    @cached_property
     def correct(self) -> np.ndarray:
         """(N, E + 1) bool."""
         return self.predictions == self.labels[:, None]
+
+    def harmed(self, of: Harm) -> np.ndarray:
+        """(N, E + 1) bool: would a sample be harmed by the answer of each exit?
+
+        Args:
+            of: "disagreement": it differs from the last one's; "lost": it is wrong where the last one's is right.
+        """
+        if of == "disagreement":
+            return self.predictions != self.predictions[:, -1:]
+        return self.correct[:, -1:] & ~self.correct
 
     def route(self, thresholds: Sequence[float]) -> np.ndarray:
         """(N,) int64: the exit at which each sample leaves."""
@@ -57,6 +76,10 @@ class Answers:
     def lost(self, thresholds: Sequence[float]) -> np.ndarray:
         """(N,) int64: 1 where the last exit is right and the one taken is wrong, -1 the other way round, else 0."""
         return self.correct[:, -1].astype(np.int64) - self.right(thresholds)
+
+    def harm_at(self, thresholds: Sequence[float], of: Harm) -> np.ndarray:
+        """(N,) bool: is each sample harmed by the answer of the exit at which it leaves?"""
+        return self.harmed(of)[np.arange(len(self.labels)), self.route(thresholds)]
 
     def subset(self, rows: np.ndarray) -> Answers:
         """The answers to some of the samples: rows (M,) int64."""
@@ -88,13 +111,13 @@ class BatchAnswers:
 
 
 @torch.no_grad()
-def ask(model: DynamicModel, images: Tensor, labels: Tensor, seen: int = 0) -> BatchAnswers:
+def ask(model: DynamicModel, images: Tensor, labels: Tensor | None, seen: int = 0) -> BatchAnswers:
     """Ask every exit about every sample of a batch.
 
     Args:
         model: in eval mode.
         images: (B, C, H, W), on the model's device.
-        labels: (B,) int64, on any device.
+        labels: (B,) int64, on any device; None where nobody knows them.
         seen: samples before this batch, for messages.
 
     Raises:
@@ -102,9 +125,11 @@ def ask(model: DynamicModel, images: Tensor, labels: Tensor, seen: int = 0) -> B
         NonFiniteError: the final classifier, on which everything falls back, gave NaN or infinity, or a gate network
             gave NaN.
     """
-    labels = labels.cpu()
     which = f"samples {seen} to {seen + len(images) - 1}"
-    if labels.ndim != 1 or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes):
+    known = labels is not None
+    labels = torch.full((len(images),), -1) if labels is None else labels.cpu()
+    low = 0 if known else -1
+    if labels.ndim != 1 or (len(labels) and not low <= int(labels.min()) <= int(labels.max()) < model.num_classes):
         raise DataError(
             f"labels of {which} are no classes 0 .. {model.num_classes - 1} (shape {tuple(labels.shape)}, from "
             f"{labels.min()} to {labels.max()}); the model has {model.num_classes} classes"
@@ -158,12 +183,12 @@ def join(parts: Sequence[BatchAnswers], exits: tuple[str, ...]) -> Answers:
     )
 
 
-def collect(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Answers:
+def collect(model: DynamicModel, loader: Iterable[Tensor | Sequence[Tensor]]) -> Answers:
     """Ask every exit about every sample of a dataset.
 
     Args:
         model: is put into eval mode for the time.
-        loader: batches of (images (B, C, H, W), labels (B,), ...).
+        loader: batches of (images (B, C, H, W), labels (B,), ...), or of images alone.
 
     Raises:
         DataError: the loader is empty, or a label is no class of the model.
@@ -173,7 +198,8 @@ def collect(model: DynamicModel, loader: Iterable[Sequence[Tensor]]) -> Answers:
     parts: list[BatchAnswers] = []
     with evaluating(model):
         for batch in loader:
-            parts.append(ask(model, batch[0].to(device), batch[1], sum(len(p.labels) for p in parts)))
+            images, *labels = (batch,) if isinstance(batch, Tensor) else batch
+            parts.append(ask(model, images.to(device), next(iter(labels), None), sum(len(p.labels) for p in parts)))
     return join(parts, model.exits)
 
 

@@ -11,8 +11,9 @@ from dynnet.backbone.names import title
 from dynnet.errors import CalibrationError
 from dynnet.exits.confidence import to_json
 from dynnet.model import DynamicModel
-from dynnet.thresholds.answers import collect
-from dynnet.thresholds.goals import GOALS, Choice, Goal
+from dynnet.thresholds.answers import Harm, collect
+from dynnet.thresholds.certified import Certificate, subject_of
+from dynnet.thresholds.goals import AccuracyDrop, Budget, Choice, Goal, Risk
 from dynnet.thresholds.table import Table
 
 
@@ -21,16 +22,19 @@ class Calibration:
     """What `calibrate` did. Saved with the model.
 
     Attributes:
-        goal: "budget" or "accuracy_drop".
+        goal: "budget", "accuracy_drop" or "risk".
         value: what was asked for.
         thresholds: what was found, infinite ones as "inf" and "-inf".
         samples: how many it was fitted on.
         confidence: the measure that the thresholds belong to.
-        accuracy, macs: of the dynamic model on those samples; MACs are means per sample.
+        accuracy, macs: of the dynamic model on those samples; MACs are means per sample. Accuracies are None where
+            there were no labels.
         drop, drop_error: how far accuracy will fall below the final classifier's on new samples, and the standard error
-            of that estimate, by cross-validation; None where samples are too few.
+            of that estimate, from samples that the thresholds were not fitted on; None where samples are too few.
         full_accuracy, dense_macs: of the final classifier, and of the bare backbone.
         rates: share of the samples that leaves at each exit and at the end.
+        certificate: what was shown of a risk, with its condition; None for a budget, and where nothing was.
+        needed: samples that may certify the risk where these did not; 0 where no number will.
     """
 
     goal: str
@@ -38,34 +42,52 @@ class Calibration:
     thresholds: tuple[float | str, ...]
     samples: int
     confidence: str
-    accuracy: float
+    accuracy: float | None
     macs: float
     drop: float | None
     drop_error: float | None
-    full_accuracy: float
+    full_accuracy: float | None
     dense_macs: int
     rates: tuple[float, ...]
+    certificate: Certificate | None = None
+    needed: int | None = None
 
     def __str__(self) -> str:
         rates = " / ".join(f"{rate:.0%}" for rate in self.rates)
-        new = ""
-        if self.drop is not None:
-            side = "lower" if self.drop >= 0 else "higher"
-            new = f", {abs(self.drop):.2%} ± {self.drop_error:.2%} {side} expected on new samples"
+        right = ""
+        if self.accuracy is not None and self.full_accuracy is not None:
+            right = f"accuracy {self.accuracy:.2%} (never exiting {self.full_accuracy:.2%}{self._new()}) at "
         return (
-            f"calibrated for {self.goal}={self.value:g} on {self.samples} samples: accuracy {self.accuracy:.2%} "
-            f"(never exiting {self.full_accuracy:.2%}{new}) at {self.macs / self.dense_macs:.1%} of the MACs "
+            f"calibrated for {self.goal}={self.value:g} on {self.samples} samples: {right}"
+            f"{self.macs / self.dense_macs:.1%} of the MACs "
             f"({self.macs / 1e6:.2f} of {self.dense_macs / 1e6:.2f} MMAC, {2 * self.macs / 1e6:.2f} MFLOP); "
-            f"exits taken {rates}"
+            f"exits taken {rates}{self._shown()}"
         )
+
+    def _new(self) -> str:
+        if self.drop is None:
+            return ""
+        side = "lower" if self.drop >= 0 else "higher"
+        return f", {abs(self.drop):.2%} ± {self.drop_error:.2%} {side} expected on new samples"
+
+    def _shown(self) -> str:
+        if self.certificate is not None:
+            return f"; {self.certificate}"
+        if self.needed is None:
+            return ""
+        remedy = f"some {self.needed} samples may do" if self.needed else "the exits harm more than that; train them on"
+        return f"; nothing could be certified, so nobody exits: {remedy}"
 
 
 def calibrate(
     model: DynamicModel,
-    loader: Iterable[Sequence[Tensor]],
+    loader: Iterable[Tensor | Sequence[Tensor]],
     *,
     budget: float | None = None,
     accuracy_drop: float | None = None,
+    risk: float | None = None,
+    delta: float = 0.05,
+    of: Harm = "disagreement",
 ) -> Calibration:
     """Fit `model.thresholds` on held-out data. Never use the test split.
 
@@ -78,18 +100,24 @@ def calibrate(
 
     Args:
         model: gets the thresholds, and a record of what they were fitted on.
-        loader: batches of (images, labels, ...) that were not trained on.
+        loader: batches of (images, labels, ...) that were not trained on; of images alone where `of` needs no labels.
         budget: mean MACs per sample, as a share of the bare backbone's. The best accuracy within it is taken; where the
             samples cannot tell the difference, within two standard errors, the thresholds that spend more.
-        accuracy_drop: how far accuracy may fall below never exiting on new samples, 0.005 for half a point. The fewest
-            MACs are taken at which the drop, as cross-validation sees it, plus its standard error stays within: few
-            samples cannot promise much.
+        accuracy_drop: how far accuracy may fall below never exiting on new samples, 0.005 for half a point: as `risk`
+            with of="lost", for accuracy falls by no more than right answers are lost.
+        risk: the share of new samples that may be harmed, with a confidence of 1 - delta. Thresholds are tried from
+            "never exit" to ever fewer MACs, in an order that is learnt on one half of the samples, and tested on the
+            other half with an exact binomial test; the last that passes is taken. Where none does, nobody exits, and
+            the record says how many samples may do.
+        delta: the probability, over the samples given, that the risk is larger after all.
+        of: what counts as harm: "disagreement": the early answer differs from the full model's, which needs no labels;
+            "lost": it is wrong where the full model's is right.
 
     Raises:
         CalibrationError: not exactly one goal, one that cannot be reached, or a model without exits.
         DataError, NonFiniteError: the loader or the model's answers are no basis; thresholds are left as they were.
     """
-    goal = make_goal(budget=budget, accuracy_drop=accuracy_drop)
+    goal = make_goal(budget=budget, accuracy_drop=accuracy_drop, risk=risk, delta=delta, of=of)
     if not isinstance(model, DynamicModel):
         raise CalibrationError(
             f"{title(model)} is a plain model: it has no exits, and no thresholds to fit; call dynnet.wrap first"
@@ -101,38 +129,58 @@ def calibrate(
     table = Table(answers, model.ledger(answers.input_size), model.measure)
     choice = goal.choose(table)
     model.thresholds = choice.point.thresholds
-    calibration = _record(goal, table, choice)
+    calibration = _record(goal, table, choice, model)
     model.calibration = asdict(calibration)
     return calibration
 
 
-def make_goal(**given: float | None) -> Goal:
-    """The one goal that is given, by its name.
+def make_goal(
+    *,
+    budget: float | None = None,
+    accuracy_drop: float | None = None,
+    risk: float | None = None,
+    delta: float = 0.05,
+    of: Harm = "disagreement",
+) -> Goal:
+    """The one goal that is given, with the arguments of `calibrate`.
 
     Raises:
         CalibrationError: not exactly one.
     """
-    goals = [GOALS[name](value) for name, value in given.items() if value is not None]
+    goals: dict[str, Goal] = {}
+    if budget is not None:
+        goals["budget"] = Budget(budget)
+    if accuracy_drop is not None:
+        goals["accuracy_drop"] = AccuracyDrop(accuracy_drop, delta)
+    if risk is not None:
+        goals["risk"] = Risk(risk, delta, of)
     if len(goals) != 1:
-        told = " and ".join(f"{name}={value}" for name, value in given.items())
-        raise CalibrationError(f"got {told}; give exactly one of them")
-    return goals[0]
+        told = " and ".join(f"{name}={goal.value}" for name, goal in goals.items()) or "no goal"
+        raise CalibrationError(f"got {told}; give exactly one of budget=, accuracy_drop= and risk=")
+    return next(iter(goals.values()))
 
 
-def _record(goal: Goal, table: Table, choice: Choice) -> Calibration:
-    point, drop = choice
-    taken = table.answers.route(point.thresholds)
+def _record(goal: Goal, table: Table, choice: Choice, model: DynamicModel) -> Calibration:
+    point, drop, verdict = choice
+    answers = table.answers
+    taken = answers.route(point.thresholds)
+    certificate = None
+    if isinstance(goal, Risk) and verdict is not None and verdict.needed is None:
+        shown = (goal.of, goal.value, goal.delta, verdict.failures, verdict.samples)
+        certificate = Certificate(*shown, *subject_of(model))
     return Calibration(
         goal=goal.name,
         value=goal.value,
         thresholds=tuple(to_json(t) for t in point.thresholds),
         samples=table.samples,
         confidence=table.measure.name,
-        accuracy=point.accuracy,
+        accuracy=point.accuracy if answers.labelled else None,
         macs=point.macs,
         drop=drop.mean if drop else None,
         drop_error=drop.error if drop else None,
-        full_accuracy=float(table.answers.correct[:, -1].mean()),
+        full_accuracy=float(answers.correct[:, -1].mean()) if answers.labelled else None,
         dense_macs=table.ledger.dense,
         rates=tuple(float((taken == e).mean()) for e in range(table.exits + 1)),
+        certificate=certificate,
+        needed=None if verdict is None else verdict.needed,
     )

@@ -1,7 +1,7 @@
 """What thresholds are chosen for: goals, each of which picks an operating point from the same table of answers.
 
 The best of many points is lucky on the samples that it was chosen on. What new samples will give is therefore told by
-cross-validation: thresholds fitted on all folds but one are tried on that one.
+other samples: a budget by cross-validation, a risk by a test on one half of a sequence that was learnt on the other.
 
     N samples, E exits
 """
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, get_args
 
 import numpy as np
 
 from dynnet.errors import CalibrationError
 from dynnet.model import DynamicModel
+from dynnet.thresholds.answers import Harm
+from dynnet.thresholds.certified import safe_steps, samples_needed
 from dynnet.thresholds.search import explore, frontier, trade_off
 from dynnet.thresholds.table import OperatingPoint, Table
 
@@ -30,11 +32,27 @@ class Drop(NamedTuple):
     error: float
 
 
+class Verdict(NamedTuple):
+    """Of an exact test of thresholds, on samples that they were not chosen on.
+
+    Attributes:
+        failures, samples: k of n were harmed.
+        needed: None where it was passed by thresholds at which anybody exits; else so many samples, for choosing and
+            testing, may pass it; 0 where no number will, for the exits do more harm than was asked for.
+    """
+
+    failures: int
+    samples: int
+    needed: int | None
+
+
 class Choice(NamedTuple):
-    """What a goal has picked, and what it will lose on new samples; None where samples are too few to tell."""
+    """What a goal has picked, what it will lose on new samples (None where samples are too few to tell), and the
+    verdict that it rests on."""
 
     point: OperatingPoint
     drop: Drop | None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -92,37 +110,74 @@ class Budget(Goal):
                 f"are exits giving NaN?"
             )
         point = _spending(table, within)
-        return Choice(point, next(iter(_expected_drops(table, [point.macs])), None))
+        return Choice(point, _expected_drop(table, point.macs))
 
 
-class AccuracyDrop(Goal):
-    """How far accuracy may fall below never exiting on new samples. The fewest MACs are taken at which the drop, as
-    cross-validation sees it, plus its standard error stays within."""
+@dataclass(frozen=True)
+class Risk(Goal):
+    """The share of new samples that exits may harm, with a confidence of 1 - delta. The fewest MACs are taken that an
+    exact binomial test allows, see `certified.py`; where it allows none, nobody exits.
 
-    name = "accuracy_drop"
+    Attributes:
+        delta: the probability, over the samples given, that more are harmed.
+        of: what counts as harm, see `Answers.harmed`.
+    """
+
+    delta: float = 0.05
+    of: Harm = "disagreement"
+    name = "risk"
 
     def check(self, model: DynamicModel) -> None:
-        if not 0 <= self.value < 1:
-            raise CalibrationError(f"accuracy_drop={self.value}: give a share in [0, 1), 0.005 for half a point")
+        if not 0 < self.value < 1:
+            raise CalibrationError(
+                f"{self.name}={self.value}: give a share in (0, 1), 0.01 for one answer in a hundred; that none at all "
+                f"is harmed, no samples can show"
+            )
+        if not 0 < self.delta < 1:
+            raise CalibrationError(f"delta={self.delta}: give a probability in (0, 1), 0.05 for a confidence of 95%")
+        if self.of not in get_args(Harm):
+            raise CalibrationError(f"of={self.of!r}: choose from {', '.join(get_args(Harm))}")
 
     def choose(self, table: Table) -> Choice:
-        """From the dearest point on, as long as all is well: a cheap one that looks well by luck is not reached."""
-        points = frontier(explore(table))
-        choice = Choice(table.point((np.inf,) * table.exits), Drop(0.0, 0.0))
-        drops = _expected_drops(table, [point.macs for point in points])
-        if not drops:
+        if self.of == "lost" and not table.answers.labelled:
             raise CalibrationError(
-                f"{table.samples} samples are too few to bound an accuracy drop; give at least {2 * _FOLDS}"
+                f"{self.name} counts right answers that are lost, but the loader gave images without labels; give "
+                f"labels, or risk= with of='disagreement', which needs none"
             )
-        for point, drop in zip(reversed(points), reversed(drops), strict=True):
-            if drop.mean + drop.error > self.value:
-                break
-            if point.macs < choice.point.macs:
-                choice = Choice(point, drop)
-        return choice
+        if table.samples < 2:
+            raise CalibrationError(f"{table.samples} samples cannot be halved, to learn from one half; give more")
+        learn, judge = np.array_split(np.random.default_rng(0).permutation(table.samples), 2)
+        steps = sequence(replace(table.subset(learn), harm=self.of))
+        unseen = table.answers.subset(judge)
+        failures = [int(unseen.harm_at(step.thresholds, self.of).sum()) for step in steps]
+        last = max(1, safe_steps(failures, len(judge), self.value, self.delta)) - 1
+        thresholds = steps[last].thresholds
+        lost = unseen.lost(thresholds)
+        drop = Drop(float(lost.mean()), float(_error(lost))) if table.answers.labelled else None
+        needed = None if last else self._needed(table, steps[1:2])
+        return Choice(table.point(thresholds), drop, Verdict(failures[last], len(judge), needed))
+
+    def _needed(self, table: Table, first: Sequence[OperatingPoint]) -> int:
+        """How many samples may certify the first thresholds at which anybody exits, half of them to learn from; 0 where
+        none would."""
+        rate = max((float(table.answers.harm_at(step.thresholds, self.of).mean()) for step in first), default=1.0)
+        return 2 * samples_needed(self.value, self.delta, rate) if rate < self.value else 0
 
 
-GOALS: dict[str, type[Goal]] = {goal.name: goal for goal in (Budget, AccuracyDrop)}
+@dataclass(frozen=True)
+class AccuracyDrop(Risk):
+    """How far accuracy may fall below never exiting on new samples. What is tested is more: how many right answers are
+    lost, whatever is gained; accuracy falls by no more."""
+
+    of: Harm = "lost"
+    name = "accuracy_drop"
+
+
+def sequence(table: Table) -> list[OperatingPoint]:
+    """Thresholds to be tried one after the other: nobody exits, then ever fewer MACs and, on these samples, ever more
+    harm. Which exits are on, and in what proportion they let samples go, is learnt from them."""
+    never = table.point((np.inf,) * table.exits)
+    return [never, *(point for point in reversed(frontier(explore(table))) if point.macs < never.macs)]
 
 
 def _spending(table: Table, points: Sequence[OperatingPoint]) -> OperatingPoint:
@@ -148,18 +203,16 @@ def _error(lost: np.ndarray) -> np.ndarray:
     return np.sqrt((lost**2).sum(-1) + 1) / lost.shape[-1]
 
 
-def _expected_drops(table: Table, levels: Sequence[float]) -> list[Drop]:
-    """For each level of mean MACs, by cross-validation; empty where samples are too few."""
+def _expected_drop(table: Table, macs: float) -> Drop | None:
+    """Of the best thresholds within mean MACs, by cross-validation; None where samples are too few."""
     samples = table.samples
     if samples < 2 * _FOLDS:
-        return []
-    lost = np.zeros((len(levels), samples))
+        return None
+    lost = np.zeros(samples)
     order = np.random.default_rng(0).permutation(samples)
     for fold in np.array_split(order, _FOLDS):
         fitted = trade_off(table.subset(np.setdiff1d(order, fold)))
-        unseen = table.answers.subset(fold)
-        for k, level in enumerate(levels):
-            # Points come in order of their MACs.
-            point = next((p for p in reversed(fitted) if p.macs <= level), fitted[0])
-            lost[k, fold] = unseen.lost(point.thresholds)
-    return [Drop(float(mean), float(error)) for mean, error in zip(lost.mean(1), _error(lost), strict=True)]
+        # Points come in order of their MACs.
+        point = next((p for p in reversed(fitted) if p.macs <= macs), fitted[0])
+        lost[fold] = table.answers.subset(fold).lost(point.thresholds)
+    return Drop(float(lost.mean()), float(_error(lost)))

@@ -1,9 +1,10 @@
 """Thresholds worth a look: the trade-off between accuracy and compute on a table of answers.
 
-For a price lambda of compute, the best thresholds maximise accuracy - lambda * MACs. Given the thresholds of all other
-exits, the best one of an exit is found exactly: sort the samples that reach it by confidence, add up what each gains by
-leaving, cut where the sum is largest. Exits take turns until nothing changes; a sweep over lambda gives the whole
-trade-off. An exit that does not pay for its head is switched off (threshold inf).
+For a price lambda of compute, the best thresholds maximise accuracy - lambda * MACs, accuracy being the share of good
+answers: right ones, or harmless ones. Given the thresholds of all other exits, the best one of an exit is found
+exactly: sort the samples that reach it by confidence, add up what each gains by leaving, cut where the sum is largest.
+Exits take turns until nothing changes; a sweep over lambda gives the whole trade-off. An exit that does not pay for its
+head is switched off (threshold inf).
 
     N samples, E exits
 """
@@ -104,8 +105,8 @@ def _gain(table: Table, unit: float, thresholds: Sequence[float], exit: int) -> 
     running[exit] = True
     bills = answers.bills(table.ledger, running) * unit
     later = answers.route([*[np.inf] * (exit + 1), *thresholds[exit + 1 :]])
-    correct, everyone = answers.correct.astype(np.float64), np.arange(table.samples)
-    return (correct[:, exit] - bills[:, exit]) - (correct[everyone, later] - bills[everyone, later])
+    good, everyone = table.good.astype(np.float64), np.arange(table.samples)
+    return (good[:, exit] - bills[:, exit]) - (good[everyone, later] - bills[everyone, later])
 
 
 def _tidied(table: Table, thresholds: tuple[float, ...]) -> tuple[float, ...]:

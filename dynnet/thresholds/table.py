@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from dynnet.cost.ledger import Ledger
 from dynnet.exits.confidence import Measure
-from dynnet.thresholds.answers import Answers
+from dynnet.thresholds.answers import Answers, Harm
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class OperatingPoint:
 
     Attributes:
         thresholds: one for each exit.
-        accuracy: in [0, 1].
+        accuracy: share of the samples whose answer is good, see `Table.good`.
         macs: mean per sample.
     """
 
@@ -39,11 +40,18 @@ class Table:
         answers: of all exits.
         ledger: the prices.
         measure: of confidence, which tells what heads run at given thresholds.
+        harm: what makes an answer a bad one; None where it has to be right.
     """
 
     answers: Answers
     ledger: Ledger
     measure: Measure
+    harm: Harm | None = None
+
+    @cached_property
+    def good(self) -> np.ndarray:
+        """(N, E + 1) bool: is the answer of each exit a good one?"""
+        return self.answers.correct if self.harm is None else ~self.answers.harmed(self.harm)
 
     @property
     def samples(self) -> int:
@@ -64,5 +72,5 @@ class Table:
         taken = self.answers.route(thresholds)
         bills = self.answers.bills(self.ledger, self.measure.running(thresholds))
         every = np.arange(self.samples)
-        accuracy, macs = self.answers.correct[every, taken].mean(), bills[every, taken].mean()
+        accuracy, macs = self.good[every, taken].mean(), bills[every, taken].mean()
         return OperatingPoint(tuple(thresholds), float(accuracy), float(macs))
