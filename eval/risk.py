@@ -4,12 +4,13 @@
     python -m eval.risk digits --fit 200 --risk 0.05
 
 Models are the zoo's. Their exits are asked about every test image once; the rest is drawing. A promise is broken where
-more of the other images are harmed than was certified: of all splits that may be a share of delta.
+more of the other images are harmed than was certified: of all splits that may be a share of delta. Then a watch is kept
+over streams of these answers, drawn at random: first while the risk holds, then when it has grown threefold.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe
 from dynnet.thresholds.answers import Harm, collect
 from dynnet.thresholds.calibration import make_goal
-from dynnet.thresholds.goals import Risk
+from dynnet.thresholds.goals import Risk, sequence
 from dynnet.thresholds.table import Table
+from dynnet.thresholds.watch import Watch
 from dynnet.zoo import folder
 from eval.programs import errors_told, write_json
+
+STREAMS, AUDITED, BEFORE = 1000, 5000, 500  # streams, answers of each, and those before a change
+_GROWN = 3
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,12 @@ def main(
         assert isinstance(goal, Risk)
         found = []
         for name in models:
-            tried = _tried(_asked(name, data), Settings(fit, splits, goal), name)
-            found.append({"model": name, "of": of, "risk": risk, "delta": delta, **tried})
-            print(_line(found[-1]), flush=True)
+            table = _asked(name, data)
+            tried = _tried(table, Settings(fit, splits, goal), name)
+            found.append(
+                {"model": name, "of": of, "risk": risk, "delta": delta, **tried, **_watched(table, goal, name)}
+            )
+            print(_told(found[-1]), flush=True)
         if out is not None:
             write_json(found, out)
 
@@ -113,14 +121,42 @@ def _tried(table: Table, settings: Settings, name: str) -> dict[str, Any]:
     }
 
 
-def _line(found: dict[str, Any]) -> str:
+def _watched(table: Table, goal: Risk, name: str) -> dict[str, Any]:
+    """What a watch says of streams of answers, whose risk grows or does not."""
+    points = [point.thresholds for point in sequence(replace(table, harm=goal.of))]
+    harms = [table.answers.harm_at(thresholds, goal.of) for thresholds in points]
+    held, grown = (
+        max((harm for harm in harms if harm.mean() <= times * goal.value), key=np.mean) for times in (1, _GROWN)
+    )
+    rng = np.random.default_rng(0)
+    false, delays = 0, []
+    for _ in tqdm(range(STREAMS), desc=f"{name}, streams", leave=False, disable=None):
+        watch = Watch(goal.value, goal.delta)
+        false += watch.see(rng.choice(held, AUDITED).tolist())
+        watch = Watch(goal.value, goal.delta)
+        if not watch.see(rng.choice(held, BEFORE).tolist()):
+            told = watch.see(rng.choice(grown, 20 * AUDITED).tolist())
+            delays.append(watch.audited - BEFORE if told else np.inf)
+    return {
+        "streams": STREAMS,
+        "false_alarms": false / STREAMS,
+        "held_risk": float(held.mean()),
+        "grown_risk": float(grown.mean()),
+        "median_delay": float(np.median(delays)),
+    }
+
+
+def _told(found: dict[str, Any]) -> str:
     low, high = found["broken_95"]
     goal = f"{found['of']} <= {found['risk']:.1%}, delta {found['delta']:.0%}"
     return (
         f"{found['model']}, {goal}, fitted on {found['fit']}: "
         f"broken in {found['broken']:.1%} of {found['splits']} splits ({low:.1%} to {high:.1%}), "
         f"{found['macs_share']:.1%} of the MACs, nobody exits in {found['nobody_exits']:.1%}; accuracy "
-        f"{found['mean_drop']:+.2%} lower, {found['largest_drop']:+.2%} at worst"
+        f"{found['mean_drop']:+.2%} lower, {found['largest_drop']:+.2%} at worst\n"
+        f"    watch over {found['streams']} streams of {AUDITED} audited answers: a false alarm in "
+        f"{found['false_alarms']:.1%} at a risk of {found['held_risk']:.2%}; once that is {found['grown_risk']:.2%}, "
+        f"after {BEFORE} answers, an alarm {found['median_delay']:.0f} later (median)"
     )
 
 
