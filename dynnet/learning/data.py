@@ -16,54 +16,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dynnet.errors import DataError
+from dynnet.learning.data_config import DataConfig
+from dynnet.learning.origins import DIGITS
 from dynnet.learning.randomness import generator_of, seeded
-from dynnet.learning.sources import MemorySource, Source, StreamSource, digits, open_source
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What to learn from.
-
-    Attributes:
-        name: "digits" (scikit-learn's, no download), or any name for timm's `create_dataset`: "" for a folder (of
-            class folders, or holding train.tar and test.tar), "torch/cifar10", "hfds/...".
-        root: folder of the dataset; unused by "digits".
-        label: how tables name the data; None takes the name.
-        input_size: (C, H, W) that the model sees; None takes the images' own size if they are small, else the model's.
-        mean, std: normalisation per channel of images in [0, 1]; None takes the model's.
-        calibration: images held out of the training split for thresholds: a count, or a share below 1.
-        test: share of the images that becomes the test split where a dataset has none.
-        train_split, test_split: names of the splits, as the dataset knows them.
-        seed: of the splits.
-        crop: pixels of zero padding around a random crop in training (small images).
-        flip: mirror half of the training images (small images).
-        auto_augment: timm's policy string, for images that are not held in memory.
-        workers: decoding processes, for images that are not held in memory.
-        download: let torchvision or Hugging Face fetch the data.
-    """
-
-    name: str = "digits"
-    root: str = ""
-    label: str | None = None
-    input_size: tuple[int, int, int] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    calibration: float = 0.15
-    test: float = 0.2
-    train_split: str = "train"
-    test_split: str = "test"
-    seed: int = 0
-    crop: int = 0
-    flip: bool = False
-    auto_augment: str | None = None
-    workers: int = 2
-    download: bool = False
+from dynnet.learning.sources import MemorySource, Source, StreamSource, digits, open_splits
 
 
 class Batch(NamedTuple):
@@ -205,17 +168,18 @@ class Loader:
             crop_pct=self.data.crop_pct,
             interpolation=self.data.interpolation if not self.augment else "random",
         )
-        stream = _Stream(source, transform, seed=(self.seed, epoch) if self.augment else None)
+        across = max(self.data.input_size[1:]) / self.data.crop_pct
+        stream = _Stream(source, transform, across, seed=(self.seed, epoch) if self.augment else None)
         loader: DataLoader[Any] = DataLoader(
             stream,
             batch_sampler=[b[self.rank :: self.world].tolist() for b in batches if len(b) > self.rank],
             num_workers=min(config.workers, _processors()),
+            collate_fn=_collate,
         )
-        try:
-            for images, labels, ids in loader:
-                yield Batch(images, labels, ids)
-        finally:
-            source.close()
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
 
 def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Data:
@@ -227,8 +191,10 @@ def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Da
             `config` names none.
 
     Raises:
-        DataError: the dataset is missing or empty, or an image held in memory cannot be read.
+        DataError: a field of `config` that cannot be meant, told before anything is opened; the dataset is missing or
+            empty, or an image held in memory cannot be read.
     """
+    config.check()
     model_cfg = model_cfg or {}
     pool, test, classes = _open_splits(config)
     train, calibration = _split(len(pool), config.calibration, config.seed)
@@ -250,31 +216,27 @@ def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Da
 
 def _open_splits(config: DataConfig) -> tuple[Source, Source, tuple[str, ...]]:
     """What is there to learn from, the test split, and the names of the K classes."""
-    if config.name == "digits":
+    if config.name == DIGITS:
         source, classes = digits()
         rest, test = _split(len(source), config.test, config.seed)
         return source.subset(rest), source.subset(test), classes
-    where = (config.name, config.root)
-    pool, classes = open_source(*where, config.train_split, config.input_size, config.download)
-    test_source, test_classes = open_source(*where, config.test_split, config.input_size, config.download)
-    if classes != test_classes:
-        raise DataError(
-            f"the splits {config.train_split!r} and {config.test_split!r} of {config.root!r} disagree on the "
-            f"classes: {len(classes)} against {len(test_classes)}; give both the same class folders"
-        )
-    return pool, test_source, classes
+    splits = (config.train_split, config.test_split)
+    return open_splits(config.name, config.root, splits, config.input_size, config.download)
 
 
 def _input_size(config: DataConfig, model_cfg: dict[str, Any], pool: Source) -> tuple[int, int, int]:
     """(C, H, W) of a batch's images."""
+    wanted = cast(tuple[int, int, int] | None, tuple(config.input_size) if config.input_size else None)
     if not isinstance(pool, MemorySource):
-        return config.input_size or cast(tuple[int, int, int], tuple(model_cfg.get("input_size", (3, 224, 224))))
+        # Images are decoded in colour unless the recipe wants grey, whatever channels the model has.
+        return wanted or (3, *model_cfg.get("input_size", (3, 224, 224))[1:])
     held = cast(tuple[int, int, int], tuple(pool.images.shape[1:]))
-    if config.input_size and tuple(config.input_size) != held:
+    if wanted and wanted != held:
         raise DataError(
-            f"{config.name!r} has images of {held}, not of data.input_size {tuple(config.input_size)}; leave "
-            f"data.input_size out"
+            f"{config.name!r} has images of {held}, not of data.input_size {wanted}; leave data.input_size out"
         )
+    if config.crop >= min(held[1:]):
+        raise DataError(f"data.crop of {config.crop} pixels can leave nothing of images of {held}; give a smaller one")
     return held
 
 
@@ -322,17 +284,41 @@ def _crop_and_flip(images: Tensor, config: DataConfig, total: int, mine: slice, 
     return images
 
 
-class _Stream(Dataset[tuple[Tensor, int, int]]):
-    """A `StreamSource` seen through a transform, whose randomness depends on (seed, epoch, image) alone."""
+class _Stream(Dataset[tuple[Tensor, int, int] | DataError]):
+    """A `StreamSource` seen through a transform, whose randomness depends on (seed, epoch, image) alone.
 
-    def __init__(self, source: StreamSource, transform: Any, seed: tuple[int, int] | None) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    Errors are handed over instead of raised: torch would wrap one from another process in that process's traceback.
+    """
+
+    def __init__(self, source: StreamSource, transform: Any, across: float, seed: tuple[int, int] | None) -> None:
+        self.source, self.transform, self.across, self.seed = source, transform, across, seed
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image = self.source.image(index)
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError:
+        try:
+            image = self.source.image(index)
+            self._check_shape(image, index)
+        except DataError as error:
+            return error
         with seeded(*self.seed, index) if self.seed else contextlib.nullcontext():
             pixels = self.transform(image)
         return pixels, int(self.source.labels[index]), index
+
+    def _check_shape(self, image: Image.Image, index: int) -> None:
+        """Refuse a strip that would become a bomb when its short side is resized to `across` pixels."""
+        pixels = self.across**2 * max(image.size) / min(image.size)
+        if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
+            raise DataError(
+                f"image {self.source.name(index)!r} is {image.width}x{image.height}, too long a strip to be resized: "
+                f"it would have {pixels:.0f} pixels; remove it, or cut it"
+            )
+
+
+def _collate(samples: list[tuple[Tensor, int, int] | DataError]) -> Batch | DataError:
+    """A batch, or the first error in it."""
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    return Batch(*default_collate(samples))

@@ -1,27 +1,29 @@
-"""Where images come from: what timm, torchvision and scikit-learn hold, as labelled pixels.
+"""Where images come from: what lies on disk, and what timm, torchvision and scikit-learn hold, as labelled pixels.
 
-Small images are decoded once into memory; others each time they are needed. An image that cannot be read is an error
-that names it, never a silent substitute.
+Small images of one size are decoded once into memory; others each time they are needed: all splits of a dataset in the
+same way. An image that cannot be read is an error that names it, never a silent substitute.
 
     N images, C channels, H x W pixels, K classes
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import create_dataset
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dynnet.errors import DataError, did_you_mean
+from dynnet.errors import DataError
+from dynnet.learning.folders import Listing, check_apart, list_split
+from dynnet.learning.hosted import Hosted
+from dynnet.learning.origins import FOLDER, TORCH_FOLDERS
+from dynnet.learning.pictures import decode
 
 # Above this many pixels a side, images are decoded anew for every epoch instead of once into memory.
 _SMALL_SIDE = 64
@@ -54,42 +56,71 @@ class MemorySource:
         return MemorySource(self.images[rows], self.labels[rows], [self.names[i] for i in rows.tolist()])
 
 
+class Images(Protocol):
+    """The N images of a split.
+
+    Attributes:
+        labels: (N,) int64.
+    """
+
+    labels: Tensor
+
+    def name(self, index: int) -> str: ...
+
+    def image(self, index: int, mode: str) -> Image.Image: ...
+
+
 class StreamSource:
     """Images that are decoded each time they are needed.
 
     Args:
-        dataset: what timm's `create_dataset` returned.
-        rows: (N,) int64, the images of `dataset` that belong here.
-        labels: (N,) int64, theirs.
+        images: where they come from.
+        rows: (N,) int64, those of them that belong here.
         mode: Pillow's, "RGB" or "L".
     """
 
-    def __init__(self, dataset: Any, rows: Tensor, labels: Tensor, mode: str) -> None:
-        self.dataset, self.rows, self.labels, self.mode = dataset, rows, labels, mode
+    def __init__(self, images: Images, rows: Tensor, mode: str) -> None:
+        self.images, self.rows, self.mode = images, rows, mode
+        self.labels = images.labels[rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        return _name(self.dataset, int(self.rows[index]))
+        return self.images.name(int(self.rows[index]))
 
     def image(self, index: int) -> Image.Image:
-        return _decode(self.dataset, int(self.rows[index]), self.mode)
+        return self.images.image(int(self.rows[index]), self.mode)
 
     def pixels(self, index: int) -> np.ndarray:
         image = np.asarray(self.image(index))
-        self.close()
         return image[:, :, None] if image.ndim == 2 else image
 
-    def close(self) -> None:
-        """Close what decoding has opened; it is opened again when needed."""
-        _close(self.dataset)
-
     def subset(self, rows: Tensor) -> StreamSource:
-        return StreamSource(self.dataset, self.rows[rows], self.labels[rows], self.mode)
+        return StreamSource(self.images, self.rows[rows], self.mode)
 
 
 Source = MemorySource | StreamSource
+
+
+class OnDisk:
+    """The images of a split that lie in files of their own or in a tar.
+
+    Args:
+        listing: what is there.
+        classes: K names, in the order of the labels.
+    """
+
+    def __init__(self, listing: Listing, classes: tuple[str, ...]) -> None:
+        number = {name: label for label, name in enumerate(classes)}
+        self.labels = torch.tensor([number[name] for name in listing.labels])
+        self._stored, self._names = listing.stored, listing.names
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+    def image(self, index: int, mode: str) -> Image.Image:
+        return decode(self._stored[index], self._names[index], mode)
 
 
 def digits() -> tuple[MemorySource, tuple[str, ...]]:
@@ -104,137 +135,81 @@ def digits() -> tuple[MemorySource, tuple[str, ...]]:
     return MemorySource(images, torch.from_numpy(digits.target).long(), names), tuple("0123456789")
 
 
-def open_source(
-    name: str, root: str, split: str, input_size: tuple[int, int, int] | None = None, download: bool = False
-) -> tuple[Source, tuple[str, ...]]:
-    """One split of a dataset, and the names of its K classes.
+def open_splits(
+    name: str, root: str, splits: tuple[str, str], input_size: tuple[int, int, int] | None, download: bool
+) -> tuple[Source, Source, tuple[str, ...]]:
+    """What to learn from, what to test on, and the names of the K classes.
 
     Args:
-        name: for timm's `create_dataset`; "" for a folder that holds the split as a folder or a tar.
-        root: folder of the dataset.
-        split: its name.
-        input_size: (C, H, W) wanted; images of another size are streamed, to be resized by the loader.
+        name: of the dataset, as `DataConfig` has it.
+        root: its folder.
+        splits: the names of both.
+        input_size: (C, H, W) wanted; images of other sizes are streamed, to be resized by the loader.
         download: let torchvision or Hugging Face fetch it.
 
     Raises:
-        DataError: the dataset is missing or empty, or an image to be held in memory cannot be read.
+        DataError: the dataset is missing or empty, its splits disagree, or an image to be held in memory cannot be
+            read or has another size.
     """
+    images, classes = _open_images(name, root, splits, download)
     channels = input_size[0] if input_size else 3
     mode = "L" if channels == 1 else "RGB"
-    dataset = _open(name, root, split, mode, download)
-    labels = _labels(dataset)
-    classes = _classes(dataset, labels)
-    first = _decode(dataset, 0, mode)
-    if max(first.size) > _SMALL_SIDE or (input_size and input_size[1:] != (first.height, first.width)):
-        _close(dataset)
-        return StreamSource(dataset, torch.arange(len(dataset)), labels, mode), classes
-    images = _decode_all(dataset, mode, (channels, first.height, first.width), f"decoding {split}")
-    return MemorySource(images, labels, [_name(dataset, i) for i in range(len(dataset))]), classes
+    first = images[0].image(0, mode)
+    own_size = input_size is None or tuple(input_size[1:]) == (first.height, first.width)
+    if max(first.size) <= _SMALL_SIDE and own_size:
+        try:
+            shape = (channels, first.height, first.width)
+            held = [_hold(source, mode, shape, split) for source, split in zip(images, splits, strict=True)]
+            return held[0], held[1], classes
+        except _SizeError as error:
+            if input_size is None:
+                raise DataError(f"{error}; set data.input_size to have all resized") from None
+    streams = [StreamSource(source, torch.arange(len(source.labels)), mode) for source in images]
+    return streams[0], streams[1], classes
 
 
-def _open(name: str, root: str, split: str, mode: str, download: bool) -> Any:
-    """timm's dataset, with at least one image."""
-    folder = Path(root)
-    if root and not folder.is_dir() and not download:
-        raise DataError(f"no data folder {root!r}; give an existing one with --data, or allow data.download")
-    where = root if name else str(_split_folder(folder, split))
-    try:
-        dataset = create_dataset(
-            name, root=where, split=split, download=download, input_img_mode=mode, search_split=bool(name)
-        )
-        count = len(dataset)
-    except (OSError, RuntimeError, AssertionError, ValueError, KeyError) as error:
-        raise DataError(
-            f"timm cannot open dataset {name or 'folder'!r} at {where!r}, split {split!r}: {error}"
-        ) from error
-    if count == 0:
-        raise DataError(f"dataset {name or where!r}, split {split!r}, holds no images")
-    return dataset
+def _open_images(name: str, root: str, splits: tuple[str, str], download: bool) -> tuple[list[Images], tuple[str, ...]]:
+    """The images of both splits, whose labels mean the same, and the names of the K classes."""
+    if name not in (FOLDER, *TORCH_FOLDERS):
+        train, test = (Hosted.open(name, root, split, download) for split in splits)
+        _check_classes(root or name, splits, train.classes, test.classes)
+        return [train, test], train.classes
+    check_apart(Path(root), splits)
+    listings = [list_split(Path(root), split, by_first=name in TORCH_FOLDERS) for split in splits]
+    classes = listings[0].classes
+    # A folder without images is a class if there are images of it to learn from: then all keep their numbers.
+    present = (*listings[1].classes, *(set(classes) & listings[1].barren))
+    _check_classes(root, splits, classes, present)
+    return [OnDisk(listing, classes) for listing in listings], classes
 
 
-def _decode_all(dataset: Any, mode: str, shape: tuple[int, int, int], told: str) -> Tensor:
-    """(N, C, H, W) uint8 images, which all have this shape, (C, H, W)."""
-    images = np.empty((len(dataset), *shape), np.uint8)
-    for i in tqdm(range(len(dataset)), desc=told, leave=False, disable=None):
-        pixels = np.asarray(_decode(dataset, i, mode))
-        pixels = pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
-        if pixels.shape != shape:
-            raise DataError(
-                f"image {_name(dataset, i)!r} is {pixels.shape[2]}x{pixels.shape[1]}, the first of the split is "
-                f"{shape[2]}x{shape[1]}; set data.input_size to have all resized"
+class _SizeError(Exception):
+    """Images of several sizes, which cannot be held in memory as they are."""
+
+
+def _hold(images: Images, mode: str, shape: tuple[int, int, int], split: str) -> MemorySource:
+    """All images decoded, which must have this shape, (C, H, W)."""
+    count = len(images.labels)
+    pixels = np.empty((count, *shape), np.uint8)
+    for i in tqdm(range(count), desc=f"decoding {split}", leave=False, disable=None):
+        image = images.image(i, mode)
+        if image.size != (shape[2], shape[1]):
+            raise _SizeError(
+                f"image {images.name(i)!r} of {split!r} is {image.width}x{image.height}, the first to learn from is "
+                f"{shape[2]}x{shape[1]}"
             )
-        images[i] = pixels
-    _close(dataset)
-    return torch.from_numpy(images)
+        array = np.asarray(image)
+        pixels[i] = array if mode == "L" else array.transpose(2, 0, 1)
+    return MemorySource(torch.from_numpy(pixels), images.labels, [images.name(i) for i in range(count)])
 
 
-def _split_folder(root: Path, split: str) -> Path:
-    """`root/split`, `root/split.tar`, or a usual synonym of the split."""
-    synonyms = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid", "eval")}
-    for name in (split, *synonyms.get(split, ())):
-        for path in (root / name, root / f"{name}.tar"):
-            if path.exists():
-                return path
-    found = sorted(p.name for p in root.iterdir())[:8]
+def _check_classes(where: str, splits: tuple[str, str], train: Sequence[str], test: Sequence[str]) -> None:
+    """Refuse splits whose labels would not mean the same."""
+    only = [sorted(set(train) - set(test)), sorted(set(test) - set(train))]
+    if not any(only):
+        return
+    told = ", ".join(f"only {split!r} has {names[:5]}" for split, names in zip(splits, only, strict=True) if names)
     raise DataError(
-        f"{str(root)!r} has no {split!r} folder or {split}.tar; it holds {found}{did_you_mean(split, found)}"
+        f"the splits {splits[0]!r} and {splits[1]!r} of {where!r} disagree on the classes: {len(train)} against "
+        f"{len(test)}, {told}; give both the same class folders, which may be empty in {splits[1]!r}"
     )
-
-
-def _classes(dataset: Any, labels: Tensor) -> tuple[str, ...]:
-    """K names, in the order of the labels; the labels themselves where the dataset has no names."""
-    reader = getattr(dataset, "reader", None)
-    for owner, attribute in ((dataset, "class_to_idx"), (reader, "class_to_idx"), (reader, "class_name_to_idx")):
-        if to_index := getattr(owner, attribute, None):
-            return tuple(str(name) for name in sorted(to_index, key=to_index.__getitem__))
-    return tuple(str(i) for i in range(int(labels.max()) + 1))
-
-
-def _labels(dataset: Any) -> Tensor:
-    """(N,) int64, without decoding an image where the dataset allows it."""
-    reader: Any = getattr(dataset, "reader", None)
-    for owner in (dataset, reader):
-        if getattr(owner, "targets", None) is not None:
-            return torch.as_tensor(np.asarray(owner.targets)).long()
-    if hasattr(reader, "samples"):
-        return torch.tensor([int(sample[1]) for sample in reader.samples])
-    if hasattr(reader, "label_key"):  # Hugging Face: a column
-        return torch.as_tensor(np.asarray(reader.dataset[reader.label_key])).long()
-    return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
-
-
-def _decode(dataset: Any, index: int, mode: str) -> Image.Image:
-    try:
-        # timm's own __getitem__ answers for an unreadable image with the next one, so its reader is asked directly.
-        found = (dataset.reader if hasattr(dataset, "reader") else dataset)[index][0]
-        if isinstance(found, Image.Image):
-            return found.convert(mode)
-        with (
-            contextlib.closing(found) if hasattr(found, "close") else contextlib.nullcontext(),
-            Image.open(found) as image,
-        ):
-            return image.convert(mode)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read image {_name(dataset, index)!r}: {error}; replace or remove it") from error
-
-
-def _close(dataset: Any) -> None:
-    """Close the tar files that timm's reader has opened; it opens them again when they are needed.
-
-    Left open, they would be shared with decoding processes, whose reads would move each other's place in the file.
-    """
-    states = [getattr(getattr(dataset, "reader", None), "tar_state", None)]
-    while states:
-        state = states.pop()
-        if state is not None:
-            if state.tf is not None:
-                state.tf.close()
-                state.tf = None
-            states += state.children.values()
-
-
-def _name(dataset: Any, index: int) -> str:
-    if hasattr(dataset, "filename"):
-        with contextlib.suppress(Exception):
-            return str(dataset.filename(index))
-    return f"image {index}"

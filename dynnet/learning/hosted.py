@@ -1,0 +1,123 @@
+"""Datasets that timm opens for us: torchvision's, and Hugging Face's. N images, K classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch import Tensor
+
+from dynnet.errors import DataError
+from dynnet.learning.origins import HUGGING_FACE
+from dynnet.learning.pictures import Stored, decode, printable
+
+
+class Hosted:
+    """One split of a dataset that timm opened.
+
+    Args:
+        dataset: what timm's `create_dataset` returned.
+        told: its name and split, for messages.
+
+    Attributes:
+        labels: (N,) int64, below K.
+        classes: K names, in the order of the labels.
+
+    Raises:
+        DataError: no images, or labels that are no numbers of classes.
+    """
+
+    def __init__(self, dataset: Any, told: str) -> None:
+        self.dataset = dataset
+        try:
+            self.labels = _labels(dataset)
+        except Exception as error:  # labels of any type, and images that are decoded for them
+            raise DataError(
+                f"cannot read the labels of {told}: {str(error) or repr(error)}; one class an image is needed"
+            ) from error
+        if len(self.labels) == 0:
+            raise DataError(f"{told} holds no images")
+        self.classes = _classes(dataset, int(self.labels.max()) + 1)
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise DataError(
+                f"{told} has labels from {low} to {high} for {len(self.classes)} classes; choose a split with labels"
+            )
+
+    @classmethod
+    def open(cls, name: str, root: str, split: str, download: bool) -> Hosted:
+        """By a name that `origins.check_name` lets pass.
+
+        Raises:
+            DataError: it is missing, empty, damaged or has no labels.
+        """
+        told = f"dataset {name!r}, split {split!r}"
+        repository = name.removeprefix(HUGGING_FACE)
+        if repository != name and Path(repository).exists():
+            raise DataError(f"{told} would be read from the folder {repository!r} here; run elsewhere, or rename that")
+        if root and not download and not Path(root).is_dir():
+            raise DataError(f"no data folder {root!r}; give an existing one with --data, or allow data.download")
+        try:
+            dataset = create_dataset(name, root=root or None, split=split, download=download, search_split=True)
+        except Exception as error:  # damaged files, missing packages and servers raise anything
+            raise DataError(
+                f"timm cannot open {told} at {root!r}: {str(error) or repr(error)}; mend or fetch it"
+            ) from error
+        return cls(dataset, told)
+
+    def name(self, index: int) -> str:
+        if (item := self._row(index)) is not None:
+            path = item.get("path") if isinstance(item, dict) else None
+            return printable(path) if path else f"image {index}"
+        samples = getattr(self.dataset, "samples", None)  # torchvision's, of files: (path, label)
+        return printable(str(samples[index][0])) if samples else f"image {index}"
+
+    def image(self, index: int, mode: str) -> Image.Image:
+        name = self.name(index)
+        item = self._row(index)
+        if isinstance(item, dict):
+            stored = item.get("bytes") or Stored(item.get("path") or "")
+        elif samples := getattr(self.dataset, "samples", None):
+            stored = Stored(str(samples[index][0]))
+        else:
+            try:
+                stored = self.dataset[index][0]
+            except Exception as error:  # what is damaged makes decoders raise anything
+                raise DataError(
+                    f"cannot read image {name!r}: {str(error) or repr(error)}; replace or remove it"
+                ) from error
+        return decode(stored, name, mode)
+
+    def _row(self, index: int) -> Any:
+        """Hugging Face's bytes and path of an image; None for torchvision's datasets."""
+        reader = getattr(self.dataset, "reader", None)
+        return None if reader is None else reader.dataset[index][reader.image_key]
+
+
+def _labels(dataset: Any) -> Tensor:
+    """(N,) int64, without decoding an image where the dataset allows it."""
+    if (reader := getattr(dataset, "reader", None)) is not None:
+        labels = reader.dataset[reader.label_key]
+    elif getattr(dataset, "targets", None) is not None:
+        labels = dataset.targets
+    else:
+        labels = [int(dataset[i][1]) for i in range(len(dataset))]
+    array = np.asarray(labels)
+    if array.size and not (array.ndim == 1 and np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"they are {array.dtype} of {array.ndim} dimensions")
+    return torch.as_tensor(array).long()
+
+
+def _classes(dataset: Any, count: int) -> tuple[str, ...]:
+    """K names, in the order of the labels; the labels themselves where the dataset has no names."""
+    for owner in (dataset, getattr(dataset, "reader", None)):
+        if to_index := getattr(owner, "class_to_idx", None):
+            names: dict[int, str] = {}  # the first of several of a class, as ImageNet has them
+            for name, label in to_index.items():
+                names.setdefault(label, str(name))
+            return tuple(names[label] for label in sorted(names))
+    return tuple(str(label) for label in range(count))
