@@ -63,7 +63,7 @@ def check_root(name: str, root: Any) -> None:
     if _SCHEME.match(text):
         raise DataError(f"data.root is {text!r}, an address; give a folder of this machine")
     if not text and name != DIGITS and not name.startswith(HUGGING_FACE):
-        raise DataError(f"data.root is empty, and {name or 'a folder'!r} needs one; give the folder with --data")
+        raise DataError("data.root is empty; give the folder of the dataset with --data")
 
 
 def check_splits(name: str, train: Any, test: Any) -> None:

@@ -110,8 +110,10 @@ class _Contents:
 
     def _add_member(self, member: tarfile.TarInfo, window: _Window, above: Parts) -> None:
         inside = tuple(part for part in member.name.split("/") if part not in ("", "."))
+        if not inside and member.isreg():
+            raise ValueError(f"the file at byte {member.offset} has no name")
         if not inside or any(part.startswith(".") and part != ".." for part in inside):
-            return  # hidden, or the tar itself
+            return  # the tar itself, or hidden
         parts = (*above, *inside)
         nested = inside[-1].lower().endswith(".tar")
         if member.isdir():
