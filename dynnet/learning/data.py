@@ -302,8 +302,14 @@ class _Stream(Dataset[tuple[Tensor, int, int] | DataError]):
             self._check_shape(image, index)
         except DataError as error:
             return error
-        with seeded(*self.seed, index) if self.seed else contextlib.nullcontext():
-            pixels = self.transform(image)
+        try:
+            with seeded(*self.seed, index) if self.seed else contextlib.nullcontext():
+                pixels = self.transform(image)
+        except Exception as error:  # some draws of timm's policies fail with some versions of Pillow
+            return DataError(
+                f"timm's transform of image {self.source.name(index)!r} failed: {error}; choose another "
+                f"data.auto_augment if there is one"
+            )
         return pixels, int(self.source.labels[index]), index
 
     def _check_shape(self, image: Image.Image, index: int) -> None:

@@ -32,7 +32,7 @@ class Hosted:
     """
 
     def __init__(self, dataset: Any, told: str) -> None:
-        self.dataset = dataset
+        self.dataset, self.told = dataset, told
         try:
             self.labels = _labels(dataset)
         except Exception as error:  # labels of any type, and images that are decoded for them
@@ -70,32 +70,29 @@ class Hosted:
         return cls(dataset, told)
 
     def name(self, index: int) -> str:
-        if (item := self._row(index)) is not None:
-            path = item.get("path") if isinstance(item, dict) else None
-            return printable(path) if path else f"image {index}"
-        samples = getattr(self.dataset, "samples", None)  # torchvision's, of files: (path, label)
-        return printable(str(samples[index][0])) if samples else f"image {index}"
+        try:
+            stored = self._stored(index)
+        except Exception:  # what cannot be read has a number still
+            return f"image {index}"
+        return printable(stored.path) if isinstance(stored, Stored) else f"image {index}"
 
     def image(self, index: int, mode: str) -> Image.Image:
-        name = self.name(index)
-        item = self._row(index)
-        if isinstance(item, dict):
-            stored = item.get("bytes") or Stored(item.get("path") or "")
-        elif samples := getattr(self.dataset, "samples", None):
-            stored = Stored(str(samples[index][0]))
-        else:
-            try:
-                stored = self.dataset[index][0]
-            except Exception as error:  # what is damaged makes decoders raise anything
-                raise DataError(
-                    f"cannot read image {name!r}: {str(error) or repr(error)}; replace or remove it"
-                ) from error
-        return decode(stored, name, mode)
+        try:
+            stored = self._stored(index)
+        except Exception as error:  # what is damaged makes anything be raised
+            raise DataError(
+                f"cannot read image {index} of {self.told}: {str(error) or repr(error)}; mend or fetch it"
+            ) from error
+        return decode(stored, self.name(index), mode)
 
-    def _row(self, index: int) -> Any:
-        """Hugging Face's bytes and path of an image; None for torchvision's datasets."""
-        reader = getattr(self.dataset, "reader", None)
-        return None if reader is None else reader.dataset[index][reader.image_key]
+    def _stored(self, index: int) -> Stored | bytes | Image.Image:
+        """An image, before it is decoded where that is left to us."""
+        if (reader := getattr(self.dataset, "reader", None)) is not None:  # of Hugging Face
+            row = reader.dataset[index][reader.image_key]
+            return row["bytes"] or Stored(row["path"])
+        if samples := getattr(self.dataset, "samples", None):  # torchvision's, of files: (path, label)
+            return Stored(str(samples[index][0]))
+        return self.dataset[index][0]
 
 
 def _labels(dataset: Any) -> Tensor:

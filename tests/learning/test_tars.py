@@ -53,6 +53,19 @@ def test_a_tar_is_listed_as_timm_lists_it(path: Path) -> None:
     timms.tar_state.tf.close()
 
 
+def test_what_is_hidden_in_a_tar_is_not_there_and_empty_folders_are_no_classes_yet(path: Path) -> None:
+    path.write_bytes(packed({f"./{name}": content for name, content in FILES.items()}))
+    before = list_split(path.parent, "train")
+    hidden = {".ipynb_checkpoints/1.png": b"x", "cat/._9.png": b"x", "cat/.old/1.png": b"x", "cat/.more.tar": b"x"}
+    path.write_bytes(packed(FILES | hidden, other("eel", tarfile.DIRTYPE)))
+    listing = list_split(path.parent, "train")
+    assert (listing.names, listing.classes) == (before.names, before.classes)
+    assert listing.barren == {"eel"}
+    path.write_bytes(packed(FILES | {"cover.png": b"x"}))
+    with pytest.raises(DataError, match="image 'cover.png' of '.*train.tar' lies beside the folder"):
+        list_split(path.parent, "train")
+
+
 def test_a_tar_in_a_tar_is_a_folder(path: Path) -> None:
     inner = {name.removeprefix("cat/"): content for name, content in FILES.items() if name.startswith("cat")}
     path.write_bytes(packed({"cat.tar": packed(inner), "dog/0.png": b"zero"}))
