@@ -34,6 +34,7 @@ class Hosted:
     def __init__(self, dataset: Any, told: str) -> None:
         self.dataset, self.told = dataset, told
         try:
+            self._paths = _paths(dataset)
             self.labels = _labels(dataset)
         except Exception as error:  # labels of any type, and images that are decoded for them
             raise DataError(
@@ -90,9 +91,17 @@ class Hosted:
         if (reader := getattr(self.dataset, "reader", None)) is not None:  # of Hugging Face
             row = reader.dataset[index][reader.image_key]
             return row["bytes"] or Stored(row["path"])
-        if samples := getattr(self.dataset, "samples", None):  # torchvision's, of files: (path, label)
-            return Stored(str(samples[index][0]))
+        if self._paths:
+            return Stored(self._paths[index])
         return self.dataset[index][0]
+
+
+def _paths(dataset: Any) -> list[str]:
+    """Where the images of torchvision's datasets are that keep each in a file; none for others."""
+    if (index := getattr(dataset, "index", None)) is not None:  # iNaturalist's, in the order of the file system
+        index.sort()
+        return [str(Path(dataset.root, dataset.all_categories[label], name)) for label, name in index]
+    return [str(path) for path, _ in getattr(dataset, "imgs", ())]
 
 
 def _labels(dataset: Any) -> Tensor:
@@ -101,6 +110,8 @@ def _labels(dataset: Any) -> Tensor:
         labels = reader.dataset[reader.label_key]
     elif getattr(dataset, "targets", None) is not None:
         labels = dataset.targets
+    elif getattr(dataset, "target_type", None) == ["full"]:  # iNaturalist's species
+        labels = [label for label, _ in dataset.index]
     else:
         labels = [int(dataset[i][1]) for i in range(len(dataset))]
     array = np.asarray(labels)

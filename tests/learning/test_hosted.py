@@ -65,7 +65,7 @@ class Files:
 
     def __init__(self, folder: Path, targets: Any = (0, 1)) -> None:
         Image.fromarray(np.full((8, 8), 65535, np.uint16)).save(folder / "0.png")
-        self.samples = [(str(folder / "0.png"), 0), (str(folder / "1.png"), 1)]
+        self.imgs = [(str(folder / "0.png"), 0), (str(folder / "1.png"), 1)]
         self.targets = list(targets)
         self.class_to_idx = {"tench": 0, "Tinca tinca": 0, "goldfish": 1}
 
@@ -76,7 +76,7 @@ def test_a_class_has_one_name_and_files_are_decoded_by_us(tmp_path: Path) -> Non
     assert images.image(0, "L").getextrema() == (255, 255)
     with pytest.raises(DataError, match=r"cannot read image '.*1.png': .*No such file.*; replace or remove it"):
         images.image(1, "L")
-    images.dataset.samples = [None, None]
+    images._paths = ["only one"]
     assert images.name(1) == "image 1"
     with pytest.raises(DataError, match="cannot read image 1 of told: .*; mend or fetch it"):
         images.image(1, "L")
@@ -96,6 +96,19 @@ def test_a_class_has_one_name_and_files_are_decoded_by_us(tmp_path: Path) -> Non
 def test_labels_are_classes(tmp_path: Path, targets: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Hosted(Files(tmp_path, targets), "told")
+
+
+def test_inaturalist_is_read_in_order_and_its_files_by_us(tmp_path: Path) -> None:
+    for split in ("2021_train", "2021_valid"):
+        for label, name in enumerate(("a", "b")):
+            folder = tmp_path / split / f"{label:05d}_{name}_{'_'.join('cdefgh')}"
+            folder.mkdir(parents=True)
+            for i in (2, 0, 1):
+                Image.fromarray(np.full((8, 8), 65535 * label, np.uint16)).save(folder / f"{i}.png")
+    data = load_data(config(tmp_path, name="torch/inat", input_size=(1, 8, 8), test_split="val"))
+    assert [Path(name).name for name in data.test.names] == ["0.png", "1.png", "2.png"] * 2
+    assert data.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test.images.flatten(1).unique(dim=1).flatten().tolist() == [0, 0, 0, 255, 255, 255]
 
 
 class Rows:
