@@ -173,6 +173,11 @@ def _open_images(name: str, root: str, splits: tuple[str, str], download: bool) 
     if name not in (FOLDER, *TORCH_FOLDERS):
         train, test = (Hosted.open(name, root, split, download) for split in splits)
         _check_classes(root or name, splits, train.classes, test.classes)
+        if train.classes != test.classes:
+            raise DataError(
+                f"the splits {splits[0]!r} and {splits[1]!r} of {name!r} number the same classes in another order; "
+                "give two of one order"
+            )
         return [train, test], train.classes
     check_apart(Path(root), splits)
     listings = [list_split(Path(root), split, by_first=name in TORCH_FOLDERS) for split in splits]

@@ -98,6 +98,21 @@ def test_labels_are_classes(tmp_path: Path, targets: Any, message: str) -> None:
         Hosted(Files(tmp_path, targets), "told")
 
 
+def test_splits_that_number_their_classes_in_another_order_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(name: str, split: str, **kwargs: Any) -> Files:
+        files = Files(tmp_path)
+        files.class_to_idx = {"cat": 0, "dog": 1} if split == "train" else {"dog": 0, "cat": 1}
+        return files
+
+    monkeypatch.setattr("dynnet.learning.hosted.create_dataset", create)
+    with pytest.raises(
+        DataError, match="'train' and 'test' of 'torch/imagenet' number the same classes in another order"
+    ):
+        load_data(config(tmp_path, name="torch/imagenet"))
+
+
 def test_inaturalist_is_read_in_order_and_its_files_by_us(tmp_path: Path) -> None:
     for split in ("2021_train", "2021_valid"):
         for label, name in enumerate(("a", "b")):
