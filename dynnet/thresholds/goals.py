@@ -175,9 +175,12 @@ class AccuracyDrop(Risk):
 
 def sequence(table: Table) -> list[OperatingPoint]:
     """Thresholds to be tried one after the other: nobody exits, then ever fewer MACs and, on these samples, ever more
-    harm. Which exits are on, and in what proportion they let samples go, is learnt from them."""
+    harm. Which exits are on, and in what proportion they let samples go, is learnt from them.
+
+    Of those that did no more harm here than cheaper ones did, all are tried: on other samples they will do less.
+    """
     never = table.point((np.inf,) * table.exits)
-    return [never, *(point for point in reversed(frontier(explore(table))) if point.macs < never.macs)]
+    return [never, *(point for point in reversed(frontier(explore(table), ties=True)) if point.macs < never.macs)]
 
 
 def _spending(table: Table, points: Sequence[OperatingPoint]) -> OperatingPoint:

@@ -28,11 +28,11 @@ def trade_off(table: Table) -> list[OperatingPoint]:
     return frontier(explore(table))
 
 
-def frontier(points: Iterable[OperatingPoint]) -> list[OperatingPoint]:
-    """Those of the points that no cheaper one equals, from the cheapest on."""
+def frontier(points: Iterable[OperatingPoint], ties: bool = False) -> list[OperatingPoint]:
+    """Those of the points that no cheaper one equals, from the cheapest on; with `ties`, that no cheaper one betters."""
     kept: list[OperatingPoint] = []
     for point in sorted(points, key=lambda p: (p.macs, -p.accuracy)):
-        if not kept or point.accuracy > kept[-1].accuracy:
+        if not kept or point.accuracy > kept[-1].accuracy or (ties and point.accuracy == kept[-1].accuracy):
             kept.append(point)
     return kept
 
