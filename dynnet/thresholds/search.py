@@ -29,7 +29,7 @@ def trade_off(table: Table) -> list[OperatingPoint]:
 
 
 def frontier(points: Iterable[OperatingPoint], ties: bool = False) -> list[OperatingPoint]:
-    """Those of the points that no cheaper one equals, from the cheapest on; with `ties`, that no cheaper one betters."""
+    """Those of the points that no cheaper one equals, from the cheapest on; with `ties`, that none betters."""
     kept: list[OperatingPoint] = []
     for point in sorted(points, key=lambda p: (p.macs, -p.accuracy)):
         if not kept or point.accuracy > kept[-1].accuracy or (ties and point.accuracy == kept[-1].accuracy):
