@@ -23,8 +23,9 @@ from dynnet.exits import flow
 from dynnet.exits.calls import Answering, EveryExit
 from dynnet.exits.confidence import Measure, check_thresholds, to_json
 from dynnet.exits.flow import Tag
-from dynnet.exits.noted_sizes import NotedSizes
+from dynnet.exits.noted_sizes import Line, NotedSizes
 from dynnet.exits.rehearsal import Placement, lines_at
+from dynnet.exits.sizes import Size, Sizes
 from dynnet.gates import attaching
 from dynnet.gates.decisions import Decisions, least_macs
 from dynnet.gates.networks import Gates
@@ -103,11 +104,11 @@ class DynamicModel(Hosted):
         self._thresholds = (float("inf"),) * len(self.boundaries)
         gated = () if plan is None else {f"backbone.{site.layer}" for site in plan.sites if site.reads is not None}
         self._at_risk = at_risk(self, gated)  # looked up once: a wrapped model is not cut
-        self._ledgers: dict[tuple[int, ...], Ledger] = {}
+        self._sizes = Sizes()
         self._unwrapped = False
         self._dtype: torch.dtype | None = None  # of the backbone, when last looked up
         self.tag = Tag()
-        self._noted = placement.noted
+        self._notes = bool(placement.noted)  # are there sizes to be corrected?
         # Modules of the backbone keep the modes in which they came: some may be frozen.
         self.training = backbone.training
         for own in (self.heads, self.gates):
@@ -181,9 +182,6 @@ class DynamicModel(Hosted):
             gated: let the gates decide; else all channels are computed.
         """
         self.check(x)
-        if torch.is_grad_enabled() and getattr(self.backbone, "grad_checkpointing", False):
-            off = "switch it off with backbone.set_grad_checkpointing(False)"
-            raise InputError(f"gradient checkpointing runs blocks a second time, and their exits with them; {off}")
         with right_gradients(_learns(x) and self._at_risk):
             return self.run_every_exit(x, equilibrium, gated)
 
@@ -209,23 +207,26 @@ class DynamicModel(Hosted):
 
     def ledger(self, input_size: tuple[int, ...] | None = None) -> Ledger:
         """Prices of segments and heads for one sample of (C, H, W); by default of the size it was wrapped for."""
-        size = tuple(input_size or self.input_size)
-        if size not in self._ledgers:
+        return self._of_size(tuple(input_size or self.input_size)).ledger
+
+    def _of_size(self, size: tuple[int, ...]) -> Size:
+        found = self._sizes.get(size)
+        if found is None:
             try:
                 seen = trace(self, size, BATCH, DynamicModel.run_every_exit)
-                noted = lines_at(self, size) if self._noted else frozenset()
+                noted = lines_at(self, size) if self._notes else frozenset()
             except ForwardError as error:
-                raise InputError(f"the backbone cannot take images of size {size}: {error}") from error
-            self._noted = self._noted | noted
-            self.price(size, seen)
-        return self._ledgers[size]
+                raise InputError(f"the model cannot take images of size {size}: {error}") from error
+            found = self.learn_size(size, seen, noted)
+        return found
 
-    def price(self, size: tuple[int, ...], seen: Trace) -> None:
-        """Know the prices of images of a size from a dry run in which all heads answered."""
+    def learn_size(self, size: tuple[int, ...], seen: Trace, noted: frozenset[Line]) -> Size:
+        """Know images of a size from a dry run in which all heads answered, and where sizes of the batch were noted."""
         plan = None if self.gates is None else self.gates.plan
         gated = ((), ()) if plan is None else (plan.switches(), plan.deciders())
-        # A new one: another thread may be copying the model.
-        self._ledgers = {**self._ledgers, size: price(seen, self.exits, *gated)}
+        found = Size(price(seen, self.exits, *gated), noted)
+        self._sizes.put(size, found)
+        return found
 
     def floor(self) -> int:
         """The fewest MACs that a sample can cost: it leaves at the first exit, all gates but one a group closed."""
@@ -310,7 +311,8 @@ class DynamicModel(Hosted):
         self.check(x)
         decisions = self._decisions(sparse=self.execution == "sparse")
         answers = Answering(self.tag, len(x), decisions, list(self.heads), self.measure, self.thresholds, self.running)
-        noted = NotedSizes(answers.rows, self._noted) if self._noted else None
+        lines = self._of_size(tuple(x.shape[1:])).noted if self._notes else None
+        noted = NotedSizes(answers.rows, lines) if lines else None
         with right_gradients(_learns(x) and self._at_risk), flow.run(answers, noted):
             answers.finish(self.backbone(x))
         return answers, decisions

@@ -117,7 +117,7 @@ def _attach(model: DynamicModel, placement: Placement) -> None:
         attaching.attach(backbone, model.tag, model.gates.plan)
     flow.attach(backbone, model.tag, placement.exits, placement.companions)
     try:
-        model.price(model.input_size, _try_heads(model))
+        model.learn_size(model.input_size, _try_heads(model), placement.noted)
     except BaseException:
         model.unwrap()
         raise
