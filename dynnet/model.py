@@ -298,9 +298,10 @@ class DynamicModel(Hosted):
     def run_every_exit(self, x: Tensor, equilibrium: bool = False, gated: bool = False) -> ExitOutputs:
         """`forward_exits` without its checks; also without gates, for dry runs."""
         decisions = self._decisions(sparse=False) if gated else None
-        every = EveryExit(self.tag, len(x), decisions, list(self.heads), equilibrium)
+        every = EveryExit(self.tag, x.shape, decisions, list(self.heads), equilibrium)
         with flow.run(every):  # nobody leaves, so that noted sizes stay right
             every.logits.append(self.backbone(x))
+            every.check_reached(self.exits)
         shares = tuple(boundary.macs_share for boundary in self.boundaries)
         return ExitOutputs(tuple(every.logits), decisions, shares)
 
@@ -310,11 +311,13 @@ class DynamicModel(Hosted):
     def _answer(self, x: Tensor) -> tuple[Answering, Decisions | None]:
         self.check(x)
         decisions = self._decisions(sparse=self.execution == "sparse")
-        answers = Answering(self.tag, len(x), decisions, list(self.heads), self.measure, self.thresholds, self.running)
+        answers = Answering(self.tag, x.shape, decisions, list(self.heads), self.measure, self.thresholds, self.running)
         lines = self._of_size(tuple(x.shape[1:])).noted if self._notes else None
         noted = NotedSizes(answers.rows, lines) if lines else None
         with right_gradients(_learns(x) and self._at_risk), flow.run(answers, noted):
-            answers.finish(self.backbone(x))
+            logits = self.backbone(x)
+            answers.check_reached(self.exits)
+            answers.finish(logits)
         return answers, decisions
 
     def check(self, x: Tensor) -> None:

@@ -148,14 +148,6 @@ def test_position_embeddings_are_spared_by_weight_decay() -> None:
     assert FEW[0].wrapped().no_weight_decay() == set()
 
 
-def test_gradient_checkpointing_is_refused() -> None:
-    case = next(c for c in CASES if c.name == "vit_tiny_patch16_224")
-    model = case.wrapped().train()
-    model.backbone.set_grad_checkpointing(True)
-    with pytest.raises(InputError, match="gradient checkpointing runs blocks a second time"):
-        model(case.images())
-
-
 def test_modes_and_types_follow() -> None:
     case = FEW[0]
     assert not case.wrapped().training

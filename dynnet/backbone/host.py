@@ -11,10 +11,12 @@ from torch import nn
 
 from dynnet.errors import UnsupportedError
 
-_ANSWERED = ("pretrained_cfg", "default_cfg", "num_features", "head_hidden_size", "feature_info", "get_classifier")
+_ANSWERED = (
+    "pretrained_cfg", "default_cfg", "num_features", "head_hidden_size", "feature_info", "get_classifier",
+    "set_grad_checkpointing",
+)  # fmt: skip
 _REFUSED = {
     "reset_classifier": "exits have classifiers of their own; call it on the backbone, before wrap",
-    "set_grad_checkpointing": "blocks would run a second time, and their exits with them; train without it",
     "forward_features": "a sample may have left before they are computed; call unwrap(), and ask the backbone",
     "forward_head": "a sample may have left before it runs; call unwrap(), and ask the backbone",
     "forward_intermediates": "a sample may have left before they are computed; call unwrap(), and ask the backbone",
@@ -58,7 +60,8 @@ class Hosted(nn.Module):
 
     Attributes:
         backbone: timm's model, or another.
-        pretrained_cfg, default_cfg, num_features, head_hidden_size, feature_info, get_classifier: the backbone's.
+        pretrained_cfg, default_cfg, num_features, head_hidden_size, feature_info, get_classifier,
+            set_grad_checkpointing: the backbone's.
         group_matcher: groups of parameters by depth, as timm's layer-wise learning rates ask for; what is not the
             backbone's comes last, with its classifier.
     """
@@ -71,7 +74,7 @@ class Hosted(nn.Module):
         if name == "group_matcher":
             return _matcher_of(self.backbone.group_matcher)
         if name in _REFUSED and hasattr(self.backbone, name):
-            return _refusal(name, getattr(self.backbone, name))
+            return _refusal(name)
         return super().__getattr__(name)
 
     def no_weight_decay(self) -> set[str]:
@@ -80,11 +83,8 @@ class Hosted(nn.Module):
         return {f"backbone.{name}" for name in spared()} if callable(spared) else set()
 
 
-def _refusal(name: str, backbones: Callable[..., Any]) -> Callable[..., Any]:
+def _refusal(name: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        enable = args[0] if args else kwargs.get("enable", True)
-        if name == "set_grad_checkpointing" and not enable:
-            return backbones(*args, **kwargs)  # off is what it has to be
         raise UnsupportedError(f"a wrapped model has no {name}(): {_REFUSED[name]}")
 
     return refuse

@@ -6,12 +6,15 @@ B batch, K classes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dynnet.backbone.gradients import aside, checkpointed
+from dynnet.errors import InputError
 from dynnet.exits.confidence import Measure
 from dynnet.exits.flow import Finished, Flow, Gating, Tag, thinned
 from dynnet.exits.rows import leaves
@@ -21,23 +24,26 @@ class EveryExit(Flow):
     """All heads answer, all samples go on."""
 
     def __init__(
-        self, tag: Tag, size: int, decisions: Gating | None, heads: Sequence[nn.Module], equilibrium: bool
+        self, tag: Tag, images: Sequence[int], decisions: Gating | None, heads: Sequence[nn.Module], equilibrium: bool
     ) -> None:
-        super().__init__(tag, size, decisions)
+        super().__init__(tag, images, decisions)
         self.heads, self.equilibrium = heads, equilibrium
         self.logits: list[Tensor] = []
 
     def reach(self, index: int, output: Any, batched: Sequence[tuple[int, int]]) -> Any:
-        # A backbone may go on in place (an activation, say), which must not touch what a head keeps for its backward.
-        grad = torch.is_grad_enabled()
+        if not self.learns:
+            self.logits.append(self.heads[index](output))
+            return None
         onward = None
-        if grad and self.equilibrium:
-            behind = len(self.heads) - index  # classifiers after this one
-            onward = _scale_gradients(output, behind / (behind + 1))
-            output = _scale_gradients(output, 1 / (behind + 1))
-        elif grad:
-            output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
-        self.logits.append(self.heads[index](output))
+        with aside():
+            # A backbone may go on in place (an activation, say): that must not touch what a head keeps for backward.
+            if self.equilibrium:
+                behind = len(self.heads) - index  # classifiers after this one
+                onward = _scale_gradients(output, behind / (behind + 1))
+                output = _scale_gradients(output, 1 / (behind + 1))
+            else:
+                output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+            self.logits.append(self.heads[index](output))
         return onward
 
 
@@ -47,14 +53,14 @@ class Answering(Flow):
     def __init__(
         self,
         tag: Tag,
-        size: int,
+        images: Sequence[int],
         decisions: Gating | None,
         heads: Sequence[nn.Module],
         measure: Measure,
         thresholds: Sequence[float],
         active: Sequence[bool],
     ) -> None:
-        super().__init__(tag, size, decisions)
+        super().__init__(tag, images, decisions)
         self.heads, self.measure, self.thresholds, self.active = heads, measure, thresholds, active
         self.memory: Tensor | None = None
         # Of each group that left, in that order; confidence is None where nobody has asked yet.
@@ -63,8 +69,9 @@ class Answering(Flow):
     def reach(self, index: int, output: Any, batched: Sequence[tuple[int, int]]) -> Any:
         if not self.active[index]:
             return None
-        logits = self.heads[index](output)
-        confidence, memory = self.measure(logits, self.memory)
+        with aside() if self.learns else nullcontext():
+            logits = self.heads[index](output)
+            confidence, memory = self.measure(logits, self.memory)
         # The one synchronisation of an exit. For a single sample Python compares, in less time than operators take.
         single = len(confidence) == 1
         leaving = leaves(confidence.item() if single else confidence, self.thresholds[index])
@@ -72,6 +79,11 @@ class Answering(Flow):
         if count == 0:
             self.memory = memory
             return None
+        if self.learns and checkpointed():
+            raise InputError(
+                "gradient checkpointing would run blocks again with rows that have left; answer under torch.no_grad(), "
+                "as predict() does, or switch it off with set_grad_checkpointing(False)"
+            )
         if count == len(confidence):
             self._finish(index, logits, confidence)
             raise Finished

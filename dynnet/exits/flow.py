@@ -15,10 +15,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dynnet.backbone.gather import pick
+from dynnet.errors import InputError
 from dynnet.exits.boundaries import Boundary, Companion
 from dynnet.exits.noted_sizes import NotedSizes
 from dynnet.exits.rows import Rows
@@ -44,18 +46,43 @@ class Flow:
     """One call of one wrapped model.
 
     Attributes:
+        image: (H, W) of its images.
         rows: who is still running.
         decisions: of the gates, by which layers run; None where nothing is gated.
+        learns: may gradients be asked for?
+        reached: boundaries, in the order in which the forward came to their ends.
+
+    Args:
+        tag: of the model.
+        images: their shape (B, C, H, W).
+        decisions: as above.
     """
 
-    def __init__(self, tag: Tag, size: int, decisions: Gating | None = None) -> None:
+    def __init__(self, tag: Tag, images: Sequence[int], decisions: Gating | None = None) -> None:
         self.tag = tag
-        self.rows = Rows(size)
+        self.image = images[2], images[3]
+        self.rows = Rows(images[0])
         self.decisions = decisions
+        self.learns = torch.is_grad_enabled()
+        self.reached: list[int] = []
 
     def reach(self, index: int, output: Any, leaves: Sequence[tuple[int, int]]) -> Any:
         """Called with the output of boundary `index`; returns what goes on, None to leave it untouched."""
         raise NotImplementedError
+
+    def check_reached(self, exits: Sequence[str]) -> None:
+        """Refuse a forward that has run to its end without coming to every boundary once.
+
+        Raises:
+            InputError: with the names of the others.
+        """
+        if len(self.reached) != len(exits) or len(set(self.reached)) != len(exits):
+            others = [name for index, name in enumerate(exits) if self.reached.count(index) != 1]
+            raise InputError(
+                f"the forward did not run {others} exactly once, where exits stand: gradient checkpointing may run what "
+                f"is inside of them piece by piece; let exits stand on single blocks, or switch it off with "
+                f"set_grad_checkpointing(False)"
+            )
 
     def catch_up(self, args: Any, leaves: Sequence[tuple[int, int, int]]) -> Any:
         """Take the rows that have left out of tensors made earlier; None if there are none.
@@ -103,6 +130,12 @@ def run(flow: Flow, noted: NotedSizes | None = None) -> Iterator[None]:
         _running.reset(token)
 
 
+def image_size() -> tuple[int, int] | None:
+    """(H, W) of the images of the call that is running, whosever it is; None outside of calls."""
+    flow = _running.get()
+    return None if flow is None else flow.image
+
+
 def running(tag: Tag) -> Flow | None:
     """The call that is running, if it is one of the model with this tag."""
     flow = _running.get()
@@ -119,7 +152,10 @@ class ExitHook:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         flow = running(self.tag)
-        return None if flow is None else flow.reach(self.index, output, self.leaves)
+        if flow is None:
+            return None
+        flow.reached.append(self.index)
+        return flow.reach(self.index, output, self.leaves)
 
 
 @dataclass(eq=False)

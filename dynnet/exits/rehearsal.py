@@ -29,8 +29,8 @@ _PRIMES = [n for n in range(BATCH - 1, 1, -1) if all(n % d for d in range(2, int
 class _Rehearsal(Flow):
     """About as many rows leave at every exit, and as many at the end."""
 
-    def __init__(self, tag: Tag, exits: int) -> None:
-        super().__init__(tag, BATCH)
+    def __init__(self, tag: Tag, input_size: Sequence[int], exits: int) -> None:
+        super().__init__(tag, (BATCH, *input_size))
         self.left = [_PRIMES[len(_PRIMES) * (i + 1) // (exits + 1)] for i in range(exits)]
 
     def reach(self, index: int, output: Any, leaves: Sequence[tuple[int, int]]) -> Any:
@@ -112,7 +112,7 @@ def lines_at(model: Any, input_size: tuple[int, ...]) -> frozenset[Line]:
     met: set[Line] = set()
 
     def forward(twin: Wrapped, images: Tensor) -> None:
-        rehearsal = _Rehearsal(twin.tag, len(twin.exits))
+        rehearsal = _Rehearsal(twin.tag, input_size, len(twin.exits))
         noted = NotedSizes(rehearsal.rows, None)
         with flow.run(rehearsal, noted):
             twin.backbone(images)
@@ -127,7 +127,7 @@ def _attempt(
 ) -> tuple[str | None, set[Line]]:
     """What went wrong, and where noted sizes were corrected."""
     tag = Tag()
-    rehearsal = _Rehearsal(tag, len(exits))
+    rehearsal = _Rehearsal(tag, places.input_size, len(exits))
     noted = NotedSizes(rehearsal.rows, None) if correcting else None
 
     def forward(twin: nn.Module, images: Tensor) -> Any:

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dynnet.backbone.gradients import checkpointed
 from dynnet.backbone.layers.table import run
-from dynnet.errors import GateError
+from dynnet.errors import GateError, InputError
 from dynnet.exits import flow
 from dynnet.exits.flow import Tag
 from dynnet.gates.plan import GatePlan, Site
@@ -26,6 +27,11 @@ class GatedForward:
         running = flow.running(self.tag)
         if running is None or running.decisions is None:
             return run(self.layer, x, None, None)
+        if running.learns and checkpointed():
+            raise InputError(
+                f"gradient checkpointing would run {self.site.layer} again when what gates decided is forgotten; switch "
+                f"it off with set_grad_checkpointing(False)"
+            )
         return running.decisions.apply(self.site, self.layer, x, running)
 
 
