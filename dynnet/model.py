@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -22,7 +23,7 @@ from dynnet.errors import ForwardError, GateError, InputError
 from dynnet.exits import flow
 from dynnet.exits.calls import Answering, EveryExit
 from dynnet.exits.confidence import Measure, check_thresholds, to_json
-from dynnet.exits.flow import Tag
+from dynnet.exits.flow import Flow, Tag
 from dynnet.exits.noted_sizes import Line, NotedSizes
 from dynnet.exits.rehearsal import Placement, lines_at
 from dynnet.exits.sizes import Size, Sizes
@@ -182,8 +183,7 @@ class DynamicModel(Hosted):
             gated: let the gates decide; else all channels are computed.
         """
         self.check(x)
-        with right_gradients(_learns(x) and self._at_risk):
-            return self.run_every_exit(x, equilibrium, gated)
+        return self.run_every_exit(x, equilibrium, gated)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Prediction:
@@ -299,7 +299,7 @@ class DynamicModel(Hosted):
         """`forward_exits` without its checks; also without gates, for dry runs."""
         decisions = self._decisions(sparse=False) if gated else None
         every = EveryExit(self.tag, x.shape, decisions, list(self.heads), equilibrium)
-        with flow.run(every):  # nobody leaves, so that noted sizes stay right
+        with self._right_gradients(every, x), flow.run(every):  # nobody leaves, so that noted sizes stay right
             every.logits.append(self.backbone(x))
             every.check_reached(self.exits)
         shares = tuple(boundary.macs_share for boundary in self.boundaries)
@@ -312,13 +312,15 @@ class DynamicModel(Hosted):
         self.check(x)
         decisions = self._decisions(sparse=self.execution == "sparse")
         answers = Answering(self.tag, x.shape, decisions, list(self.heads), self.measure, self.thresholds, self.running)
-        lines = self._of_size(tuple(x.shape[1:])).noted if self._notes else None
-        noted = NotedSizes(answers.rows, lines) if lines else None
-        with right_gradients(_learns(x) and self._at_risk), flow.run(answers, noted):
+        noted = NotedSizes(answers.rows, self._of_size(tuple(x.shape[1:])).noted) if self._notes else None
+        with self._right_gradients(answers, x), flow.run(answers, noted):
             logits = self.backbone(x)
             answers.check_reached(self.exits)
             answers.finish(logits)
         return answers, decisions
+
+    def _right_gradients(self, of: Flow, x: Tensor) -> AbstractContextManager[None]:
+        return right_gradients(of.learns and x.device.type == "cpu" and self._at_risk)
 
     def check(self, x: Tensor) -> None:
         """Refuse images that the model cannot take.
@@ -345,8 +347,3 @@ class DynamicModel(Hosted):
 def every_layer(model: nn.Module) -> Callable[[Tensor], object]:
     """A forward in which every layer sees every sample: in a wrapped model nobody leaves and nothing is skipped."""
     return model.forward_exits if isinstance(model, DynamicModel) else model
-
-
-def _learns(x: Tensor) -> bool:
-    """May gradients be asked for, and computed on a CPU?"""
-    return torch.is_grad_enabled() and x.device.type == "cpu"

@@ -79,8 +79,8 @@ class Flow:
         if len(self.reached) != len(exits) or len(set(self.reached)) != len(exits):
             others = [name for index, name in enumerate(exits) if self.reached.count(index) != 1]
             raise InputError(
-                f"the forward did not run {others} exactly once, where exits stand: gradient checkpointing may run what "
-                f"is inside of them piece by piece; let exits stand on single blocks, or switch it off with "
+                f"the forward did not run {others} exactly once, where exits stand: gradient checkpointing may run "
+                f"what is inside of them piece by piece; let exits stand on single blocks, or switch it off with "
                 f"set_grad_checkpointing(False)"
             )
 

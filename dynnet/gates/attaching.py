@@ -29,8 +29,8 @@ class GatedForward:
             return run(self.layer, x, None, None)
         if running.learns and checkpointed():
             raise InputError(
-                f"gradient checkpointing would run {self.site.layer} again when what gates decided is forgotten; switch "
-                f"it off with set_grad_checkpointing(False)"
+                f"gradient checkpointing would run {self.site.layer} again when what gates decided is forgotten; "
+                f"switch it off with set_grad_checkpointing(False)"
             )
         return running.decisions.apply(self.site, self.layer, x, running)
 
