@@ -15,7 +15,7 @@ from dynnet.channels.finding import find_groups
 from dynnet.errors import ExitError, ForwardError, HeadError
 from dynnet.exits import flow
 from dynnet.exits.boundaries import Boundary, Places
-from dynnet.exits.confidence import make_measure
+from dynnet.exits.confidence import check_classes, make_measure
 from dynnet.exits.heads import ExitHead, HeadFactory
 from dynnet.exits.rehearsal import Placement, place
 from dynnet.gates import attaching
@@ -57,10 +57,12 @@ def wrap(
         ExitError: an exit that cannot stand where it was asked for; the backbone is left untouched.
         GateError: nothing to gate, and why; the backbone is left untouched.
         HeadError: a head that does not answer with (B, K) logits; the backbone is left untouched.
+        ThresholdError: no such measure of confidence, or one that a single logit tells nothing.
     """
     config, confidence = _settled(backbone, exits, fields)
     assert config.input_size is not None
     places = Places(backbone, config.input_size)
+    check_classes(make_measure(confidence, 0), places.num_classes, title(backbone))
     placement = _placed(places, config)
     config = replace(config, exits=tuple(boundary.name for boundary in placement.exits))
     plan = None if config.gates is None else _plan(places, placement.exits, config.gates)

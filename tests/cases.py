@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import dynnet
 from dynnet import DynamicModel
+from dynnet.exits.confidence import Score, max_probability
 
 CLASSES = 7
 
@@ -79,7 +80,7 @@ CASES = [
 FEW = [case for case in CASES if case.name in {"cifar_resnet20", "test_vit", "test_convnext", "crossvit_9_240"}]
 
 
-def leave_one_by_one(model: DynamicModel, images: Tensor) -> Tensor:
+def leave_one_by_one(model: DynamicModel, images: Tensor, measure: Score = max_probability) -> Tensor:
     """Set thresholds so that images leave at every exit; returns the exits that they then take, (B,).
 
     Each threshold lies half-way between two confidences, where rounding decides nothing.
@@ -90,7 +91,7 @@ def leave_one_by_one(model: DynamicModel, images: Tensor) -> Tensor:
     taken = torch.full((len(images),), len(model.exits))
     thresholds = []
     for i in range(len(model.exits)):
-        confidence = logits[i].float().softmax(1).amax(1)[running].double()
+        confidence = measure(logits[i])[running].double()
         order = confidence.argsort(descending=True)
         leaving = max(1, len(running) // 3)
         thresholds.append(float(confidence[order[leaving - 1 : leaving + 1]].mean()))

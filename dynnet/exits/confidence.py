@@ -24,10 +24,12 @@ class Measure(ABC):
     Attributes:
         name: by which a configuration or a file names it.
         every_vote: does it need what every exit says, so that all heads run whatever the thresholds?
+        least_classes: of how many classes it can tell anything.
     """
 
     name: str
     every_vote: bool = False
+    least_classes: int = 1
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
@@ -55,8 +57,8 @@ MEASURES: dict[str, Callable[[int], Measure]] = {}  # by name: from the number o
 class Instant(Measure):
     """A measure of one exit's logits alone: `score` maps (B, K) logits to (B,)."""
 
-    def __init__(self, score: Callable[[Tensor], Tensor], name: str) -> None:
-        self.score, self.name = score, name
+    def __init__(self, score: Callable[[Tensor], Tensor], name: str, least_classes: int = 1) -> None:
+        self.score, self.name, self.least_classes = score, name, least_classes
 
     def __call__(self, logits: Tensor, memory: Tensor | None) -> tuple[Tensor, None]:
         confidence = self.score(logits)
@@ -72,8 +74,8 @@ Score = Callable[[Tensor], Tensor]
 
 
 def instant(score: Score) -> Score:
-    """Make a function from (B, K) logits to (B,) numbers known as a measure, by its name."""
-    MEASURES[score.__name__] = lambda exits: Instant(score, score.__name__)
+    """Make a function from (B, K) logits to (B,) numbers known as a measure, by its name; it compares classes."""
+    MEASURES[score.__name__] = lambda exits: Instant(score, score.__name__, least_classes=2)
     return score
 
 
@@ -108,6 +110,7 @@ class Patience(Measure):
 
     name = "patience"
     every_vote = True
+    least_classes = 2
 
     def __init__(self, exits: int) -> None:
         self.classifiers = exits + 1
@@ -146,6 +149,20 @@ def make_measure(confidence: str | Score | Measure, exits: int) -> Measure:
         f"unknown confidence {confidence!r}{did_you_mean(str(confidence), MEASURES)}; choose from "
         f"{', '.join(MEASURES)}, or give a callable from (B, K) logits to (B,) numbers"
     )
+
+
+def check_classes(measure: Measure, classes: int, model: str) -> None:
+    """Refuse a measure that says the same of every sample, as there are too few classes.
+
+    Raises:
+        ThresholdError: with the remedy.
+    """
+    if classes < measure.least_classes:
+        raise ThresholdError(
+            f"{model} answers with one logit, and {measure.name!r} compares classes: it would be equally sure of every "
+            f"sample. Give the classifier two classes; or, as for regression, a callable from (B, 1) logits to (B,) "
+            f"numbers as confidence="
+        )
 
 
 def to_json(threshold: float) -> float | Literal["inf", "-inf"]:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import dynnet
-from dynnet.errors import ThresholdError
-from dynnet.exits.confidence import Patience, check_thresholds, entropy, make_measure, margin, max_probability
+from dynnet.errors import DataError, ThresholdError
+from dynnet.exits.confidence import (
+    MEASURES,
+    Patience,
+    check_thresholds,
+    entropy,
+    make_measure,
+    margin,
+    max_probability,
+)
 from dynnet.exits.rows import leaves
-from tests.cases import tiny
+from tests.cases import leave_one_by_one, tiny
 
 SURE, TORN = [9.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]
 
@@ -112,6 +121,37 @@ def test_unknown_measures_are_refused() -> None:
         make_measure("margins", 2)
     with pytest.raises(ThresholdError, match=r"gave shape \(2, 4\) for logits of shape \(2, 4\)"):
         make_measure(lambda x: x, 2)(torch.zeros(2, 4), None)
+
+
+@pytest.mark.parametrize("confidence", MEASURES)
+@pytest.mark.parametrize("exits", [["0"], []])
+def test_one_logit_says_nothing_to_a_measure_that_compares_classes(confidence: str, exits: list[str]) -> None:
+    backbone = tiny(classes=1)
+    told = rf"Sequential answers with one logit, and '{confidence}' compares classes: .* two classes; or, as for regr"
+    with pytest.raises(ThresholdError, match=told):
+        dynnet.wrap(backbone, exits, input_size=(3, 32, 32), confidence=confidence)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
+
+
+def from_even(logits: torch.Tensor) -> torch.Tensor:
+    return (2 * logits[:, 0].sigmoid() - 1).abs()
+
+
+def test_a_measure_of_ones_own_may_read_one_logit(tmp_path: Path) -> None:
+    model = dynnet.wrap(tiny(classes=1), ["0", "1"], input_size=(3, 32, 32), confidence=from_even)
+    images = torch.randn(9, 3, 32, 32)
+    taken = leave_one_by_one(model, images, from_even)
+    assert model.predict(images).exit.tolist() == taken.tolist()
+    assert set(taken.tolist()) == {0, 1, 2}
+    dynnet.verify(model, images)
+    dynnet.save(model, tmp_path / "m.safetensors", {"model_name": None})
+    again = dynnet.load(tmp_path / "m.safetensors", backbone=tiny(classes=1), confidence=from_even)
+    assert torch.equal(again(images), model(images))
+    with pytest.raises(DataError, match=r"are no classes 0 .. 0 .* the model has 1 classes"):
+        dynnet.calibrate(model, [(images, torch.arange(9) % 2)], budget=0.9)
+    with pytest.raises(DataError, match=r"are no classes 0 .. 0"):
+        dynnet.calibrate(model, [(images, torch.rand(9, 1))], budget=0.9)
+    assert model.thresholds != (math.inf, math.inf)
 
 
 @pytest.mark.parametrize("size", [1, 3])
