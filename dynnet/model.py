@@ -47,8 +47,8 @@ class WrapConfig:
         exits: module names ("layer2"), fractions of the backbone's MACs (0.5), both mixed, or a number of exits spread
             evenly in MACs; of a wrapped model the module names, in running order.
         gates: how channels are gated; None where they are not.
-        head_share: MACs that a fitted head may cost, as a share of the backbone's; up to twice that where it cannot be
-            narrower.
+        head_share: MACs for which a fitted head is made, as a share of the backbone's; it costs at most twice that, and
+            where not even the narrowest can, `wrap` warns.
         confidence: name of the measure, see `dynnet.exits.confidence`.
         input_size: (C, H, W) of the images, for which fractions, heads and prices are computed; None for what the
             backbone was made for.

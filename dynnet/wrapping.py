@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -71,6 +72,8 @@ def wrap(
     measure = make_measure(confidence, len(placement.exits))
     model = DynamicModel(backbone, modules, placement, config, places.num_classes, measure, plan)
     _attach(model, placement)
+    if heads is None:
+        _tell_dear_heads(model)
     return model
 
 
@@ -123,6 +126,20 @@ def _attach(model: DynamicModel, placement: Placement) -> None:
     except BaseException:
         model.unwrap()
         raise
+
+
+def _tell_dear_heads(model: DynamicModel) -> None:
+    """Warn of fitted heads that could not be had for what they may cost."""
+    ledger, share = model.ledger(), model.config.head_share
+    prices = {name: macs / ledger.dense for name, macs in zip(model.exits, ledger.heads, strict=True)}
+    dear = {name: price for name, price in prices.items() if price > 2 * share}
+    if dear:
+        told = ", ".join(f"{price:.1%} at {name!r}" for name, price in dear.items())
+        warnings.warn(
+            f"even the narrowest heads for {model.num_classes} classes cost {told} of the backbone's MACs, more than "
+            f"twice head_share={share:g}; give a larger head_share=, which they can make use of, or heads= of your own",
+            stacklevel=3,
+        )
 
 
 def is_wrapped(model: nn.Module) -> bool:

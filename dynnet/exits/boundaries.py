@@ -42,12 +42,14 @@ class Feature:
         shape: without the batch.
         layout: "nchw" (C, H, W), "nhwc" (H, W, C), "tokens" (N, C) or "vector" (C,).
         prefix: leading tokens that are no image patches (class token, registers).
+        image: (H, W) of the images, or any numbers of their ratio, by which tokens lie in rows.
     """
 
     leaf: int
     shape: tuple[int, ...]
     layout: Layout
     prefix: int = 0
+    image: tuple[int, int] = (1, 1)
 
     @property
     def channels(self) -> int:
@@ -55,15 +57,34 @@ class Feature:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(H, W) of a map, of tokens that form a square, else (1, 1)."""
+        """(H, W) of a map, or of tokens as they lie in rows; (1, 1) where nobody can tell."""
         if self.layout == "nchw":
             return self.shape[1], self.shape[2]
         if self.layout == "nhwc":
             return self.shape[0], self.shape[1]
         if self.layout == "tokens":
-            side = math.isqrt(self.shape[0] - self.prefix)
-            return (side, side) if side * side == self.shape[0] - self.prefix else (1, 1)
+            return grid_of(self.shape[0] - self.prefix, self.image) or (1, 1)
         return 1, 1
+
+
+def grid_of(tokens: int, image: tuple[int, int]) -> tuple[int, int] | None:
+    """(H, W) of tokens that stand for equal squares of an image, row by row; None where so many cannot.
+
+    Args:
+        tokens: how many.
+        image: (H, W) in pixels, or any numbers of this ratio: a last square may be cut off, or filled up.
+    """
+    height = math.sqrt(tokens * image[0] / image[1])
+    rows = [n for n in range(max(1, int(height) - 1), int(height) + 3) if tokens % n == 0]
+    grids = [grid for n in rows if _fits(grid := (n, tokens // n), image)]
+    return min(grids, key=lambda grid: abs(grid[0] - height), default=None)
+
+
+def _fits(grid: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Is there a side of squares of which so many fit into both sides of the image, or cover them?"""
+    cut = [(length / (n + 1), length / n) for n, length in zip(grid, image, strict=True)]
+    filled = [(length / n, length / (n - 1) if n > 1 else math.inf) for n, length in zip(grid, image, strict=True)]
+    return any(max(low for low, _ in sides) < min(high for _, high in sides) for sides in (cut, filled))
 
 
 @dataclass(frozen=True)
@@ -236,7 +257,7 @@ class Places:
 
     def _boundary(self, call: Call) -> Boundary:
         features = tuple(
-            Feature(i, shape, layout, self._prefix(shape[0]) if layout == "tokens" else 0)
+            Feature(i, shape, layout, self._prefix(shape[0]) if layout == "tokens" else 0, self.input_size[1:])
             for i, leaf in enumerate(call.leaves)
             if leaf.floating and leaf.batch_dim == 0 and leaf.per_sample == 1
             for shape in [leaf.shape[1:]]
@@ -247,11 +268,11 @@ class Places:
         return Boundary(call.name, leaves, features, call.macs / max(self.trace.macs, 1))
 
     def _prefix(self, tokens: int) -> int:
-        """Leading tokens that are no patches: the host's word if it fits, else one if that leaves a square."""
+        """Leading tokens that are no patches: the host's word if it fits, else one if the others lie in rows then."""
         if 0 < self.prefix < tokens:
             return self.prefix
-        square = math.isqrt(tokens) ** 2 == tokens
-        return 1 if tokens > 1 and not square and math.isqrt(tokens - 1) ** 2 == tokens - 1 else 0
+        whole, without_first = (tokens > n and grid_of(tokens - n, self.input_size[1:]) for n in (0, 1))
+        return 1 if without_first and not whole else 0
 
     def _layout(self, shape: tuple[int, ...]) -> Layout | None:
         if len(shape) == 1:
@@ -260,13 +281,10 @@ class Places:
             return "tokens"
         if len(shape) != 3:
             return None
-        # Square images tell the channels apart; where that does not help, the host is asked.
-        first, second, third = shape
-        if self.input_size[1] == self.input_size[2]:
-            if first == second != third:
-                return "nhwc"
-            if second == third != first:
-                return "nchw"
+        # The images' ratio tells the channels apart; where that does not help, the host is asked.
+        channels_last, channels_first = (_fits(sides, self.input_size[1:]) for sides in (shape[:2], shape[1:]))
+        if channels_last != channels_first:
+            return "nhwc" if channels_last else "nchw"
         return "nhwc" if self.output_fmt == "NHWC" else "nchw"
 
 

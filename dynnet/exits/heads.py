@@ -7,23 +7,26 @@ pooled side by side (as in Shallow-Deep Networks, https://arxiv.org/abs/1810.070
 Maps of many channels get a lean head: averaged over 2x2 pixels, a 1x1 convolution (the shortcut of ResNet-D,
 https://arxiv.org/abs/1812.01187), averaged. One image at a time, starting an operator costs more than its MACs.
 
+Where thousands of classes make the classifier itself too dear, it is factored through fewer features (as the embeddings
+of ALBERT, https://arxiv.org/abs/1909.11942, are).
+
     B batch, C channels, K classes, N tokens, H x W pixels
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dynnet.exits.boundaries import Boundary, Feature
-from dynnet.exits.flow import features
+from dynnet.exits.boundaries import Boundary, Feature, grid_of
+from dynnet.exits.flow import features, image_size
 
 HeadFactory = Callable[[Boundary, int], nn.Module]
 
-_NARROWEST = 16  # channels of a head's convolutions, at least
+_NARROWEST = 16  # channels of a head's convolutions, and features of a factored classifier, at least
 _MANY = 128  # more channels than these get a lean head
 _LEAN = 96  # channels of a lean head's convolution, at most
 _HIDDEN = 512  # units of a token head's hidden layer, at most
@@ -36,22 +39,25 @@ class ExitHead(nn.Module):
         boundary: where it stands.
         num_classes: K.
         grid: pixels a side of the backbone's last maps; larger maps are brought down to it.
-        budget: MACs that the head may cost; its width follows from it.
+        budget: MACs that the head may cost, and up to twice that where a step narrower would be too little or too
+            much; its widths follow from it. What cannot be had for that is made as narrow as can be.
     """
 
     def __init__(self, boundary: Boundary, num_classes: int, grid: int, budget: float) -> None:
         super().__init__()
         self.leaves = [feature.leaf for feature in boundary.features]
-        share = budget / len(boundary.features)
-        necks = [_neck(feature, grid, share) for feature in boundary.features]
+        necks, width, _ = _shape(boundary.features, num_classes, grid, budget)
+        found = sum(neck.out_features for neck in necks)
         self.necks = nn.ModuleList(necks)
-        self.classifier = nn.Linear(sum(neck.out_features for neck in necks), num_classes)
+        self.factor = None if width is None else nn.Linear(found, width, bias=False)
+        self.classifier = nn.Linear(found if width is None else width, num_classes)
 
     def forward(self, output: Any) -> Tensor:
         """The boundary's output to (B, K) logits."""
         tensors = features(output)
         found = [neck(tensors[leaf]) for leaf, neck in zip(self.leaves, self.necks, strict=True)]
-        return self.classifier(found[0] if len(found) == 1 else torch.cat(found, 1))
+        x = found[0] if len(found) == 1 else torch.cat(found, 1)
+        return self.classifier(x if self.factor is None else self.factor(x))
 
 
 class Conv(NamedTuple):
@@ -68,8 +74,10 @@ class MapNeck(nn.Module):
     """A feature map, in any layout, to a vector.
 
     Args:
-        feature: of layout "nchw", "nhwc", or square "tokens".
+        feature: of layout "nchw", "nhwc", or "tokens" that lie in rows.
         convs: from the feature's channels on; none for pooling alone.
+
+    Tokens are laid out by the size of the images that are running, where their number fits it, else in a single row.
     """
 
     def __init__(self, feature: Feature, convs: Sequence[Conv]) -> None:
@@ -85,6 +93,7 @@ class MapNeck(nn.Module):
         self.convs = nn.Sequential(*layers)
         self.lean = feature.channels > _MANY
         self.out_features = (1 if self.lean else 2) * (convs[-1].outputs if convs else feature.channels)
+        self.macs = _conv_macs(feature, convs)
         # Raw features of a pre-norm backbone have any scale; the convolutions' batch norm has taken care of it already.
         self.norm = nn.Identity() if convs else nn.LayerNorm(self.out_features)
 
@@ -92,7 +101,9 @@ class MapNeck(nn.Module):
         if self.feature.layout == "nhwc":
             x = x.permute(0, 3, 1, 2)
         elif self.feature.layout == "tokens":
-            x = x[:, self.feature.prefix :].transpose(1, 2).unflatten(2, self.feature.grid)
+            x = x[:, self.feature.prefix :]
+            grid = grid_of(x.shape[1], image_size() or self.feature.image) or (1, x.shape[1])
+            x = x.transpose(1, 2).unflatten(2, grid)
         x = self.convs(x)
         mean = x.mean((2, 3))
         return self.norm(mean if self.lean else torch.cat([mean, x.amax((2, 3))], 1))
@@ -106,6 +117,7 @@ class TokenNeck(nn.Module):
         self.prefix = feature.prefix
         inputs = feature.channels * (2 if self.prefix else 1)
         self.out_features = min(feature.channels, _HIDDEN)
+        self.macs = inputs * self.out_features
         self.norm = nn.LayerNorm(feature.channels)
         self.hidden = nn.Sequential(nn.Linear(inputs, self.out_features), nn.GELU())
 
@@ -121,13 +133,42 @@ class VectorNeck(nn.Module):
     def __init__(self, feature: Feature) -> None:
         super().__init__()
         self.out_features = feature.channels
+        self.macs = 0
         self.norm = nn.LayerNorm(feature.channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x)
 
 
-def _neck(feature: Feature, grid: int, budget: float) -> MapNeck | TokenNeck | VectorNeck:
+Neck = MapNeck | TokenNeck | VectorNeck
+
+
+class _Shape(NamedTuple):
+    """Necks, through how many features the classifier is factored (None where it is whole), and the price of all."""
+
+    necks: list[Neck]
+    width: int | None
+    macs: float
+
+
+def _shape(features: Sequence[Feature], classes: int, grid: int, budget: float) -> _Shape:
+    """The first shape that keeps within twice the budget, else the cheapest."""
+    shapes = list(_shapes(features, classes, grid, budget))
+    return next((shape for shape in shapes if shape.macs <= 2 * budget), min(shapes, key=lambda shape: shape.macs))
+
+
+def _shapes(features: Sequence[Feature], classes: int, grid: int, budget: float) -> Iterator[_Shape]:
+    """Necks that have the whole budget, half of it, or nothing but pooling; the classifier as wide as they leave it."""
+    for share in (budget, budget / 2, 0):
+        necks = [_neck(feature, grid, share / len(features)) for feature in features]
+        spent, found = sum(neck.macs for neck in necks), sum(neck.out_features for neck in necks)
+        yield _Shape(necks, None, spent + found * classes)
+        if share < budget:
+            width = max(_NARROWEST, int((budget - spent) / (found + classes)) // 8 * 8)
+            yield _Shape(necks, width, spent + width * (found + classes))
+
+
+def _neck(feature: Feature, grid: int, budget: float) -> Neck:
     if feature.layout == "vector":
         return VectorNeck(feature)
     convs = _convs(feature, grid, budget)
