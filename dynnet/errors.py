@@ -58,6 +58,18 @@ class RecipeError(DynnetError, ValueError):
     """A recipe with an unknown key or a value of the wrong type."""
 
 
+# What PyTorch says where there are no numbers, and what to do about it.
+_WITHOUT_NUMBERS = {
+    ("meta tensor", "meta device type", "'meta' device type", "register_meta", "tensor.__format__"): (
+        "it, or a hook on it, looks at numbers, and a dry run has shapes only: take that away"
+    ),
+    ("expected device meta",): (
+        "it, or a hook on it, brings a tensor that is not the model's: keep it as a buffer, or make it on the input's "
+        "device"
+    ),
+}
+
+
 class ForwardError(DynnetError, RuntimeError):
     """What somebody's own forward raised in a dry run: the fault is the model's, or that of what it was given.
 
@@ -72,10 +84,8 @@ class ForwardError(DynnetError, RuntimeError):
     @classmethod
     def of(cls, raised: Exception, model: str) -> ForwardError:
         """The error for whatever was raised in a model's own code."""
-        numbers = "meta tensor" in str(raised) or "Meta tensor" in str(raised)
-        remedy = (
-            "it, or a hook on it, looks at numbers, and a dry run has shapes only: take that away" if numbers else None
-        )
+        said = str(raised).lower()
+        remedy = next((remedy for words, remedy in _WITHOUT_NUMBERS.items() if any(w in said for w in words)), None)
         return cls(f"the forward of {model} itself raised {type(raised).__name__}: {raised}", remedy)
 
 
