@@ -49,7 +49,7 @@ VERBS: dict[str, Callable[[DynamicModel, Path], Any]] = {
     "floor": lambda model, _: model.floor(),
     "fold": lambda model, _: dynnet.fold(model),
     "quantize": lambda model, _: dynnet.quantize(model, [batch()]),
-    "save": lambda model, folder: dynnet.save(model, folder / "m.safetensors", {"model_name": None}),
+    "save": lambda model, folder: dynnet.save(model, folder / "m.safetensors"),
     "loss": lambda model, _: dynnet.loss(model.forward_exits(batch()[0]), batch()[1]),
     "state_dict": lambda model, _: model.load_state_dict(model.state_dict()),
     "copy": lambda model, _: copy.deepcopy(model),

@@ -153,8 +153,12 @@ class _Shape(NamedTuple):
 
 def _shape(features: Sequence[Feature], classes: int, grid: int, budget: float) -> _Shape:
     """The first shape that keeps within twice the budget, else the cheapest."""
-    shapes = list(_shapes(features, classes, grid, budget))
-    return next((shape for shape in shapes if shape.macs <= 2 * budget), min(shapes, key=lambda shape: shape.macs))
+    dear: list[_Shape] = []
+    for shape in _shapes(features, classes, grid, budget):  # one by one: what is not built draws no random numbers
+        if shape.macs <= 2 * budget:
+            return shape
+        dear.append(shape)
+    return min(dear, key=lambda shape: shape.macs)
 
 
 def _shapes(features: Sequence[Feature], classes: int, grid: int, budget: float) -> Iterator[_Shape]:

@@ -144,7 +144,7 @@ def test_a_measure_of_ones_own_may_read_one_logit(tmp_path: Path) -> None:
     assert model.predict(images).exit.tolist() == taken.tolist()
     assert set(taken.tolist()) == {0, 1, 2}
     dynnet.verify(model, images)
-    dynnet.save(model, tmp_path / "m.safetensors", {"model_name": None})
+    dynnet.save(model, tmp_path / "m.safetensors")
     again = dynnet.load(tmp_path / "m.safetensors", backbone=tiny(classes=1), confidence=from_even)
     assert torch.equal(again(images), model(images))
     with pytest.raises(DataError, match=r"are no classes 0 .. 0 .* the model has 1 classes"):

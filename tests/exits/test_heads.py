@@ -79,6 +79,17 @@ def test_a_wide_budget_leaves_the_classifier_whole_and_a_narrow_one_factors_it()
     assert widths == [16, 16, 40, 88, None]
 
 
+def test_a_head_that_keeps_the_promise_draws_random_numbers_once() -> None:
+    feature = Feature(0, (64, 28, 28), "nchw")
+    torch.manual_seed(0)
+    made, then = head(feature, grid=7), torch.rand(1)
+    torch.manual_seed(0)
+    for layer in (*made.necks.modules(), made.classifier):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.reset_parameters()
+    assert torch.equal(torch.rand(1), then)
+
+
 def test_several_features_share_a_factored_classifier() -> None:
     both = head(Feature(0, (64, 28, 28), "nchw"), Feature(1, (50, 64), "tokens", 1), budget=7e5, grid=7, classes=MANY)
     assert both((torch.randn(2, 64, 28, 28), torch.randn(2, 50, 64))).shape == (2, MANY)
