@@ -57,7 +57,7 @@ def test_gates_of_other_widths_are_refused(tmp_path: Path) -> None:
     wide.layer1[0].conv1, wide.layer1[0].bn1 = nn.Conv2d(16, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
     wide.layer1[0].conv2 = nn.Conv2d(24, 16, 3, padding=1, bias=False)
     with pytest.raises(
-        CheckpointError, match=r"has gates for regions .*\[4, 4, 4\].*, here they would be .*\[6, 4, 4\]"
+        CheckpointError, match=r"has gates for regions .*\(4, 4, 4\).*, here they would be .*\(6, 4, 4\)"
     ):
         dynnet.load(tmp_path / "model.safetensors", backbone=wide)
 
