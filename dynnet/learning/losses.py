@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import InputError, RecipeError
 from dynnet.exits.confidence import Measure
+from dynnet.learning.limits import check_limits
 from dynnet.outputs import ExitOutputs
 
 
@@ -43,6 +44,9 @@ class LossConfig:
     temperature: float = 2.0
     equilibrium: bool = False
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_limits(self, "loss")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class BudgetConfig:
     leave_at: float = 0.9
     sharpness: float = 0.05
     quiet: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_limits(self, "budget")
 
 
 def exit_weights(config: LossConfig, shares: Sequence[float], progress: float) -> tuple[float, ...]:

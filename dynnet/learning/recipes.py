@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
-from dynnet.errors import RecipeError, did_you_mean
-from dynnet.gates.plan import GateConfig
+from dynnet.errors import RecipeError
 from dynnet.learning.data import DataConfig
+from dynnet.learning.limits import check_limits
 from dynnet.learning.losses import BudgetConfig, LossConfig
+from dynnet.learning.optimisers import check_optimiser, check_schedule
+from dynnet.learning.overrides import override_, pairs
+from dynnet.learning.plain_yaml import read_yaml_file
+from dynnet.learning.typed import flat, shown, typed
 from dynnet.model import WrapConfig
 from dynnet.pruning.config import CutConfig
 from dynnet.thresholds.answers import Harm
+
+Plain = int | float | str | bool | None
+STAGES = ("dense", "heads", "joint", "finetune")
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class BackboneConfig:
     """
 
     name: str = "cifar_resnet20"
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Plain | list[Plain]] = field(default_factory=dict)
     pretrained: bool = False
     weights: str | None = None
 
@@ -183,39 +189,48 @@ class Recipe:
     log_steps: int = 20
     checkpoint_steps: int = 200
 
+    def __post_init__(self) -> None:
+        """Refuse what would fail only hours later.
+
+        Raises:
+            RecipeError: a number out of its limits, a name that timm does not know, several goals.
+        """
+        check_limits(self)
+        self.calibration.goal()
+        for name in STAGES:
+            stage: StageConfig = getattr(self, name)
+            check_optimiser(stage.opt, f"{name}.opt")
+            check_schedule(stage.sched, f"{name}.sched")
+        for key in self.backbone.kwargs:
+            if not key.isidentifier():
+                raise RecipeError(f"backbone.kwargs has the key {shown(key)}; give names of arguments")
+
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file; keys left out have their defaults.
 
     Args:
         path: the file.
-        overrides: dotted, as on a command line: ["--joint.epochs", "3", "--seed=1"].
+        overrides: dotted, as on a command line: ["--joint.epochs", "3", "--seed=1"]. A value is YAML.
 
     Raises:
-        RecipeError: a missing or malformed file, an unknown key, a value of the wrong type.
+        RecipeError: a missing or malformed file, an unknown key, a value of the wrong type or out of range.
     """
     path = Path(path)
+    if not path.exists():
+        raise RecipeError(f"no recipe {str(path)!r}; the zoo's recipes are models/*/recipe.yaml")
+    given = read_yaml_file(path)
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise RecipeError(f"the recipe {str(path)!r} is {shown(given)}; expected keys and values")
+    for key, text in pairs(overrides):
+        _refuse_renamed(key)
+        override_(given, Recipe, key, text)
+    for key, _ in flat(given):
+        _refuse_renamed(key)
     try:
-        given = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError as error:
-        raise RecipeError(f"no recipe {str(path)!r}; the zoo's recipes are models/*/recipe.yaml") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read recipe {str(path)!r}: {error}") from error
-    check_keys(given)
-    given, overrides = _with_gates(given, overrides)
-    parser = recipe_parser()
-    from jsonargparse import ArgumentError
-
-    for argument in overrides:
-        key = argument.removeprefix("--").split("=")[0]
-        known = [a.dest for a in parser._actions]
-        if argument.startswith("--") and key not in known:
-            raise RecipeError(f"unknown recipe key {key!r}{_renamed(key) or did_you_mean(key, known)}")
-    try:
-        config = parser.parse_object(given)
-        config = parser.parse_args(list(overrides), namespace=config)
-        return Recipe(**vars(parser.instantiate(config)))
-    except ArgumentError as error:
+        return cast(Recipe, typed(Recipe, given))
+    except RecipeError as error:
         raise RecipeError(f"recipe {str(path)!r}: {error}") from error
 
 
@@ -223,47 +238,18 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 _RENAMED = {"exits.at": "wrap.exits", "exits": "wrap", "gates": "wrap.gates"}
 
 
-def _renamed(key: str) -> str:
-    """Where a key of an earlier version stands now, in words; "" for other keys."""
+def _refuse_renamed(key: str) -> None:
     for old, new in _RENAMED.items():
         if key == old or key.startswith(old + "."):
-            return f"; it is {new + key.removeprefix(old)!r} now"
-    return ""
-
-
-def _with_gates(given: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """What a file gives with the overrides that concern gates, and the other overrides: jsonargparse cannot change what
-    may also be nothing."""
-    wrap = given.get("wrap") or {}
-    gates, rest = wrap.get("gates"), []
-    arguments = iter(overrides)
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        if key != _GATES and not key.startswith(_GATES + "."):
-            rest.append(argument)
-            continue
-        text = value if separator else next(arguments, "")
-        try:
-            read = yaml.safe_load(text)
-            if not text or (read is None and key != _GATES):
-                raise RecipeError(f"{key.removeprefix('--')} has no value; give one")
-        except yaml.YAMLError as error:
-            raise RecipeError(f"cannot read {key.removeprefix('--')}={text!r}: {error}") from error
-        gates = read if key == _GATES else {**(gates or {}), key.removeprefix(_GATES + "."): read}
-    if gates is not None:
-        check_keys(gates, GateConfig, "wrap.gates")
-    return {**given, "wrap": {**wrap, "gates": gates}}, rest
-
-
-_GATES = "--wrap.gates"
+            raise RecipeError(f"unknown key {key!r}; it is {new + key.removeprefix(old)!r} now")
 
 
 def recipe_parser() -> Any:
-    """A jsonargparse parser with every key of a recipe as a dotted option."""
+    """A jsonargparse parser with every key of a recipe as a dotted option, for --help."""
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
-        raise RecipeError("recipes are read with jsonargparse; install it with `pip install dynnet[train]`") from None
+        raise RecipeError("the keys are listed by jsonargparse; install it with `pip install dynnet[train]`") from None
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe, as_group=False)
     return parser
@@ -272,26 +258,6 @@ def recipe_parser() -> Any:
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that `read_recipe` reads back."""
     return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, width=120)
-
-
-def check_keys(given: Any, kind: type = Recipe, path: str = "") -> None:
-    """Refuse keys that a recipe does not have, with the nearest that it has.
-
-    Raises:
-        RecipeError: an unknown key, or something other than a mapping where one is needed.
-    """
-    if not isinstance(given, dict):
-        raise RecipeError(f"{path or 'the recipe'} is a {type(given).__name__}; expected keys and values")
-    hints = typing.get_type_hints(kind)
-    for key, value in given.items():
-        here = f"{path}.{key}" if path else str(key)
-        if key not in hints:
-            raise RecipeError(
-                f"unknown recipe key {here!r}{_renamed(here) or did_you_mean(str(key), hints)}; "
-                f"{path or 'a recipe'} has {', '.join(hints)}"
-            )
-        if dataclasses.is_dataclass(hints[key]):
-            check_keys(value, typing.cast(type, hints[key]), here)
 
 
 def _plain(value: Any) -> Any:

@@ -325,7 +325,7 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
         (["--method=l1", "--pruning.distill=1.7"], "pruning.distill=1.7"),
         (["--method=slimming", "--finetune.epochs=1"], "'slimming' trains before and after its cut"),
         (["--method=slimming", "--backbone.name=test_vit", VIT], "scales of batch norms, and there are none"),
-        (["--pruning.metod=l1"], "unknown recipe key 'pruning.metod'; did you mean 'pruning.method'"),
+        (["--pruning.metod=l1"], "unknown key 'pruning.metod'; did you mean 'pruning.method'"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_trained(

@@ -220,7 +220,7 @@ def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
         (["--out", "{tmp}/x", "--recipe", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
         (
             ["--out", "{tmp}/x", "--recipe", "{recipe}", "--joint.epoch=9"],
-            "unknown recipe key 'joint.epoch'; did you mean",
+            "unknown key 'joint.epoch'; did you mean",
         ),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--data.name=", "--data", "/no"], "no data folder '/no'"),
         (
