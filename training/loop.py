@@ -27,10 +27,12 @@ from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.errors import NonFiniteError, RecipeError
 from dynnet.evaluation.threads import fit_threads
 from dynnet.learning.data import Batch, Data, Loader
+from dynnet.learning.limits import EPOCHS
 from dynnet.learning.randomness import seed_of
 from dynnet.learning.recipes import Recipe, StageConfig
 from training.distributed import SyncedBatchNorm, World
-from training.state import Log, Position, State
+from training.log import Log
+from training.state import Position, State
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _train(setup: Setup, start: Position) -> None:
     for module in stage.still:
         module.eval()
     bar = tqdm(
-        loader.epoch(10_000 * start.stage + start.epoch, start.step),
+        loader.epoch(EPOCHS * start.stage + start.epoch, start.step),
         f"{stage.name} {start.epoch + 1}/{stage.config.epochs}",
         len(loader),
         initial=start.step,

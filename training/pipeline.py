@@ -35,6 +35,7 @@ from dynnet.pruning.single_weights import set_masks_
 from training.compare import accuracy, compare
 from training.cuts import METHODS, Cuts, read_early, target_of
 from training.distributed import World
+from training.identity import identity_of
 from training.loop import Desk, Objective, Stage, make_tools
 from training.state import Position, State
 
@@ -60,6 +61,7 @@ class Pipeline:
     """The steps of a run, and what they need.
 
     Attributes:
+        identity: what the run is.
         steps: in order.
         target: what is aimed at, and its share.
         cuts: what its cuts take away.
@@ -71,6 +73,7 @@ class Pipeline:
     def __init__(self, recipe: Recipe, data: Data, create: dict[str, Any], out: Path, here: World) -> None:
         self.recipe, self.data, self.create, self.out, self.here = recipe, data, create, out, here
         self.size = data.input_size
+        self.identity = identity_of("training.prune", recipe, data)
         self.target = target_of(recipe.pruning)
         self.cuts = Cuts(recipe, data, create, out, here, self.target)
         self.steps = [Step("dense", recipe.dense.epochs), Step("keep", change=self.keep)]
@@ -90,7 +93,6 @@ class Pipeline:
 
     def check(self, model: nn.Module) -> None:
         """Refuse now what would fail only hours later."""
-        self._check_numbers()
         self._check_method()
         if self.recipe.pruning.method == "lottery":
             self._check_ticket(model)
@@ -100,17 +102,6 @@ class Pipeline:
         if self.recipe.pruning.int8:
             quantize(copy.deepcopy(model).cpu(), self.data.sample_loader(2, seed=0), batches=1, input_size=self.size)
         self.cuts.rehearse(model)
-
-    def _check_numbers(self) -> None:
-        config = self.recipe.pruning
-        for key in ("steps", "batches", "recalibrate"):
-            if getattr(config, key) < 1:
-                raise RecipeError(f"pruning.{key}={getattr(config, key)}: give a number of 1 or more")
-        if not 0 <= config.distill <= 1 or config.temperature <= 0 or config.slimming < 0:
-            raise RecipeError(
-                f"pruning.distill={config.distill}, temperature={config.temperature}, slimming={config.slimming}: give "
-                f"a share in [0, 1], a number above 0, and one of 0 or more"
-            )
 
     def _check_method(self) -> None:
         """Settings that do not go with the method or its target."""
@@ -242,15 +233,16 @@ class Pipeline:
     def about(self, model: nn.Module) -> dict[str, Any]:
         """What has become of the model, for its checkpoints."""
         masked = [name for name, module in model.named_modules() if is_masked(module)]
-        return {"shape": dataclasses.asdict(pruned_shape(model, self.create)), "masked": masked}
+        return {**self.identity, "shape": pruned_shape(model, self.create), "masked": masked}
 
     def checkpoint(self, position: Position, model: nn.Module, desk: Desk) -> None:
         State.write(self.out, position, model, None, None, desk.log, self.here, self.about(model))
 
     def restore(self, model: nn.Module, state: State) -> None:
         """Make a model of the right shape that of a checkpoint."""
-        masked = {name: weight_of(model.get_submodule(name)) for name in state.about["masked"]}
-        set_masks_(model, {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in masked.items()})
+        with state.told():
+            masked = {name: weight_of(model.get_submodule(name)) for name in state.about.masked}
+            set_masks_(model, {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in masked.items()})
         state.restore(model, None, None)
 
     # The end.

@@ -24,8 +24,9 @@ from dynnet.files.weights import load_weights_
 from dynnet.learning.data import Data, load_data
 from dynnet.learning.recipes import BackboneConfig, Recipe, read_recipe, recipe_parser
 from dynnet.model import DynamicModel
-from dynnet.pruning.shape import Shape, bring_into_shape_
 from training.distributed import World, world
+from training.folder import hold
+from training.state import State
 
 Run = Callable[[Recipe, Path, bool, World], object]
 
@@ -55,12 +56,12 @@ def run_program(
             raise CheckpointError(
                 f"--resume goes on with {str(saved)!r}; leave out --recipe and {overrides or 'overrides'}"
             )
-        if not options.resume and (out / "state.safetensors").exists():
-            raise CheckpointError(f"{str(out)!r} holds a run already; go on with --resume, or choose another --out")
         recipe = read_recipe(saved if options.resume else options.recipe, overrides)
         if options.data is not None:
             recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=options.data))
-        with world() as here:
+        with world() as here, hold(out, here):
+            if here.first and not options.resume and (out / "state.safetensors").exists():
+                raise CheckpointError(f"{str(out)!r} holds a run already; go on with --resume, or choose another --out")
             run(recipe, out, options.resume, here)
     except DynnetError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -84,24 +85,24 @@ def open_data(recipe: Recipe, here: World) -> tuple[Data, dict[str, Any]]:
     return data, create
 
 
-def make_backbone(config: BackboneConfig, create: dict[str, Any], shape: Shape | None = None) -> nn.Module:
+def make_backbone(config: BackboneConfig, create: dict[str, Any], state: State | None = None) -> nn.Module:
     """The backbone, with the weights that its configuration names, in whose shape it is if it was pruned.
 
     Args:
         config: of the backbone.
         create: what `timm.create_model` is called with.
-        shape: of a backbone whose numbers will be restored: none are read here.
+        state: of a run that goes on, whose numbers will be restored: none are read here.
 
     Raises:
         RecipeError: timm cannot create it.
         CheckpointError: the weights cannot be read, or are of another model.
     """
     try:
-        backbone = timm.create_model(pretrained=config.pretrained and shape is None, **create)
+        backbone = timm.create_model(pretrained=config.pretrained and state is None, **create)
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise RecipeError(f"timm cannot create {create} (pretrained={config.pretrained}): {error}") from error
-    if shape is not None:
-        bring_into_shape_(backbone, shape)
+    if state is not None:
+        state.shape_(backbone)
     elif config.weights and is_bundle(config.weights):
         backbone = load(config.weights, backbone)
         if isinstance(backbone, DynamicModel):

@@ -27,10 +27,11 @@ from dynnet.learning.recipes import Recipe, recipe_to_yaml
 from dynnet.pruning import make_permanent_
 from training.compare import table
 from training.distributed import World
+from training.log import Log
 from training.loop import Desk, run_stage
 from training.pipeline import Pipeline
 from training.program import make_backbone, open_data, run_program
-from training.state import Log, Position, State
+from training.state import Position, State
 
 SHORT = {"method": "pruning.method", "macs": "pruning.macs", "sparsity": "pruning.sparsity"}
 
@@ -44,21 +45,22 @@ def run(recipe: Recipe, out: Path, resume: bool, here: World) -> nn.Module:
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
     data, create = open_data(recipe, here)
-    state = State.read(out / "state.safetensors") if resume else None
-    with here.first_goes_first():
-        model = make_backbone(recipe.backbone, create, None if state is None else state.shape)
-    prepare_(model, data.preparation)
     pipeline = Pipeline(recipe, data, create, out, here)
+    state = State.read(out / "state.safetensors") if resume else None
+    if state is not None:
+        state.check(pipeline.identity, [pipeline.config(step) for step in pipeline.steps], len(data.train))
+    with here.first_goes_first():
+        model = make_backbone(recipe.backbone, create, state)
+    prepare_(model, data.preparation)
     model = pipeline.placed(model)
     if state is None:
         pipeline.check(model)
     if here.first:
-        out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "recipe.yaml", recipe_to_yaml(recipe).encode())
     start = state.position if state else Position()
     if state is not None:
         pipeline.restore(model, state)
-    with Log(out, state.log_bytes if state else 0, here) as log:
+    with Log(out, state.about.log_bytes if state else 0, here) as log:
         desk = Desk(recipe, data, log, out, here)
         if state is None:
             pipeline.checkpoint(Position(), model, desk)

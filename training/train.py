@@ -36,9 +36,11 @@ from dynnet.outputs import ExitOutputs
 from dynnet.thresholds.calibration import make_goal
 from dynnet.thresholds.goals import Budget
 from training.distributed import World
+from training.identity import identity_of
+from training.log import Log
 from training.loop import Desk, Objective, Stage, make_tools, run_stage
 from training.program import make_backbone, open_data, run_program
-from training.state import Log, Position, State
+from training.state import Position, State
 
 STAGES = ("dense", "heads", "joint")
 
@@ -52,16 +54,18 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
     data, create = open_data(recipe, here)
+    identity = identity_of("training.train", recipe, data)
     state = State.read(out / "state.safetensors") if resume else None
+    if state is not None:
+        state.check(identity, [getattr(recipe, stage) for stage in STAGES], len(data.train))
     with here.first_goes_first():
         model = _build(recipe, data, create, state)
-    about = {"shape": dataclasses.asdict(pruned_shape(model.backbone, create))}
+    about = {**identity, "shape": pruned_shape(model.backbone, create)}
     model.to(here.device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     _check(recipe, model, data, here)
     if here.first:
-        out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "recipe.yaml", recipe_to_yaml(recipe).encode())
         print(f"{model.config.exits} on {recipe.backbone.name}, {data.label}: {len(data.train)} training images, "
               f"{len(data.calibration)} for calibration, {len(data.test)} for testing", flush=True)  # fmt: skip
@@ -69,7 +73,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
     if state is not None:
         start = state.position
         state.restore(model, None, None)
-    with Log(out, state.log_bytes if state else 0, here) as log:
+    with Log(out, state.about.log_bytes if state else 0, here) as log:
         desk = Desk(recipe, data, log, out, here, about)
         if state is None:
             State.write(out, start, model, None, None, log, here, about)  # from here on --resume works
@@ -204,7 +208,7 @@ def _runs(model: DynamicModel, stage: str, config: StageConfig) -> bool:
 
 def _build(recipe: Recipe, data: Data, create: dict[str, Any], state: State | None) -> DynamicModel:
     """The wrapped backbone, with the weights that the recipe names or in the shape that a checkpoint has."""
-    backbone = make_backbone(recipe.backbone, create, None if state is None else state.shape)
+    backbone = make_backbone(recipe.backbone, create, state)
     prepare_(backbone, data.preparation)
     return wrap(backbone, recipe.wrap, input_size=data.input_size)
 
@@ -213,24 +217,16 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
     """Refuse now what would fail only hours later."""
     if not model.exits and model.gates is None:
         raise RecipeError("wrap.exits names no exits and there are no gates; give at least one exit, or gates")
-    for key in ("log_steps", "checkpoint_steps"):
-        if getattr(recipe, key) < 1:
-            raise RecipeError(f"{key}={getattr(recipe, key)}: give at least 1")
     if recipe.wrap.input_size not in (None, data.input_size):
         raise RecipeError(f"wrap.input_size={recipe.wrap.input_size}: the size of images is data.input_size; set that")
     for stage in STAGES:
         if _runs(model, stage, getattr(recipe, stage)):
             make_tools(_trained(stage, model), getattr(recipe, stage), stage, recipe, data, here)
     exit_weights(recipe.loss, [boundary.macs_share for boundary in model.boundaries], 1.0)
-    if model.exits:
-        make_goal(**recipe.calibration.goal()).check(model)
-    shares = {key: getattr(recipe.budget, key) for key in ("target", "ramp", "relax", "quiet")}
-    for key, share in shares.items():
-        if not 0 <= share <= 1:
-            raise RecipeError(f"budget.{key}={share}: give a share in [0, 1]")
-    for key in ("weight", "sharpness"):
-        if not getattr(recipe.budget, key) > 0:
-            raise RecipeError(f"budget.{key}={getattr(recipe.budget, key)}: give a number above 0")
+    goal = recipe.calibration.goal()
+    for name, value in goal.items():
+        if model.exits:
+            GOALS[name](value).check(model)
     if model.gates is not None and not _runs(model, "joint", recipe.joint):
         raise RecipeError(
             "joint.epochs=0: gates learn in the joint stage and decide at random without it; give 1 or more"

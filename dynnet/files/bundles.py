@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,38 @@ def is_bundle(path: str | Path) -> bool:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it to disk, rename it."""
+    """Write a file beside its place, flush it to disk, rename it.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is whole.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; make room for it, or choose another folder"
+        ) from error
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what `write_atomically` was writing in a folder when its process was killed."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

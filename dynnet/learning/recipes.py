@@ -257,7 +257,12 @@ def recipe_parser() -> Any:
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that `read_recipe` reads back."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, width=120)
+    return yaml.safe_dump(plain_recipe(recipe), sort_keys=False, width=120)
+
+
+def plain_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe, defaults included, as mappings, lists and scalars."""
+    return cast(dict[str, Any], _plain(dataclasses.asdict(recipe)))
 
 
 def _plain(value: Any) -> Any:

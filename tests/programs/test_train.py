@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -151,32 +148,6 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
     assert lines(out) == lines(run)
 
 
-@pytest.mark.sweep
-def test_kill_minus_nine_at_random_moments(recipe: Path, tmp_path: Path) -> None:
-    def command(out: str, *more: str) -> list[str]:
-        return [sys.executable, "-m", "training.train", "--out", str(tmp_path / out), *more]
-
-    long = ["--dense.epochs=40", "--joint.epochs=40"]
-    subprocess.run(command("alone", "--recipe", str(recipe), *long), check=True, capture_output=True)
-    kills, chance = 0, random.Random(time.time_ns())
-    while True:
-        state = tmp_path / "killed" / "state.safetensors"
-        more = ["--resume"] if state.exists() else ["--recipe", str(recipe), *long]
-        process = subprocess.Popen(command("killed", *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if kills == 5:
-            assert process.wait() == 0
-            break
-        time.sleep(chance.uniform(4, 12))
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    for name in ("model", "backbone"):
-        expected, _ = bundle.read_bundle(tmp_path / "alone" / f"{name}.safetensors")
-        got, _ = bundle.read_bundle(tmp_path / "killed" / f"{name}.safetensors")
-        assert all(torch.equal(expected[k], got[k]) for k in expected)
-
-
 def test_two_processes_give_the_losses_of_one(recipe: Path, tmp_path: Path) -> None:
     few = ["--recipe", str(recipe), "--mixup=0", "--dense.epochs=1", "--joint.epochs=1", "--log_steps=1"]
     # Training amplifies rounding, the more the larger its steps; test_distributed.py looks at one step in double.
@@ -202,7 +173,7 @@ def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert train.main(["--recipe", str(recipe), "--out", str(out), "--joint.lr=1e30"]) == 2
+    assert train.main(["--recipe", str(recipe), "--out", str(out), "--joint.lr=1e6"]) == 2
     message = capsys.readouterr().err
     assert "error: the loss is" in message
     assert "in stage 'joint', epoch 1, step " in message
@@ -239,12 +210,12 @@ def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
             ["--out", "{tmp}/x", "--recipe", "{recipe}", "--joint.batch_size=63"],
             "mixup pairs images: joint.batch_size=63",
         ),
-        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--joint.opt=sgdd"], "timm cannot set up stage 'joint'"),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--joint.opt=sgdd"], "joint.opt='sgdd': timm has no such"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--backbone.kwargs={{widht: 2}}"], "timm cannot create"),
-        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--checkpoint_steps=0"], "checkpoint_steps=0: give at least 1"),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--checkpoint_steps=0"], "checkpoint_steps is 0; give a whole"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--wrap.exits=0"], "names no exits and there are no gates"),
-        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--budget.ramp=2"], "budget.ramp=2.0: give a share"),
-        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--budget.sharpness=0"], "budget.sharpness=0.0: give a number"),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--budget.ramp=2"], "budget.ramp is 2.0; give a finite"),
+        (["--out", "{tmp}/x", "--recipe", "{recipe}", "--budget.sharpness=0"], "budget.sharpness is 0.0; give a"),
         (
             ["--out", "{tmp}/x", "--recipe", "{recipe}", "--wrap.gates={{}}", "--budget.target=0.1"],
             "budget.target: a budget of",
@@ -266,31 +237,6 @@ def test_bad_commands_are_explained_and_overwrite_nothing(
     assert re.search(message, error), error
     assert {p: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
     assert not (tmp_path / "x" / "state.safetensors").exists()
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "other"])
-def test_a_damaged_state_is_not_gone_on_with(
-    damage: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "recipe.yaml").write_bytes((run / "recipe.yaml").read_bytes())
-    whole = (run / "state.safetensors").read_bytes()
-    if damage == "truncated":
-        whole = whole[:-100]
-    elif damage == "flipped":
-        whole = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
-    else:
-        (out / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("width: 0.25", "width: 0.5"))
-    (out / "state.safetensors").write_bytes(whole)
-    assert train.main(["--out", str(out), "--resume"]) == 2
-    expected = {
-        "truncated": "truncated or damaged",
-        "flipped": "its SHA-256 does not match",
-        "other": "of another model",
-    }
-    assert expected[damage] in capsys.readouterr().err
-    assert (out / "state.safetensors").read_bytes() == whole
 
 
 def test_weights_of_a_file_are_taken(run: Path, recipe: Path, tmp_path: Path) -> None:
