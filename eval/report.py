@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from jinja2 import Environment, FileSystemLoader
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from dynnet.errors import DynnetError
+from dynnet.errors import CheckpointError, DynnetError
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.evaluation.tables import read_table, write_table
 from dynnet.evaluation.threads import fit_threads
@@ -37,6 +36,7 @@ from eval import figures
 from eval.programs import errors_told, write_json
 from eval.results import evaluate
 from eval.runs import Run, open_run, test_images
+from eval.saved import read_report
 from eval.static import beside, read_static, time_beside
 
 GALLERIES = ("easiest", "hardest", "overthought")
@@ -73,7 +73,7 @@ def main(
         if opened is not None and not redraw:
             results = _measure(opened, out, latency_samples, batch_size)
         else:
-            results = json.loads((out / "results.json").read_text())
+            results = read_report(out / "results.json")
         table = read_table(out / "table.csv")
         if static is not None and opened is not None:
             rows = read_static(static, results)
@@ -81,7 +81,7 @@ def main(
             results["static_timing"] = time_beside(rows, opened.model, test_images(opened.data, latency_samples)[1])
             results["static"] = beside(rows, table)
             write_json(results, out / "results.json")
-    _draw(table, results, out)
+        _draw(table, results, out)
     print(f"report: {out / 'index.html'}")
 
 
@@ -137,8 +137,15 @@ def _galleries(table: dict[str, np.ndarray], data: Data, out: Path) -> None:
 
 
 def page(results: dict[str, Any], out: Path, names: Sequence[str]) -> str:
-    """One HTML page with the figures of these names inside."""
+    """One HTML page with the figures of these names inside.
+
+    Raises:
+        CheckpointError: a figure is not there.
+    """
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    missing = [name for name in names if not (out / f"{name}.png").is_file()]
+    if missing:
+        raise CheckpointError(f"{str(out)!r} has no {missing[0]}.png; write the report anew, without --redraw")
     drawn = {
         name: "data:image/png;base64," + base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in names
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dynnet.errors import CheckpointError
 from dynnet.evaluation.timing import one_at_a_time
 from dynnet.learning.recipes import read_recipe
 from eval.figures import Table, operating_line
+from eval.saved import Epochs, Hybrid, Pruned, Subject, checked, read_json
 
 _PRUNED = ("model.safetensors", "int8.safetensors")  # files of a pruning run
 _REPEATS = 3  # calls on one image, of which the median counts: a total is at the mercy of the slowest ones
@@ -45,13 +45,15 @@ def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]
     for path in sorted(path for path in Path(pattern).parent.glob(Path(pattern).name) if path.is_dir()):
         for place in (path / "results.json", path / "report" / "results.json"):
             if place.is_file():
-                found = json.loads(place.read_text())
-                for key in ("model", "backbone_kwargs", "dataset", "test_images"):
-                    if found.get(key) != results[key]:
-                        raise CheckpointError(
-                            f"{str(path)!r} is of {key}={found.get(key)!r}, this run of {results[key]!r}"
-                        )
-                rows += (_pruned if "pruning" in found else _hybrid)(path, found, results["dense_macs"])
+                found = read_json(place)
+                for key, value in checked(Subject, found, place).items():
+                    if key in Subject.__annotations__ and value != results[key]:
+                        raise CheckpointError(f"{str(path)!r} is of {key}={value!r}, this run of {results[key]!r}")
+                dense = results["dense_macs"]
+                if "pruning" in found:
+                    rows += _pruned(path, checked(Pruned, found, place), dense)
+                else:
+                    rows += _hybrid(path, checked(Hybrid, found, place), dense)
                 break
         else:
             unfinished.append(str(path))
@@ -66,30 +68,33 @@ def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]
     return sorted(rows, key=lambda row: -row["accuracy"])
 
 
-def _pruned(path: Path, found: Mapping[str, Any], dense_macs: float) -> list[dict[str, Any]]:
+def _pruned(path: Path, found: Pruned, dense_macs: float) -> list[dict[str, Any]]:
     settings = found["pruning"]
     method = settings["method"] + f" in {settings['steps']} steps" * (settings["steps"] > 1)
     method += " + distillation" * bool(settings["distill"])
-    kinds = {"pruned": (method, _PRUNED[0]), "int8": (f"{method} + int8", _PRUNED[1])}
+    kinds = [(method, _PRUNED[0], found["pruned"])]
+    if "int8" in found:
+        kinds.append((f"{method} + int8", _PRUNED[1], found["int8"]))
     return [
         {
             "name": path.name,
             "method": told,
-            "accuracy": found[kind]["accuracy"],
-            "macs_share": found[kind]["macs"] / dense_macs,
-            "sparsity": found[kind]["sparsity"],
-            "size_bytes": found[kind]["size_bytes"],
+            "accuracy": measured["accuracy"],
+            "macs_share": measured["macs"] / dense_macs,
+            "sparsity": measured["sparsity"],
+            "size_bytes": measured["size_bytes"],
             "epochs": found["epochs"] + _epochs_before(path),
             "dynamic": False,
             "file": str(path / file),
         }
-        for kind, (told, file) in kinds.items()
-        if kind in found
+        for told, file, measured in kinds
     ]
 
 
-def _hybrid(path: Path, found: Mapping[str, Any], dense_macs: float) -> list[dict[str, Any]]:
+def _hybrid(path: Path, found: Hybrid, dense_macs: float) -> list[dict[str, Any]]:
     file = path / "model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{str(path)!r} has a report, but no {file.name}; train it anew, or leave it out")
     return [
         {
             "name": path.name,
@@ -107,11 +112,16 @@ def _hybrid(path: Path, found: Mapping[str, Any], dense_macs: float) -> list[dic
 
 def _epochs_before(path: Path) -> int:
     """Of all pruning from which a run has its backbone; 0 where that is not there to be asked."""
-    weights = Path(read_recipe(path / "recipe.yaml").backbone.weights or path)
-    results = weights.parent / "results.json"
-    if weights.name not in _PRUNED or not results.is_file():  # a pruning run also keeps the dense model
-        return 0
-    return int(json.loads(results.read_text())["epochs"]) + _epochs_before(weights.parent)
+    epochs, seen = 0, set[Path]()
+    while True:
+        seen.add(path)
+        weights = Path(read_recipe(path / "recipe.yaml").backbone.weights or path)
+        path = weights.parent
+        results = path / "results.json"
+        # A pruning run also keeps the dense model; and no run is its own beginning, whatever its recipe says.
+        if weights.name not in _PRUNED or not results.is_file() or path in seen:
+            return epochs
+        epochs += checked(Epochs, read_json(results), results)["epochs"]
 
 
 def time_beside(rows: Sequence[dict[str, Any]], model: DynamicModel, images: Tensor) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def make_backbone(config: BackboneConfig, create: dict[str, Any], state: State |
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise RecipeError(f"timm cannot create {create} (pretrained={config.pretrained}): {error}") from error
     if state is not None:
-        state.shape_(backbone)
+        state.shape_(backbone, create)
     elif config.weights and is_bundle(config.weights):
         backbone = load(config.weights, backbone)
         if isinstance(backbone, DynamicModel):

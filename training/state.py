@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict
 
 import torch
 from timm.utils import ModelEmaV3
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from dynnet.errors import CheckpointError
 from dynnet.files.bundles import read_bundle, write_bundle
+from dynnet.files.creation import pruned_shape
 from dynnet.files.weights import load_weights_
 from dynnet.learning.recipes import StageConfig
 from dynnet.learning.typed import shown, typed
-from dynnet.pruning.shape import Shape, bring_into_shape_
+from dynnet.pruning.shape import bring_into_shape_
 from training.distributed import World
 from training.identity import check_same
 from training.log import Log
@@ -98,11 +99,6 @@ class State:
     @property
     def position(self) -> Position:
         return self.about.position
-
-    @property
-    def shape(self) -> Shape:
-        """Of the backbone: what pruning had made of it."""
-        return cast(Shape, self.about.shape)
 
     @classmethod
     def read(cls, path: Path) -> State:
@@ -186,17 +182,26 @@ class State:
         between = at.epoch in (0, stage.epochs) and at.step == 0
         if not 0 <= at.stage <= len(stages) or not (within or between):
             raise self._damage(f"there is no {at} in the run")
+        if self.about.log_bytes < 0:
+            raise self._damage(f"log_bytes is {self.about.log_bytes}")
         if at.inside != bool(self.about.optimizer["param_groups"]):
             raise self._damage(f"{at} {'needs an' if at.inside else 'has no'} optimiser")
 
-    def shape_(self, backbone: nn.Module) -> None:
+    def shape_(self, backbone: nn.Module, create: Mapping[str, Any]) -> None:
         """Make a fresh backbone as narrow and as short as the saved one, in place.
+
+        Args:
+            backbone: as timm makes it.
+            create: what `timm.create_model` was called with.
 
         Raises:
             CheckpointError: it cannot be made so.
         """
+        shape: Any = self.about.shape
         with self.told():
-            bring_into_shape_(backbone, self.shape)
+            bring_into_shape_(backbone, shape)
+            if pruned_shape(backbone, create) != shape:
+                raise self._damage("no model has this shape")
 
     def restore(self, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer | None) -> None:
         """Load what was saved, in place.

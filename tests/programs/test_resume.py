@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,55 +17,15 @@ import yaml
 
 from dynnet.errors import CheckpointError
 from dynnet.files import bundles
-from dynnet.files.bundles import read_bundle, write_atomically, write_bundle
+from dynnet.files.bundles import read_bundle, write_atomically
 from dynnet.learning import sources
 from dynnet.learning.sources import MemorySource
+from tests.programs.damage import resign
 from training import folder, prune, train
 from training.distributed import World
 from training.log import Log
 
 HERE = World(0, 1, torch.device("cpu"))
-TINY = """\
-data: {name: digits, test: 0.7}
-backbone: {name: cifar_resnet20, kwargs: {width: 0.125}}
-wrap: {exits: [layer1.0], head_share: 0.2}
-dense: {epochs: 1, batch_size: 128}
-joint: {epochs: 1, batch_size: 128}
-log_steps: 1
-checkpoint_steps: 1
-"""
-
-
-class Killed(BaseException):
-    """A process dies here."""
-
-
-@pytest.fixture(scope="module")
-def dead(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that died in its last stage."""
-    out = tmp_path_factory.mktemp("dead")
-    (out / "tiny.yaml").write_text(TINY)
-    whole, steps = train.exit_losses, 0
-
-    def mortal(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 5:
-            raise Killed
-        return whole(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "exit_losses", mortal)
-        with pytest.raises(Killed):
-            train.main(["--recipe", str(out / "tiny.yaml"), "--out", str(out / "run")])
-    about = read_bundle(out / "run" / "state.safetensors")[1]
-    assert about["position"] == {"stage": 2, "epoch": 0, "step": 1}
-    return out / "run"
-
-
-@pytest.fixture
-def mine(dead: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(dead, tmp_path / "run"))
 
 
 def change(out: Path, key: str, value: Any) -> None:
@@ -79,13 +37,6 @@ def change(out: Path, key: str, value: Any) -> None:
         place = place[parent]
     place[last] = value
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-
-
-def resign(out: Path, changed: Callable[[dict[str, Any]], Any]) -> None:
-    """Alter what a state file says, with a SHA-256 that is right."""
-    tensors, about = read_bundle(out / "state.safetensors")
-    changed(about)
-    write_bundle(out / "state.safetensors", tensors, about)
 
 
 def test_what_decides_nothing_may_change(mine: Path) -> None:
@@ -196,7 +147,7 @@ def test_a_log_knows_its_length_before_anything_is_written(tmp_path: Path) -> No
 
 
 def test_a_place_far_behind_a_log_makes_no_file_of_that_size(mine: Path) -> None:
-    resign(mine, lambda about: about.update(log_bytes=10**12))
+    resign(mine / "state.safetensors", lambda about: {**about, "log_bytes": 10**12})
     assert train.main(["--out", str(mine), "--resume"]) == 0
     assert (mine / "log.jsonl").stat().st_size < 10_000
 
