@@ -60,11 +60,10 @@ class Log:
             ) from error
 
     def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            with contextlib.suppress(OSError):  # every record was flushed, or told of
-                self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for written in (self.file, self.board):
+            if written is not None:
+                with contextlib.suppress(OSError):  # every record was flushed, or told of
+                    written.close()
 
     def write(self, record: dict[str, Any]) -> None:
         if self.file is None:
@@ -72,11 +71,11 @@ class Log:
         with self._told():
             self.file.write(json.dumps(record).encode() + b"\n")
             self.file.flush()
-        self.updates += 1
-        if self.board is not None and "stage" in record:
-            for kind in ("losses", "accuracy"):
-                for i, value in enumerate(record.get(kind, [])):
-                    self.board.add_scalar(f"{record['stage']}/{kind}/{i}", value, self.updates)
+            self.updates += 1
+            if self.board is not None and "stage" in record:
+                for kind in ("losses", "accuracy"):
+                    for i, value in enumerate(record.get(kind, [])):
+                        self.board.add_scalar(f"{record['stage']}/{kind}/{i}", value, self.updates)
 
     def bytes(self) -> int:
         return self.file.tell() if self.file is not None else 0

@@ -39,8 +39,7 @@ _STAGE = {
     "clip_grad": _POSITIVE,
 }
 
-# By the dotted name of a recipe's key; for lists, of each of their numbers. What `data` says is checked with the data,
-# and `wrap.exits` where exits are placed.
+# By the dotted name of a recipe's key; for lists, of each of their numbers. What `data` says is checked with the data.
 LIMITS: dict[str, Limit] = {
     "seed": Limit(0, 2**62, whole=True),
     "wrap.gates.unit": _COUNT,

@@ -17,6 +17,7 @@ from dynnet.learning.losses import BudgetConfig, LossConfig
 from dynnet.learning.optimisers import check_optimiser, check_schedule
 from dynnet.learning.overrides import override_, pairs
 from dynnet.learning.plain_yaml import read_yaml_file
+from dynnet.learning.ranges import check_range
 from dynnet.learning.typed import flat, shown, typed
 from dynnet.model import WrapConfig
 from dynnet.pruning.config import CutConfig
@@ -196,6 +197,8 @@ class Recipe:
             RecipeError: a number out of its limits, a name that timm does not know, several goals.
         """
         check_limits(self)
+        if not isinstance(self.wrap.exits, tuple | list):  # where they stand is checked when they are placed
+            check_range(self.wrap.exits, "wrap.exits", 0, 1000, whole=True)
         self.calibration.goal()
         for name in STAGES:
             stage: StageConfig = getattr(self, name)

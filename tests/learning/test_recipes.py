@@ -14,6 +14,7 @@ from dynnet.learning.limits import LIMITS
 from dynnet.learning.losses import BudgetConfig, LossConfig
 from dynnet.learning.overrides import dotted_keys
 from dynnet.learning.recipes import PruningConfig, Recipe, StageConfig, read_recipe, recipe_to_yaml
+from dynnet.model import WrapConfig
 
 
 def write(path: Path, text: str) -> Path:
@@ -126,7 +127,7 @@ def test_every_number_has_its_limits() -> None:
     def counts(kind: Any) -> bool:
         return kind in (int, float) or any(counts(inner) for inner in get_args(kind))
 
-    elsewhere = {"wrap.exits", "backbone.kwargs"}  # where exits are placed; where the model is made
+    elsewhere = {"wrap.exits", "backbone.kwargs"}  # places as well as a number; where the model is made
     numbers = {key for key, kind in dotted_keys(Recipe).items() if counts(kind) and not key.startswith("data.")}
     assert len(numbers) > 60
     assert numbers - elsewhere == set(LIMITS)
@@ -154,6 +155,8 @@ def test_nonsense_is_found_in_python_too() -> None:
         LossConfig(temperature=0)
     with pytest.raises(RecipeError, match="budget.sharpness is nan"):
         BudgetConfig(sharpness=math.nan)
+    with pytest.raises(RecipeError, match="wrap.exits is 1000000000; give a whole number at least 0 and at most 1000"):
+        Recipe(wrap=WrapConfig(exits=10**9))
     with pytest.raises(RecipeError, match="pruning.steps is 0"):
         Recipe(pruning=PruningConfig(steps=0))
 

@@ -271,3 +271,15 @@ def test_a_run_on_a_full_disk_keeps_its_last_checkpoint(
     monkeypatch.undo()
     assert (mine / "state.safetensors").read_bytes() == before
     assert train.main(["--out", str(mine), "--resume"]) == 0
+
+
+@pytest.mark.sweep
+def test_a_run_goes_on_with_another_number_of_processes(mine: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "training.train", "--out", str(mine), "--resume"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert [path.name for path in mine.glob(".*")] == []
+    assert json.loads((mine / "log.jsonl").read_text().splitlines()[-1])["kind"] == "calibration"
