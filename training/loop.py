@@ -17,22 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynnet.backbone.gradients import at_risk, right_gradients
-from dynnet.errors import NonFiniteError, RecipeError
+from dynnet.errors import NonFiniteError
 from dynnet.evaluation.threads import fit_threads
-from dynnet.learning.data import Batch, Data, Loader
+from dynnet.learning.data import Batch, Data
 from dynnet.learning.limits import EPOCHS
 from dynnet.learning.randomness import seed_of
 from dynnet.learning.recipes import Recipe, StageConfig
 from training.distributed import SyncedBatchNorm, World
 from training.log import Log
 from training.state import Position, State
+from training.tools import Tools, make_tools
 
 
 @dataclass(frozen=True)
@@ -80,15 +79,6 @@ class Stage:
     shown: Callable[[dict[str, Any]], str]
     still: tuple[nn.Module, ...] = ()
     begins: Callable[[int], None] | None = None
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What a stage trains with."""
-
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    loader: Loader
 
 
 @dataclass(frozen=True)
@@ -259,48 +249,6 @@ def _tell_settings(stage: Stage, desk: Desk, exposed: Sequence[str]) -> None:
             f"{stage.name}: not in channels_last, where some CPUs get their gradients wrong: {', '.join(exposed)}",
             flush=True,
         )
-
-
-def make_tools(trained: nn.Module, config: StageConfig, name: str, recipe: Recipe, data: Data, here: World) -> Tools:
-    """Build a stage's loader, optimiser and schedule.
-
-    Raises:
-        DataError, RecipeError: the stage's settings do not work.
-    """
-    loader = data.train_loader(config.batch_size, seed=recipe.seed, rank=here.rank, world=here.size)
-    if (recipe.mixup or recipe.cutmix) and config.batch_size // here.size % 2:
-        raise RecipeError(f"mixup pairs images: {name}.batch_size={config.batch_size} must be even in every process")
-    try:
-        optimizer = create_optimizer_v2(
-            trained,
-            config.opt,
-            config.lr,
-            config.weight_decay,
-            config.momentum,
-            filter_bias_and_bn=not config.decay_norms,
-            param_group_fn=_gates_apart if config.decay_norms else None,
-        )
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup * config.epochs,
-            warmup_lr=config.lr / 100,
-            min_lr=config.lr * config.final_lr,
-            step_on_epochs=False,
-            updates_per_epoch=len(loader),
-        )
-    except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
-        raise RecipeError(f"timm cannot set up stage {name!r} with {config}: {error}") from error
-    return Tools(optimizer, scheduler, loader)
-
-
-def _gates_apart(trained: nn.Module) -> list[dict[str, Any]]:
-    """Everything decays but the gates."""
-    named = list(trained.named_parameters())
-    gates = [p for name, p in named if name.startswith("gates.")]
-    rest = [p for name, p in named if not name.startswith("gates.")]
-    return [{"params": rest}, *([{"params": gates, "weight_decay": 0.0}] if gates else [])]
 
 
 @contextmanager

@@ -36,8 +36,9 @@ from training.compare import accuracy, compare
 from training.cuts import METHODS, Cuts, read_early, target_of
 from training.distributed import World
 from training.identity import identity_of
-from training.loop import Desk, Objective, Stage, make_tools
+from training.loop import Desk, Objective, Stage
 from training.state import Position, State
+from training.tools import make_tools
 
 
 @dataclass(frozen=True)

@@ -148,13 +148,10 @@ class State:
         tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
         if ema is not None:
             tensors |= {f"ema.{k}": v for k, v in ema.module.state_dict().items()}
-        kept: dict[str, Any] = {"state": {}, "param_groups": []}
+        kept = Saved(state={}, param_groups=[])
         if optimizer is not None:
-            full = optimizer.state_dict()
-            kept["param_groups"] = full["param_groups"]
-            for i, entries in full["state"].items():
-                tensors |= {f"optimizer.{i}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
-                kept["state"][str(i)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+            more_tensors, kept = saved(optimizer)
+            tensors |= more_tensors
         about = {
             **more,
             "kind": "state",
@@ -219,20 +216,20 @@ class State:
                 self._restore_optimizer(optimizer)
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        fresh, saved = optimizer.state_dict()["param_groups"], self.about.optimizer
-        if [group["params"] for group in fresh] != [group.get("params") for group in saved["param_groups"]]:
+        fresh, kept = optimizer.state_dict()["param_groups"], self.about.optimizer
+        if [group["params"] for group in fresh] != [group.get("params") for group in kept["param_groups"]]:
             raise self._damage("its optimiser has other groups of parameters")
-        for group, entries in zip(fresh, saved["param_groups"], strict=True):
+        for group, entries in zip(fresh, kept["param_groups"], strict=True):
             for key, value in group.items():
                 if key not in entries or not _alike(value, entries[key]):
                     raise self._damage(f"its optimiser has {key}={shown(entries.get(key))}, a new one {shown(value)}")
-        state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in saved["state"].items()}
+        state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in kept["state"].items()}
         for name, tensor in self._part("optimizer.").items():
             i, key = name.split(".", 1)
             state[int(i)][key] = tensor
         if not state.keys() <= {i for group in fresh for i in group["params"]}:
             raise self._damage("its optimiser has other parameters")
-        optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+        optimizer.load_state_dict({"state": state, "param_groups": kept["param_groups"]})
 
     def _part(self, prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
@@ -249,6 +246,17 @@ class State:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise self._damage(f"{type(error).__name__}: {error}") from error
+
+
+def saved(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Saved]:
+    """What a checkpoint holds of an optimiser: tensors, and the rest as JSON."""
+    full = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    kept = Saved(state={}, param_groups=full["param_groups"])
+    for i, entries in full["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in entries.items() if isinstance(v, Tensor)}
+        kept["state"][str(i)] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+    return tensors, kept
 
 
 def _alike(fresh: Any, saved: Any) -> bool:

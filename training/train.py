@@ -38,9 +38,10 @@ from dynnet.thresholds.goals import Budget
 from training.distributed import World
 from training.identity import identity_of
 from training.log import Log
-from training.loop import Desk, Objective, Stage, make_tools, run_stage
+from training.loop import Desk, Objective, Stage, run_stage
 from training.program import make_backbone, open_data, run_program
 from training.state import Position, State
+from training.tools import make_tools
 
 STAGES = ("dense", "heads", "joint")
 

@@ -20,7 +20,7 @@ from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe
 from training import train
 from training.distributed import World
-from training.loop import make_tools
+from training.tools import make_tools
 
 
 def log(out: Path) -> list[dict]:
@@ -211,6 +211,14 @@ def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
             "mixup pairs images: joint.batch_size=63",
         ),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--joint.opt=sgdd"], "joint.opt='sgdd': timm has no such"),
+        (
+            ["--out", "{tmp}/x", "--recipe", "{recipe}", "--joint.opt=lamb"],
+            "'joint' cannot be run",
+        ),
+        (
+            ["--out", "{tmp}/x", "--recipe", "{recipe}", "--joint.opt=adahessian"],
+            "'joint' cannot be run",
+        ),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--backbone.kwargs={{widht: 2}}"], "timm cannot create"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--checkpoint_steps=0"], "checkpoint_steps is 0; give a whole"),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--wrap.exits=0"], "names no exits and there are no gates"),
