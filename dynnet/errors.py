@@ -54,6 +54,10 @@ class CalibrationError(DynnetError, ValueError):
     """A calibration goal that cannot be reached."""
 
 
+class SchemaError(DynnetError, ValueError):
+    """What a file says has another form than it must have; raised as part of what is wrong with the file."""
+
+
 class RecipeError(DynnetError, ValueError):
     """A recipe with an unknown key or a value of the wrong type."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, TypeVar, cast
 
-from dynnet.errors import CheckpointError
-from dynnet.learning.typed import typed
+from dynnet.errors import CheckpointError, SchemaError
+from dynnet.schema import parse, typed
 
 LARGEST = 10_000_000  # bytes
 _DEEPEST = 20
@@ -183,14 +182,14 @@ def read_json(path: Path) -> dict[str, Any]:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise CheckpointError(f"{str(path)!r} has more than {LARGEST} bytes; are they results?")
-        found = json.loads(content)
+        found = parse(content.decode(), finite=False)
         if not isinstance(found, dict):
-            raise ValueError("it holds no keys and values")
+            raise SchemaError("it holds no keys and values")
         if _deeper(found, _DEEPEST):
-            raise ValueError(f"more than {_DEEPEST} mappings and lists within each other")
+            raise SchemaError(f"more than {_DEEPEST} mappings and lists within each other")
     except OSError as error:
         raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except (UnicodeDecodeError, SchemaError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged: {error}; write it anew") from error
     return found
 

@@ -11,7 +11,7 @@ from dynnet.errors import CheckpointError
 from dynnet.learning.data import Data
 from dynnet.learning.recipes import Recipe, plain_recipe
 from dynnet.learning.sources import Source
-from dynnet.learning.typed import flat, shown
+from dynnet.schema import flat, shown
 
 # What decides nothing about the numbers of a run, and may change on the way. Neither does the number of processes,
 # nor where the images are, as long as their names, labels and splits are the same.

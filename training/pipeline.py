@@ -234,7 +234,8 @@ class Pipeline:
     def about(self, model: nn.Module) -> dict[str, Any]:
         """What has become of the model, for its checkpoints."""
         masked = [name for name, module in model.named_modules() if is_masked(module)]
-        return {**self.identity, "shape": pruned_shape(model, self.create), "masked": masked}
+        shape = dataclasses.asdict(pruned_shape(model, self.create))
+        return {**self.identity, "shape": shape, "masked": masked}
 
     def checkpoint(self, position: Position, model: nn.Module, desk: Desk) -> None:
         State.write(self.out, position, model, None, None, desk.log, self.here, self.about(model))

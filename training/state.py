@@ -19,8 +19,8 @@ from dynnet.files.bundles import read_bundle, write_bundle
 from dynnet.files.creation import pruned_shape
 from dynnet.files.weights import load_weights_
 from dynnet.learning.recipes import StageConfig
-from dynnet.learning.typed import shown, typed
-from dynnet.pruning.shape import bring_into_shape_
+from dynnet.pruning.shape import Shape, bring_into_shape_
+from dynnet.schema import shown, typed
 from training.distributed import World
 from training.identity import check_same
 from training.log import Log
@@ -47,15 +47,6 @@ class Saved(TypedDict):
     param_groups: list[dict[str, Any]]
 
 
-class SavedShape(TypedDict):
-    """See `dynnet.pruning.shape`."""
-
-    removed: list[str]
-    widths: dict[str, list[int]]
-    stated: dict[str, dict[str, int]]
-    features: list[int]
-
-
 @dataclass(frozen=True)
 class Description:
     """What a checkpoint says besides its tensors.
@@ -77,7 +68,7 @@ class Description:
     position: Position
     optimizer: Saved
     log_bytes: int
-    shape: SavedShape
+    shape: Shape
     masked: tuple[str, ...] = ()
 
     @property
@@ -194,10 +185,9 @@ class State:
         Raises:
             CheckpointError: it cannot be made so.
         """
-        shape: Any = self.about.shape
         with self.told():
-            bring_into_shape_(backbone, shape)
-            if pruned_shape(backbone, create) != shape:
+            bring_into_shape_(backbone, self.about.shape)
+            if pruned_shape(backbone, create) != self.about.shape:
                 raise self._damage("no model has this shape")
 
     def restore(self, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer | None) -> None:

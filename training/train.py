@@ -61,7 +61,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
         state.check(identity, [getattr(recipe, stage) for stage in STAGES], len(data.train))
     with here.first_goes_first():
         model = _build(recipe, data, create, state)
-    about = {**identity, "shape": pruned_shape(model.backbone, create)}
+    about = {**identity, "shape": dataclasses.asdict(pruned_shape(model.backbone, create))}
     model.to(here.device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -224,10 +224,8 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
         if _runs(model, stage, getattr(recipe, stage)):
             make_tools(_trained(stage, model), getattr(recipe, stage), stage, recipe, data, here)
     exit_weights(recipe.loss, [boundary.macs_share for boundary in model.boundaries], 1.0)
-    goal = recipe.calibration.goal()
-    for name, value in goal.items():
-        if model.exits:
-            GOALS[name](value).check(model)
+    if model.exits:
+        make_goal(**recipe.calibration.goal()).check(model)
     if model.gates is not None and not _runs(model, "joint", recipe.joint):
         raise RecipeError(
             "joint.epochs=0: gates learn in the joint stage and decide at random without it; give 1 or more"

@@ -18,8 +18,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from dynnet.backbone.digest import digest_of
-from dynnet.errors import CheckpointError
-from dynnet.schema import SchemaError, parse
+from dynnet.errors import CheckpointError, SchemaError
+from dynnet.schema import parse
 
 FORMAT = 2  # 1 did not say how images are prepared
 
@@ -101,12 +101,3 @@ def remove_half_written(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
             path.unlink(missing_ok=True)
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

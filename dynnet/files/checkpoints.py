@@ -18,7 +18,7 @@ from dynnet.backbone.names import title
 from dynnet.backbone.twin import meta_twin
 from dynnet.deploy.folding import fold_again_, folded_norms
 from dynnet.deploy.int8 import int8_layers, put_int8_
-from dynnet.errors import CheckpointError, DynnetError, PruneError
+from dynnet.errors import CheckpointError, DynnetError, PruneError, SchemaError
 from dynnet.exits.confidence import MEASURES, to_json
 from dynnet.exits.heads import ExitHead, HeadFactory
 from dynnet.files.bundles import read_bundle, write_bundle
@@ -29,7 +29,6 @@ from dynnet.files.packed import outline, pack, unpack
 from dynnet.files.weights import check_weights, load_weights_, unlike
 from dynnet.model import STATE, DynamicModel
 from dynnet.pruning.shape import Shape, bring_into_shape_, shape_of
-from dynnet.schema import SchemaError
 from dynnet.thresholds.certified import void_certificate
 from dynnet.wrapping import wrap
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dynnet.backbone.host import Preparation
-from dynnet.errors import CheckpointError
+from dynnet.errors import CheckpointError, SchemaError
 from dynnet.files.creation import not_architecture
 from dynnet.gates.plan import GateConfig
 from dynnet.pruning.shape import Shape
-from dynnet.schema import SchemaError, between, read_as
+from dynnet.schema import between, typed
 
 Side = Annotated[int, between(1, 2**14)]
 Plain = None | bool | int | float | str
@@ -100,7 +100,7 @@ def _read(about: Any) -> Description:
     Raises:
         SchemaError: it has another form, or parts that do not fit each other.
     """
-    found = read_as(Description, about)
+    found: Description = typed(Description, about)
     if found.create.get("model_name") is not None and (told := not_architecture(found.create)):
         raise SchemaError(f"create: {told}")
     if (found.kind == "model") != (found.wrap is not None):

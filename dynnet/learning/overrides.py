@@ -7,7 +7,7 @@ from typing import Any
 
 from dynnet.errors import RecipeError, did_you_mean
 from dynnet.learning.plain_yaml import read_yaml
-from dynnet.learning.typed import keys_of, kinds_of, shown
+from dynnet.schema import keys_of, kinds_of, shown
 
 
 def pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

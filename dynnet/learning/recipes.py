@@ -18,9 +18,9 @@ from dynnet.learning.optimisers import check_optimiser, check_schedule
 from dynnet.learning.overrides import override_, pairs
 from dynnet.learning.plain_yaml import read_yaml_file
 from dynnet.learning.ranges import check_range
-from dynnet.learning.typed import flat, shown, typed
 from dynnet.model import WrapConfig
 from dynnet.pruning.config import CutConfig
+from dynnet.schema import flat, shown, typed
 from dynnet.thresholds.answers import Harm
 
 Plain = int | float | str | bool | None
@@ -232,7 +232,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for key, _ in flat(given):
         _refuse_renamed(key)
     try:
-        return cast(Recipe, typed(Recipe, given))
+        return cast(Recipe, typed(Recipe, given, error=RecipeError))
     except RecipeError as error:
         raise RecipeError(f"recipe {str(path)!r}: {error}") from error
 

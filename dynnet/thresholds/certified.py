@@ -22,7 +22,7 @@ from dynnet.backbone.digest import digest_of
 from dynnet.backbone.host import preparation_of
 from dynnet.exits.confidence import to_json
 from dynnet.model import STATE, DynamicModel
-from dynnet.schema import read_as
+from dynnet.schema import typed
 from dynnet.thresholds.answers import Harm
 
 
@@ -95,7 +95,8 @@ def void_certificate(model: DynamicModel) -> str | None:
         return None
     if list(said.get("thresholds") or ()) != [to_json(t) for t in model.thresholds]:
         return "it was given for other thresholds"
-    return read_as(Certificate, said["certificate"], "calibration.certificate").void(model)
+    certificate: Certificate = typed(Certificate, said["certificate"], "calibration.certificate")
+    return certificate.void(model)
 
 
 def p_value(failures: int, samples: int, risk: float) -> float:

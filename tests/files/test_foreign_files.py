@@ -78,7 +78,7 @@ def _stated(values: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"forward": "x"}, r"shape.stated\[''\]\['forward'\] is 'x', expected a whole number"),
+        ({"forward": "x"}, r"shape.stated\.\.forward is 'x'; expected a whole number"),
         ({"training": True}, "expected a whole number"),
         ({"training": 1}, "states no 'training' of 1 channels or more"),
         ({"num_features": 65}, "states no 'num_features' of 65 channels or more"),
@@ -115,7 +115,7 @@ def _windows(_: dict[str, Tensor], about: dict[str, Any]) -> None:
     ("change", "match"),
     [
         (_packed, "the bits and the values of 'bomb' do not fit its shape"),
-        (_exits, "wrap.exits is 1000000000, expected a list"),
+        (_exits, "wrap.exits is 1000000000; expected a list"),
         (_create(width=100), r"is of another model: .* has shape|it has more than"),
         (_create(width=20_000), "it has more than Most"),
         (_create(num_classes=1_000_000), "is of another model: 'fc.weight' has shape|it has more than"),
@@ -134,14 +134,14 @@ def test_what_is_only_declared_takes_no_memory(saved: Path, change: Any, match: 
     [
         (lambda _, about: about.update(thresholds=[0.5]), "it has 1 thresholds for 2 exits"),
         (lambda _, about: about.update(thresholds=[float("1e400"), 0.5]), "Infinity is no number of JSON"),
-        (lambda _, about: about.update(colour="red"), "it is 'colour', expected no key but kind"),
-        (lambda _, about: about["wrap"].pop("head_share"), "wrap has no 'head_share'"),
+        (lambda _, about: about.update(colour="red"), "unknown key 'colour'; it has kind"),
+        (lambda _, about: about["wrap"].pop("head_share"), "wrap lacks 'head_share'"),
         (lambda _, about: about["wrap"].update(input_size=[3, 32, 10**9]), r"wrap.input_size\[2\] is 1000000000"),
         (lambda _, about: about["shape"].update(removed=["layer1", "layer1.0"]), "cannot be left out by itself"),
         (lambda _, about: about["shape"].update(widths={"fc": [0, 64]}), "'fc' makes and reads"),
         (lambda _, about: about["shape"].update(widths={"fc": [7]}), "'fc' makes and reads"),
         (lambda _, about: about.update(wrap=None, thresholds=[]), "it is a model without 'wrap'"),
-        (lambda _, about: about.update(preparation={"mean": "red"}), "preparation.mean is 'red', expected a list"),
+        (lambda _, about: about.update(preparation={"mean": "red"}), "preparation.mean is 'red'; expected a list"),
         (
             lambda tensors, _: tensors.update({"backbone.conv1.weight": torch.zeros(3)}),
             r"conv1.weight' has shape \(3,\)",

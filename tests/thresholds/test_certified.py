@@ -79,7 +79,7 @@ def test_the_sequence_begins_with_nobody_and_spends_ever_less() -> None:
     steps = sequence(table(answers()))
     assert steps[0].thresholds == (math.inf, math.inf)
     assert len(steps) > 10
-    assert all(a.macs > b.macs for a, b in itertools.pairwise(steps))
+    assert all(a.macs >= b.macs for a, b in itertools.pairwise(steps))
 
 
 def images(count: int, seed: int = 3) -> list[torch.Tensor]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import pytest
 
-from dynnet.errors import CheckpointError, RecipeError
-from dynnet.learning.typed import flat, told, typed
+from dynnet.errors import CheckpointError, RecipeError, SchemaError
+from dynnet.schema import between, flat, parse, told, typed
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,33 @@ def test_what_does_not_fit_is_told(kind: Any, given: Any, message: str) -> None:
 
 
 def test_long_values_are_cut_in_messages() -> None:
-    with pytest.raises(RecipeError) as raised:
+    with pytest.raises(SchemaError) as raised:
         typed(Outer, {"names": "x" * 10_000})
     assert len(str(raised.value)) < 100
+
+
+def test_what_an_annotation_expects_is_told() -> None:
+    side = Annotated[int, between(1, 64)]
+    assert typed(tuple[side, ...], [1, 64]) == (1, 64)
+    with pytest.raises(SchemaError, match=r"^size\[1\] is 65; expected a number from 1 to 64$"):
+        typed(tuple[side, ...], [1, 65], "size")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        ("[NaN]", "NaN is no number of JSON"),
+        ("[1", "it is no JSON"),
+        ("[" * 100_000, "it is no JSON: maximum recursion"),
+        ("1" * 10_000, "it is no JSON"),
+    ],
+)
+def test_what_is_no_json_is_told(text: str, message: str) -> None:
+    with pytest.raises(SchemaError, match=message):
+        parse(text)
+    assert parse('{"a": [1, null, "NaN"]}') == {"a": [1, None, "NaN"]}
+    assert parse("[Infinity]", finite=False) == [float("inf")]
 
 
 def test_what_lies_within_is_flattened() -> None:
