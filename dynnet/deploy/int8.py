@@ -12,7 +12,6 @@ A file runs on either.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -109,15 +108,8 @@ class Int8Layer(nn.Module):
         self._packed = {}
         super()._load_from_state_dict(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Layer:
-        packed, self._packed = self._packed, {}  # opaque to copies
-        try:
-            twin = self.__class__.__new__(self.__class__)
-            memo[id(self)] = twin
-            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        finally:
-            self._packed = packed
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": {}}  # opaque to copies and files: packed anew where it runs
 
 
 class Int8Conv2d(Int8Layer):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,3 +181,41 @@ def test_bad_input() -> None:
         dynnet.quantize(tiny(), [])
     with pytest.raises(NonFiniteError, match=r"0\.0 is given NaN"):
         dynnet.quantize(tiny(), [images * torch.nan])
+
+
+@torch.no_grad()
+def test_a_model_that_has_run_can_be_pickled_and_shared(tmp_path: Path) -> None:
+    case = CASES[0]
+    images = case.images(2)
+    for model in (case.backbone(), case.wrapped()):
+        small = dynnet.quantize(model, [images], input_size=case.size)
+        expected = small(images)  # the kernels have their weights now
+        torch.save(small, tmp_path / "model.pt")
+        for copied in (
+            pickle.loads(pickle.dumps(small)),
+            torch.load(tmp_path / "model.pt", weights_only=False),
+            copy.deepcopy(small),
+            small.share_memory(),
+        ):
+            assert torch.equal(copied(images), expected)
+
+
+@pytest.mark.sweep
+@torch.no_grad()
+def test_a_model_that_has_run_goes_to_another_process() -> None:
+    images = CASES[0].images(2)
+    small = dynnet.quantize(tiny(), [images], input_size=CASES[0].size)
+    expected = small(images)
+    processes = torch.multiprocessing.get_context("spawn")
+    answers = processes.SimpleQueue()
+    process = processes.Process(target=answer, args=(small, images, answers))
+    process.start()
+    got = answers.get()
+    process.join()
+    assert got == expected.tolist()
+
+
+def answer(model: nn.Module, images: Tensor, answers: Any) -> None:
+    """In a process of its own."""
+    with torch.no_grad():
+        answers.put(model(images).tolist())
