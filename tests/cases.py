@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
 import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import dynnet
 from dynnet import DynamicModel
@@ -124,6 +129,31 @@ def chain(units: int = 16) -> nn.Module:
         nn.Conv2d(3, units, 3), nn.BatchNorm2d(units), nn.ReLU(), nn.Conv2d(units, 2 * units, 3), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * units, 4),
     ).eval()  # fmt: skip
+
+
+CHANNELWISE: dict[str, Callable[[int], nn.Module]] = {
+    "batch norm": nn.BatchNorm2d,
+    "synchronised": nn.SyncBatchNorm,
+    "synchronised, with activation": lambda width: convert_sync_batchnorm(BatchNormAct2d(width)),
+    "frozen": FrozenBatchNorm2d,
+    "frozen, with activation": FrozenBatchNormAct2d,
+    "instance norm": partial(nn.InstanceNorm2d, affine=True),
+    "bare instance norm": nn.InstanceNorm2d,
+    "instance norm with statistics": partial(nn.InstanceNorm2d, affine=True, track_running_stats=True),
+    "slopes": nn.PReLU,
+}
+
+
+def channelwise(kind: str) -> nn.Module:
+    """Convolutions with a layer of one of `CHANNELWISE` behind each, for images of size `CHAIN`."""
+    torch.manual_seed(0)
+    layer = CHANNELWISE[kind]
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3), layer(32), nn.ReLU(), nn.Conv2d(32, 48, 3), layer(48), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 4),
+    ).eval()  # fmt: skip
+    enliven(model)
+    return model
 
 
 def enliven(model: nn.Module, seed: int = 0) -> None:

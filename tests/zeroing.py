@@ -68,8 +68,9 @@ def zero(model: nn.Module, groups: Sequence[Group], stay: Sequence[np.ndarray]) 
             if role in ("produces", "passes") and getattr(layer, "gain", None) is not None:
                 layer.gain.data[gone] = 0
         elif role == "passes":
-            for parameter in layer.parameters(recurse=False):
-                parameter.data[gone] = 0
+            for key in ("weight", "bias"):  # buffers, where a norm is frozen
+                if getattr(layer, key, None) is not None:
+                    getattr(layer, key).data[gone] = 0
     for (name, role), mask in kept.items():
         layer = model.get_submodule(name)
         grouped = getattr(layer, "groups", 1) > 1  # groups that are left are as they were

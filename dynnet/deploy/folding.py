@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dynnet.backbone.dry_run import BATCH, Trace, trace
 from dynnet.backbone.input_size import input_size_of
-from dynnet.backbone.layers.table import weighing_kind
+from dynnet.backbone.layers.table import is_batch_norm, known, weighing_kind
 from dynnet.errors import CheckpointError
 from dynnet.model import DynamicModel
 
@@ -47,11 +46,8 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
         seen = trace(folded, input_size or input_size_of(folded), BATCH)
     modules = dict(folded.named_modules())
     for conv_name, norm_name in _pairs(seen, modules):
-        conv, norm = modules[conv_name], modules[norm_name]
+        conv, norm = modules[conv_name], cast(Any, modules[norm_name])
         assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
         layout = torch.channels_last if conv.weight.is_contiguous(memory_format=torch.channels_last) else None
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
@@ -69,9 +65,9 @@ class FoldedNorm(nn.Sequential):
         num_features: channels that pass.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__(*((norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else ()))
-        self.num_features = norm.num_features
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(*(norm.get_submodule(part) for part in ("drop", "act") if hasattr(norm, part)))
+        self.num_features = known(norm).widths(norm)[0]
         self.train(norm.training)
 
 
@@ -92,7 +88,7 @@ def fold_again_(model: nn.Module, norms: Sequence[str], tensors: Collection[str]
         CheckpointError: it has no such batch norm; nothing has changed then.
     """
     modules = dict(model.named_modules())
-    found = {name: norm for name in norms if isinstance(norm := modules.get(name), nn.BatchNorm2d)}
+    found = {name: norm for name in norms if (norm := modules.get(name)) is not None and is_batch_norm(norm)}
     if missing := [name for name in norms if name not in found]:
         raise CheckpointError(f"it has no batch norm {missing[0]!r}")
     for name, norm in found.items():
@@ -111,10 +107,10 @@ def _pairs(seen: Trace, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
     found = []
     for index, call in enumerate(seen.calls):
         norm = modules[call.name]
-        if call.name not in once or type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or _hooked(norm):
+        if call.name not in once or not is_batch_norm(norm) or _hooked(norm):
             continue
         maker = makers.get(call.inputs.get(0, -1))
-        if maker is None or _hooked(modules[maker.name]) or norm.running_mean is None:
+        if maker is None or _hooked(modules[maker.name]):
             continue
         readers = {reader for _, reader in seen.lives[call.inputs[0]].readers}
         if readers == {index}:

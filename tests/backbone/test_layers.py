@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dynnet.backbone.layers.table import by_output, channel_dim, cut_, effect_of, run, stated_widths
 from dynnet.backbone.subsets import subset
 from dynnet.errors import GateError
+from tests.cases import CHANNELWISE
 
 
 def inputs(layer: nn.Module) -> Tensor:
@@ -80,9 +81,9 @@ def test_a_layer_on_some_channels_equals_the_whole_layer_on_zeros(name: str) -> 
 
 PASSING = {
     "depthwise": nn.Conv2d(16, 16, 3, padding=1, groups=16),
-    "batch norm": nn.BatchNorm2d(16),
     "batch norm without parameters": nn.BatchNorm2d(16, affine=False),
     "batch norm and activation": BatchNormAct2d(16),
+    **{kind: build(16) for kind, build in CHANNELWISE.items()},
 }
 MIXING = {
     "layer norm": nn.LayerNorm(16),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dynnet
-from tests.cases import CASES, Case, leave_one_by_one, tiny
+from tests.cases import CASES, CHAIN, CHANNELWISE, Case, channelwise, leave_one_by_one, tiny
 
 
 def scramble(model: nn.Module) -> None:
@@ -69,3 +69,14 @@ def test_a_convolution_with_a_second_reader_is_left_alone() -> None:
             return self.fc((x + self.norm(x)).mean((2, 3)))
 
     assert norms(dynnet.fold(Both(), (3, 8, 8))) == 1
+
+
+@pytest.mark.parametrize("kind", CHANNELWISE)
+@torch.no_grad()
+def test_every_kind_of_batch_norm_is_folded_and_no_other(kind: str) -> None:
+    model = channelwise(kind)
+    folded = dynnet.fold(model, CHAIN)
+    left = type(model[1]) in [type(module) for module in folded]
+    assert left == (kind == "slopes" or "instance" in kind)
+    x = torch.randn(3, *CHAIN)
+    torch.testing.assert_close(folded(x), model(x), atol=1e-5, rtol=1e-4)

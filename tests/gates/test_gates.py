@@ -14,7 +14,7 @@ from dynnet.errors import CalibrationError, GateError, NonFiniteError
 from dynnet.gates.freezing import cut_frozen_, mean_masks
 from dynnet.gates.plan import GateConfig
 from dynnet.thresholds.goals import Budget
-from tests.cases import Case, enliven, leave_one_by_one, open_at_random
+from tests.cases import CHAIN, CHANNELWISE, Case, channelwise, enliven, leave_one_by_one, open_at_random
 from tests.gates.gated import GATED, SMALL, difference, gated, predict_alone
 from tests.generated import PARTS, Generated
 
@@ -50,6 +50,21 @@ def test_skipped_equals_masked_and_is_billed_exactly(case: Case) -> None:
     assert model.unwrap() is backbone
     assert not any("forward" in vars(m) for m in backbone.modules())
     assert torch.equal(backbone(images), plain)
+
+
+@pytest.mark.parametrize("kind", CHANNELWISE)
+@torch.no_grad()
+def test_skipped_equals_masked_behind_every_kind_that_passes_channels_on(kind: str) -> None:
+    images = torch.randn(5, *CHAIN)
+    model = dynnet.wrap(channelwise(kind), [], gates=GateConfig(unit=4), input_size=CHAIN)
+    open_at_random(model)
+    assert {site.layer for site in model.gates.plan.sites} == {"3", "4", "8"}
+    model.execution = "masked"
+    masked = model.predict(images)
+    sparse = predict_alone(model, images)
+    assert difference(sparse.logits, masked.logits) < 1e-4
+    assert sparse.macs.tolist() == masked.macs.tolist()
+    assert difference(masked.logits, model.unwrap()(images)) > 1e-3
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -23,7 +23,7 @@ from dynnet.errors import CheckpointError, DataError, PruneError
 from dynnet.pruning import choosing, sparsify_
 from dynnet.pruning.narrowing import narrow_
 from dynnet.pruning.timed import time_share
-from tests.cases import CASES, CHAIN, CLASSES, Case, chain, enliven
+from tests.cases import CASES, CHAIN, CHANNELWISE, CLASSES, Case, chain, channelwise, enliven
 from tests.generated import PARTS, Generated
 from tests.zeroing import assert_cut_is_zeroed
 
@@ -55,6 +55,11 @@ def test_cut_is_zeroed_on_any_network(parts: list[str], width: int, seed: int) -
     model = Generated(parts, width, seed).eval().double()
     enliven(model, seed)
     assert assert_cut_is_zeroed(model, (3, 16, 16), seed) > 0
+
+
+@pytest.mark.parametrize("kind", CHANNELWISE)
+def test_cut_equals_zeroed_behind_every_kind_that_passes_channels_on(kind: str) -> None:
+    assert assert_cut_is_zeroed(channelwise(kind).double(), CHAIN) == 2
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)

@@ -1,4 +1,5 @@
-"""Norms. A batch norm passes channels on one by one; the others look at several, or all, at once.
+"""Norms. A batch norm passes channels on one by one, as does an instance norm, or an activation with a slope a channel;
+the others look at several, or all, at once.
 
 Where channels are missing, a norm that looks at several counts them as zeros, so that what is skipped equals what is
 masked; cut for good, it sees only those that are left.
@@ -9,7 +10,7 @@ masked; cut for good, it sees only those that are left.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,9 @@ from timm.layers import (
     RmsNorm2d,
 )
 from timm.layers.grn import GlobalResponseNorm
-from timm.layers.norm_act import GroupNorm1Act, RmsNormAct, RmsNormAct2d
+from timm.layers.norm_act import FrozenBatchNormAct2d, GroupNorm1Act, RmsNormAct, RmsNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from dynnet.backbone.layers.kind import HALF, Effect, Kind, activated, replace_
 from dynnet.backbone.subsets import Subset
@@ -73,10 +75,9 @@ class Norm(Kind):
         return {}
 
 
-class BatchNorm(Norm):
-    """In eval mode a scale and a shift a channel."""
+class Passing(Norm):
+    """Passes channels on one by one."""
 
-    types = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d})
     tensors = ("weight", "bias", "running_mean", "running_var")
 
     def effect(self, layer: nn.Module) -> Effect:
@@ -84,18 +85,60 @@ class BatchNorm(Norm):
 
     def widths(self, layer: nn.Module) -> tuple[int, int]:
         norm: Any = layer
-        return norm.num_features, norm.num_features
+        stated = [getattr(layer, key) for key in _COUNTED if hasattr(layer, key)]
+        width = stated[0] if stated else len(norm.weight)
+        return width, width
+
+    def stated(self, layer: nn.Module, reads: Subset) -> dict[str, Any]:
+        return {key: len(reads) for key in _COUNTED if hasattr(layer, key)}
+
+
+_COUNTED = ("num_features", "num_parameters")
+
+
+class BatchNorm(Passing):
+    """In eval mode a scale and a shift a channel; where it is frozen, in train mode too."""
+
+    types = frozenset(
+        {
+            nn.BatchNorm1d,
+            nn.BatchNorm2d,
+            nn.SyncBatchNorm,
+            BatchNormAct2d,
+            SyncBatchNormAct,
+            FrozenBatchNorm2d,
+            FrozenBatchNormAct2d,
+        }
+    )
 
     def normed(self, layer: nn.Module, x: Tensor, reads: Subset) -> Tensor:
         norm: Any = layer
-        mean, var, weight, bias = (
-            None if p is None else reads.take(p, 0)
-            for p in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        )
+        mean, var, weight, bias = _remembered(layer, reads)
         return F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, norm.eps)
 
-    def stated(self, layer: nn.Module, reads: Subset) -> dict[str, Any]:
-        return {"num_features": len(reads)}
+
+class InstanceNorm(Passing):
+    """(x - mean) / deviation, over the pixels of a channel of one sample."""
+
+    types = frozenset({nn.InstanceNorm1d, nn.InstanceNorm2d})
+
+    def normed(self, layer: nn.Module, x: Tensor, reads: Subset) -> Tensor:
+        norm: Any = layer
+        mean, var, weight, bias = _remembered(layer, reads)
+        return F.instance_norm(x, mean, var, weight, bias, norm.training or mean is None, 0.0, norm.eps)
+
+
+class Slopes(Passing):
+    """An activation with a slope for every channel; where one holds for all, it is an operator like any other."""
+
+    types = frozenset({nn.PReLU})
+    tensors = ("weight",)
+
+    def matches(self, layer: nn.Module) -> bool:
+        return super().matches(layer) and cast(nn.PReLU, layer).num_parameters > 1
+
+    def normed(self, layer: nn.Module, x: Tensor, reads: Subset) -> Tensor:
+        return F.prelu(x, reads.take(cast(nn.PReLU, layer).weight, 0))
 
 
 class ShapedNorm(Norm):
@@ -212,7 +255,21 @@ class ResponseNorm(Norm):
         return (x + response).to(given)
 
 
-KINDS: tuple[Kind, ...] = (BatchNorm(), LayerNormKind(), RmsNormKind(), GroupNormKind(), ResponseNorm())
+KINDS: tuple[Kind, ...] = (
+    BatchNorm(),
+    InstanceNorm(),
+    Slopes(),
+    LayerNormKind(),
+    RmsNormKind(),
+    GroupNormKind(),
+    ResponseNorm(),
+)
+
+
+def _remembered(layer: nn.Module, reads: Subset) -> list[Tensor | None]:
+    """Mean, variance, weight and bias of some channels, as far as a norm has them."""
+    tensors = [getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias")]
+    return [None if tensor is None else reads.take(tensor, 0) for tensor in tensors]
 
 
 def _scaled(layer: nn.Module, x: Tensor, reads: Subset, dim: int) -> Tensor:

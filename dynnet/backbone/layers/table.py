@@ -32,6 +32,11 @@ def weighing_kind(layer: nn.Module) -> Weighing | None:
     return kind if isinstance(kind, Weighing) else None
 
 
+def is_batch_norm(layer: nn.Module) -> bool:
+    """Is it, in eval mode, a scale and a shift a channel, by what it remembers of means and variances?"""
+    return isinstance(kind_of(layer), norms.BatchNorm) and layer.running_mean is not None
+
+
 def by_output(layer: nn.Module, weight: Tensor) -> Tensor:
     """The weight of a weighing layer, or what has its shape, as (O, I / groups, ...); given that, the layer's own."""
     kind = weighing_kind(layer)
