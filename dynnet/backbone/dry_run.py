@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from dynnet.backbone.counting import macs_of
 from dynnet.backbone.hooks import watching
+from dynnet.backbone.keeping import unaltered
 from dynnet.backbone.meta import run_on_meta
 from dynnet.backbone.modes import evaluating, somebodys_forward
 from dynnet.backbone.row_order import Orders
@@ -180,7 +181,7 @@ def trace(
     recorder = _Recorder(batch)
     twin = meta_twin(model)
     names = {name: module for name, module in twin.named_modules() if name}
-    with torch.inference_mode(False), evaluating(twin), torch.no_grad():
+    with unaltered(twin), torch.inference_mode(False), evaluating(twin), torch.no_grad():
         images = torch.empty(batch, *input_size, dtype=dtype, device="meta")
         with watching(names, recorder.enter, recorder.leave), recorder, somebodys_forward(model):
             output = twin(images) if forward is None else forward(twin, images)

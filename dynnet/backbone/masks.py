@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from dynnet.backbone.layers.table import weighing_kind
 
@@ -42,8 +46,18 @@ def not_plain(model: nn.Module, masked: bool = False) -> str | None:
                 f"{name} has a parametrization that is no mask; call torch.nn.utils.parametrize.remove_parametrizations"
             )
         elif weighing_kind(module) and not isinstance(module.weight, nn.Parameter):
-            return (
-                f"the weights of {name} are no parameter: a hook makes them; take it away first, with "
-                f"torch.nn.utils.prune.remove or the like"
-            )
+            makers = [remedy for kind, remedy in _REMEDIES.items() for hook in _hooks(module) if isinstance(hook, kind)]
+            remedy = makers[0] if makers else "torch.nn.utils.prune.remove or the like"
+            return f"the weights of {name} are no parameter: a hook makes them; take it away first, with {remedy}"
     return None
+
+
+_REMEDIES: dict[type, str] = {
+    WeightNorm: "torch.nn.utils.remove_weight_norm",
+    SpectralNorm: "torch.nn.utils.remove_spectral_norm",
+    BasePruningMethod: "torch.nn.utils.prune.remove",
+}
+
+
+def _hooks(module: nn.Module) -> Iterable[Any]:
+    return module._forward_pre_hooks.values()

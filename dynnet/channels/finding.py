@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dynnet.backbone.hooks import watching
+from dynnet.backbone.keeping import unaltered
 from dynnet.backbone.modes import evaluating, somebodys_forward
 from dynnet.backbone.twin import meta_twin
 from dynnet.channels.following import Kept, Role, Tracer
@@ -82,7 +83,7 @@ def _follow(
     """What a dry run saw, and what stopped it."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     tracer, modules = Tracer(seen, kept), dict(model.named_modules())
-    with torch.inference_mode(False), evaluating(model), torch.no_grad():
+    with unaltered(model), torch.inference_mode(False), evaluating(model), torch.no_grad():
         images = torch.empty(1, *input_size, dtype=dtype, device="meta")
         try:
             with watching(modules, tracer.enter, tracer.leave), tracer, somebodys_forward(model):

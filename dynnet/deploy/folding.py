@@ -6,7 +6,6 @@ themselves. What a dry run shows to be read by the norm alone is folded; everyth
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar, cast
 
@@ -17,7 +16,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from dynnet.backbone.dry_run import BATCH, Trace, trace
 from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.layers.table import is_batch_norm, known, weighing_kind
+from dynnet.backbone.twin import copy_of
 from dynnet.errors import CheckpointError
+from dynnet.gates.attaching import GatedForward
 from dynnet.model import DynamicModel
 
 M = TypeVar("M", bound=nn.Module)
@@ -39,7 +40,7 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
     Returns:
         The copy, in eval mode. Its answers are the same to rounding; it is not for training.
     """
-    folded = copy.deepcopy(model).eval()
+    folded = copy_of(model).eval()
     if isinstance(folded, DynamicModel):
         seen = trace(folded, input_size or folded.input_size, BATCH, DynamicModel.run_every_exit)
     else:
@@ -107,10 +108,10 @@ def _pairs(seen: Trace, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
     found = []
     for index, call in enumerate(seen.calls):
         norm = modules[call.name]
-        if call.name not in once or not is_batch_norm(norm) or _hooked(norm):
+        if call.name not in once or not is_batch_norm(norm) or is_hooked(norm):
             continue
         maker = makers.get(call.inputs.get(0, -1))
-        if maker is None or _hooked(modules[maker.name]):
+        if maker is None or is_hooked(modules[maker.name]):
             continue
         readers = {reader for _, reader in seen.lives[call.inputs[0]].readers}
         if readers == {index}:
@@ -124,5 +125,8 @@ def _is_conv(module: nn.Module) -> bool:
     return kind is not None and isinstance(module, nn.Conv2d) and kind.is_plain(module)
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_hooked(module: nn.Module) -> bool:
+    """Does somebody listen to a layer, or stand in for its forward, so that nothing else may take its place?"""
+    instead = vars(module).get("forward")
+    heard = module._forward_hooks or module._forward_pre_hooks
+    return bool(heard) or (instead is not None and not isinstance(instead, GatedForward))

@@ -28,7 +28,7 @@ from dynnet.backbone.layers.table import weighing_kind
 from dynnet.backbone.masks import not_plain
 from dynnet.backbone.modes import evaluating
 from dynnet.backbone.names import check_excluded, is_inside, title
-from dynnet.deploy.folding import fold
+from dynnet.deploy.folding import fold, is_hooked
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
 from dynnet.model import DynamicModel, every_layer
 
@@ -259,7 +259,7 @@ def put_int8_(model: nn.Module, ranges: Mapping[str, tuple[float, float]]) -> No
 def _is_plain(module: nn.Module) -> bool:
     """Of a kind whose forward is known, and which nobody listens to."""
     kind = weighing_kind(module)
-    if module._forward_hooks or not isinstance(module, (nn.Conv2d, nn.Linear)) or kind is None:
+    if is_hooked(module) or not isinstance(module, (nn.Conv2d, nn.Linear)) or kind is None:
         return False
     if not kind.is_plain(module):
         return False

@@ -9,7 +9,6 @@ tails are reported, never means alone. Other batch sizes are timed apart.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.backbone.modes import device_of, evaluating
+from dynnet.backbone.twin import copy_of
 from dynnet.deploy.folding import folded_norms
 from dynnet.errors import InputError
 from dynnet.model import DynamicModel
@@ -205,7 +205,7 @@ def one_at_a_time(models: Mapping[str, nn.Module], images: Tensor, warmup: int =
 def _bare(model: nn.Module) -> nn.Module:
     """A copy of the backbone without hooks."""
     assert isinstance(model, DynamicModel)
-    return copy.deepcopy(model).unwrap()
+    return copy_of(model).unwrap()
 
 
 def _exits(model: nn.Module, batch: Tensor) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from dynnet.backbone.counting import flop_counter
 from dynnet.backbone.modes import device_of, evaluating
 from dynnet.backbone.names import title
+from dynnet.backbone.twin import copy_of
 from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import InputError, VerificationError
 from dynnet.exits.confidence import Measure
@@ -85,7 +85,7 @@ def verify(model: DynamicModel, images: Tensor) -> Verification:
         got = f"{len(images)} images" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise InputError(f"got {got}; give at least two, (B, C, H, W): who leaves must not touch who stays")
     images = images.to(device_of(model))
-    twin = copy.deepcopy(model)
+    twin = copy_of(model)
     twin.check(images)
     twin.measure = InTurn(len(model.exits))
     twin.thresholds = [1.0] * len(model.exits)
@@ -129,7 +129,7 @@ def _as_the_backbone(model: DynamicModel, images: Tensor) -> Check:
         ours, model.thresholds = model.predict(images).logits, before
     else:
         ours = model.run_every_exit(images).logits[-1]  # without gates: they are another model
-    backbone = copy.deepcopy(model).unwrap()
+    backbone = copy_of(model).unwrap()
     theirs = backbone(images)
     worst, image = _deviation(ours, theirs)
     # Bit for bit, or what the numbers differ by.

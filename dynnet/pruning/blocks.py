@@ -6,7 +6,6 @@ runs. How much each is needed is measured by leaving it out.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dynnet.backbone.dry_run import BATCH, Call, Trace, trace
 from dynnet.backbone.input_size import first_run, input_size_of
 from dynnet.backbone.layers.table import effect_of
 from dynnet.backbone.names import check_list, title
+from dynnet.backbone.twin import copy_of
 from dynnet.errors import ForwardError, NonFiniteError, PruneError, did_you_mean
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.shape import remove_
@@ -94,7 +94,7 @@ def remove_blocks(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
     for block in blocks:
         if block not in modules:
             raise PruneError(f"{title(model)} has no module {block!r}{did_you_mean(block, modules)}")
-    shorter = copy.deepcopy(model)
+    shorter = copy_of(model)
     for block in blocks:
         remove_(shorter, block)
     return shorter
@@ -121,7 +121,7 @@ def prune_layers(
     size = input_size or input_size_of(model)
     with first_run(model, size, PruneError):
         whole = trace(model, size, 1).macs
-    shorter = copy.deepcopy(model)
+    shorter = copy_of(model)
     while (share := trace(shorter, size, 1).macs / whole) > macs:
         blocks = removable_blocks(shorter, size)
         if not blocks:

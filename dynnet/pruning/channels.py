@@ -8,7 +8,6 @@ units, and widths stay multiples of 8 where layers are wide enough.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -19,6 +18,7 @@ from torch import nn
 from dynnet.backbone.batches import Batches, Loader, Loss
 from dynnet.backbone.input_size import first_run, input_size_of
 from dynnet.backbone.names import check_excluded, check_fields, check_list, is_inside, title
+from dynnet.backbone.twin import copy_of
 from dynnet.channels.finding import find_groups
 from dynnet.channels.groups import Group
 from dynnet.cost.widths import Costs
@@ -81,7 +81,7 @@ def prune(
         )
     batches = Batches(loader, config.batches, loss or nn.functional.cross_entropy, config.seed)
     cuts = _Cuts.of_model(model, model if of is None else of, config, batches, size)
-    pruned = copy.deepcopy(model)
+    pruned = copy_of(model)
     for step in range(1, config.steps + 1):
         cuts.make_(pruned, step)
         if step < config.steps and between is not None:

@@ -5,7 +5,6 @@ U units of a group, C channels of a layer
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from dynnet.backbone.names import title
+from dynnet.backbone.twin import copy_of
 from dynnet.channels.following import Role
 from dynnet.channels.groups import Group, bundle
 from dynnet.cost.widths import Costs
@@ -115,7 +115,7 @@ def choose_by_time(
 
     def tried(macs: float) -> tuple[list[np.ndarray], float]:
         stay = choose(groups, chunks, costs, macs)
-        narrower = copy.deepcopy(model)
+        narrower = copy_of(model)
         narrow_(narrower, groups, stay)
         return stay, time_share(fold(narrower, size), dense, size)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 import dynnet
-from tests.cases import CASES, CHAIN, CHANNELWISE, Case, channelwise, leave_one_by_one, tiny
+from dynnet.deploy.int8 import int8_layers
+from dynnet.errors import DynnetError
+from tests.cases import CASES, CHAIN, CHANNELWISE, Case, chain, channelwise, leave_one_by_one, tiny
 
 
 def scramble(model: nn.Module) -> None:
@@ -80,3 +85,52 @@ def test_every_kind_of_batch_norm_is_folded_and_no_other(kind: str) -> None:
     assert left == (kind == "slopes" or "instance" in kind)
     x = torch.randn(3, *CHAIN)
     torch.testing.assert_close(folded(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("norm", "remedy"),
+    [
+        (nn.utils.weight_norm, r"torch.nn.utils.remove_weight_norm"),
+        (nn.utils.spectral_norm, r"torch.nn.utils.remove_spectral_norm"),
+        (partial(nn.utils.prune.random_unstructured, name="weight", amount=0.5), r"torch.nn.utils.prune.remove$"),
+        (nn.utils.parametrizations.weight_norm, r"torch.nn.utils.parametrize.remove_parametrizations"),
+        (nn.utils.parametrizations.spectral_norm, r"torch.nn.utils.parametrize.remove_parametrizations"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_are_made_anew_at_every_call_stay_right(
+    norm: Callable[[nn.Module], nn.Module], remedy: str
+) -> None:
+    model = chain()
+    scramble(model)
+    norm(model[0])
+    images = torch.randn(2, *CHAIN)
+    expected = model(images)  # with gradients, which make what a hook leaves on the layer
+    folded = dynnet.fold(model, CHAIN)
+    torch.testing.assert_close(folded(images), expected)
+    assert norms(folded) == 1
+    for cannot in (lambda: dynnet.quantize(model, [images], input_size=CHAIN), lambda: dynnet.prune(model, macs=0.5)):
+        with pytest.raises(DynnetError, match=remedy):
+            cannot()
+
+
+@torch.no_grad()
+def test_a_layer_that_somebody_listens_to_or_stands_in_for_is_left_alone() -> None:
+    images = torch.randn(2, *CHAIN)
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * nn.functional.conv2d(x, model[0].weight, model[0].bias)
+
+    for change in (
+        lambda conv: conv.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+        lambda conv: conv.register_forward_hook(lambda module, args, output: 2 * output),
+        lambda conv: setattr(conv, "forward", doubled),
+    ):
+        model = chain()
+        scramble(model)
+        change(model[0])
+        expected = model(images)
+        torch.testing.assert_close(dynnet.fold(model, CHAIN)(images), expected)
+        small = dynnet.quantize(model, [images], input_size=CHAIN)
+        assert int8_layers(small) == ["3", "7"]
+        assert (small(images) - expected).norm() < 0.05 * expected.norm()
