@@ -159,13 +159,13 @@ def _fitted(places: Places, head_share: float) -> HeadFactory:
 def _plan(places: Places, boundaries: Sequence[Boundary], config: GateConfig) -> GatePlan:
     backbone = places.backbone
     groups = find_groups(places.twin, places.input_size, [b.name for b in boundaries])
-    sideways = {
-        call.name
+    unheard = {
+        call.name: f"the first dimension in {call.name} is not the batch"
         for call in places.trace.calls
         if any(leaf.batch_dim != 0 or not leaf.together for leaf in call.leaves)
-    }
+    } | places.trace.owners.fused
     modules = dict(backbone.named_modules())
-    return plan_gates(groups, config, places.trace.layers, places.trace.macs, modules, sideways, title(backbone))
+    return plan_gates(groups, config, places.trace.layers, places.trace.macs, modules, unheard, title(backbone))
 
 
 def _checked(head: Any, backbone: nn.Module, boundary: Boundary) -> nn.Module:

@@ -27,6 +27,7 @@ from dynnet.backbone.hooks import watching
 from dynnet.backbone.keeping import unaltered
 from dynnet.backbone.meta import run_on_meta
 from dynnet.backbone.modes import evaluating, somebodys_forward
+from dynnet.backbone.owners import Owners
 from dynnet.backbone.row_order import Orders
 from dynnet.backbone.twin import meta_twin
 
@@ -106,8 +107,10 @@ class Trace:
         unpriced: ops that do arithmetic of unknown price, with the modules in which they ran.
         lives: of the tensors that belong to the batch, by identity.
         output: leaves of what the model returned.
+        owners: of the model's tensors, and who has read them.
     """
 
+    owners: Owners
     calls: list[Call] = field(default_factory=list)
     macs: int = 0
     layers: Counter[str] = field(default_factory=Counter)
@@ -178,8 +181,8 @@ def trace(
         ForwardError: what the forward raised.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    recorder = _Recorder(batch)
     twin = meta_twin(model)
+    recorder = _Recorder(batch, Owners(twin))
     names = {name: module for name, module in twin.named_modules() if name}
     with unaltered(twin), torch.inference_mode(False), evaluating(twin), torch.no_grad():
         images = torch.empty(batch, *input_size, dtype=dtype, device="meta")
@@ -189,11 +192,11 @@ def trace(
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, owners: Owners) -> None:
         super().__init__()
         self.batch = batch
         self.orders = Orders(batch)
-        self.result = Trace()
+        self.result = Trace(owners)
         self.clock = 0
         self.stack: list[int] = []  # indices into result.calls
         self.names: list[str] = [""]
@@ -252,6 +255,7 @@ class _Recorder(TorchDispatchMode):
         output = run_on_meta(func, args, kwargs)
         self.clock += 1
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self.result.owners.see(inputs, self.names)
         for x in inputs:
             self.lives[self._see(x)].readers.append((self.clock, self.stack[-1] if self.stack else -1))
         if self.batch > 1:

@@ -17,6 +17,15 @@ def title(model: nn.Module) -> str:
     return str(config.get("architecture") or type(model).__name__)
 
 
+def put_(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Let a module stand wherever the one of this name stands, in place: it may have other names as well."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                setattr(parent, key, module)
+
+
 def is_inside(name: str, parents: Sequence[str]) -> bool:
     """Is it one of these modules, or a module within one?"""
     return any(name == parent or name.startswith(parent + ".") for parent in parents)

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from dynnet.backbone.hooks import watching
 from dynnet.backbone.keeping import unaltered
 from dynnet.backbone.modes import evaluating, somebodys_forward
+from dynnet.backbone.owners import Owners
 from dynnet.backbone.twin import meta_twin
-from dynnet.channels.following import Kept, Role, Tracer
+from dynnet.channels.following import Role, Tracer
 from dynnet.channels.groups import Group, Member, Number
 from dynnet.channels.labels import HEADS, TOGETHER
 from dynnet.channels.rehearsal import Narrowed, narrow, rehearse
@@ -35,9 +35,10 @@ def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[
 
     def follow(free: Sequence[Narrowed]) -> tuple[Tracer, Exception | None]:
         with stating(model, {number: one.left * number.per_unit for one in free for number in one.group.numbers}):
-            return _follow(model, input_size, seen, narrow(free))
+            return _follow(model, input_size, Tracer(seen, narrow(free), owners))
 
     model = meta_twin(model)
+    owners = Owners(model)
     kinds = {name: type(module) for name, module in model.named_modules()}
     tracer, error = follow([])
     if error is not None:
@@ -77,12 +78,10 @@ def stating(model: nn.Module, numbers: Mapping[Number, int]) -> Iterator[None]:
             setattr(model.get_submodule(number.module), number.key, value)
 
 
-def _follow(
-    model: nn.Module, input_size: tuple[int, ...], seen: Collection[str], kept: Mapping[tuple[str, Role], Kept]
-) -> tuple[Tracer, Exception | None]:
+def _follow(model: nn.Module, input_size: tuple[int, ...], tracer: Tracer) -> tuple[Tracer, Exception | None]:
     """What a dry run saw, and what stopped it."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    tracer, modules = Tracer(seen, kept), dict(model.named_modules())
+    modules = dict(model.named_modules())
     with unaltered(model), torch.inference_mode(False), evaluating(model), torch.no_grad():
         images = torch.empty(1, *input_size, dtype=dtype, device="meta")
         try:
@@ -90,9 +89,7 @@ def _follow(
                 output = model(images)
         except ForwardError as error:
             return tracer, error
-    for x in tree_leaves(output):
-        if isinstance(x, Tensor):
-            tracer.labels.pin(tracer.labels.of(x), "they are the model's answer")
+    tracer.finish(output)
     return tracer, None
 
 

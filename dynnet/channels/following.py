@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from dynnet.backbone.layers.table import channel_dim, effect_of, weighing_kind
 from dynnet.backbone.meta import run_on_meta
+from dynnet.backbone.owners import Owners
 from dynnet.channels.labels import FREE, Labels
 from dynnet.channels.operators import rule_of
 
@@ -55,12 +56,13 @@ class Tracer(TorchDispatchMode):
         suspects: labels of what the operator read that failed.
     """
 
-    def __init__(self, seen: Collection[str], kept: Mapping[tuple[str, Role], Kept]) -> None:
+    def __init__(self, seen: Collection[str], kept: Mapping[tuple[str, Role], Kept], owners: Owners) -> None:
         """A run to be followed.
 
         Args:
             seen: modules whose output something else reads as well; its channels are pinned.
             kept: sides of layers that are narrowed.
+            owners: of the model's tensors; a layer that is not all that uses its own is pinned.
         """
         super().__init__()
         self.labels = Labels()
@@ -69,7 +71,7 @@ class Tracer(TorchDispatchMode):
         self.macs: list[int] = []
         self.grouped: set[str] = set()
         self.suspects: list[Tensor] = []
-        self._seen, self._narrow = seen, kept
+        self._seen, self._narrow, self._owners = seen, kept, owners
         self._segment = 0
         self._inside = 0  # layers whose operators are known as a whole
         self._incoming: Tensor | None = None  # of the outermost of them
@@ -130,6 +132,15 @@ class Tracer(TorchDispatchMode):
             return narrowed
 
         return hook
+
+    def finish(self, output: Any) -> None:
+        """The forward has ended with this answer."""
+        for x in tree_leaves(output):
+            if isinstance(x, Tensor):
+                self.labels.pin(self.labels.of(x), "they are the model's answer")
+        for (name, _), slot in self.slots.items():
+            if name in self._owners.others:
+                self.labels.pin(torch.arange(slot.first, slot.first + slot.width), self._owners.others[name])
 
     def _layer(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         kind, dim = effect_of(module), channel_dim(module, x)
@@ -199,10 +210,10 @@ class Tracer(TorchDispatchMode):
         except Exception:
             self._suspect((args, kwargs))
             raise
-        if not self._inside:
-            inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            if any(self.labels.of(x) is not None for x in inputs):
-                rule_of(func)(self.labels, func, args, kwargs, output)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self._owners.see(inputs, (name for name, _ in self.labels.running))
+        if not self._inside and any(self.labels.of(x) is not None for x in inputs):
+            rule_of(func)(self.labels, func, args, kwargs, output)
         return output
 
     def _suspect(self, given: Any) -> None:

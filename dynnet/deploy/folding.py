@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from dynnet.backbone.dry_run import BATCH, Trace, trace
 from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.layers.table import is_batch_norm, known, weighing_kind
+from dynnet.backbone.names import put_
 from dynnet.backbone.twin import copy_of
 from dynnet.errors import CheckpointError
 from dynnet.gates.attaching import GatedForward
@@ -41,10 +42,7 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
         The copy, in eval mode. Its answers are the same to rounding; it is not for training.
     """
     folded = copy_of(model).eval()
-    if isinstance(folded, DynamicModel):
-        seen = trace(folded, input_size or folded.input_size, BATCH, DynamicModel.run_every_exit)
-    else:
-        seen = trace(folded, input_size or input_size_of(folded), BATCH)
+    seen = whole_run(folded, input_size)
     modules = dict(folded.named_modules())
     for conv_name, norm_name in _pairs(seen, modules):
         conv, norm = modules[conv_name], cast(Any, modules[norm_name])
@@ -55,8 +53,15 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
         )
         if layout is not None:
             conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
-        folded.set_submodule(norm_name, FoldedNorm(norm))
+        put_(folded, norm_name, FoldedNorm(norm))
     return folded
+
+
+def whole_run(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Trace:
+    """A dry run of a model, of a wrapped one with all of its exits; by default on the size that it was made for."""
+    if isinstance(model, DynamicModel):
+        return trace(model, input_size or model.input_size, BATCH, DynamicModel.run_every_exit)
+    return trace(model, input_size or input_size_of(model), BATCH)
 
 
 class FoldedNorm(nn.Sequential):
@@ -93,15 +98,16 @@ def fold_again_(model: nn.Module, norms: Sequence[str], tensors: Collection[str]
     if missing := [name for name in norms if name not in found]:
         raise CheckpointError(f"it has no batch norm {missing[0]!r}")
     for name, norm in found.items():
-        model.set_submodule(name, FoldedNorm(norm))
+        put_(model, name, FoldedNorm(norm))
     for name, module in modules.items():
         if isinstance(module, nn.Conv2d) and module.bias is None and f"{name}.bias" in tensors:
             module.bias = nn.Parameter(module.weight.new_zeros(module.out_channels))
 
 
 def _pairs(seen: Trace, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
-    """(convolution, norm) where the norm is the only reader of the convolution's output."""
-    once = seen.once()
+    """(convolution, norm) where the norm is the only reader of the convolution's output, and all that uses the weights
+    of both are they themselves."""
+    once = {name: call for name, call in seen.once().items() if name not in seen.owners.others}
     makers = {
         call.outputs[0]: call for call in once.values() if _is_conv(modules[call.name]) and len(call.outputs) == 1
     }

@@ -27,8 +27,8 @@ from dynnet.backbone.hooks import reading
 from dynnet.backbone.layers.table import weighing_kind
 from dynnet.backbone.masks import not_plain
 from dynnet.backbone.modes import evaluating
-from dynnet.backbone.names import check_excluded, is_inside, title
-from dynnet.deploy.folding import fold, is_hooked
+from dynnet.backbone.names import check_excluded, is_inside, put_, title
+from dynnet.deploy.folding import fold, is_hooked, whole_run
 from dynnet.errors import CheckpointError, DataError, NonFiniteError, QuantizeError
 from dynnet.model import DynamicModel, every_layer
 
@@ -199,8 +199,9 @@ def quantize(
         input_size: (C, H, W); by default what the model was made for.
 
     Returns:
-        The copy, in eval mode; it can be saved, but not trained. Depthwise convolutions, and layers of other kinds than
-        plain convolutions and linear layers, stay as they are. A byte cannot be NaN: images with NaN get an answer.
+        The copy, in eval mode; it can be saved, but not trained. Depthwise convolutions, layers of other kinds than
+        plain convolutions and linear layers, and those whose weights something else uses as well, stay as they are. A
+        byte cannot be NaN: images with NaN get an answer.
 
     Raises:
         QuantizeError: gates, masks on weights, int8 layers, another device or type, an unknown module, or nothing to
@@ -221,7 +222,9 @@ def quantize(
     modules = dict(small.named_modules())
     whole = f"the wrapped {title(small.backbone)}" if isinstance(small, DynamicModel) else title(small)
     check_excluded(exclude, modules, whole, QuantizeError)
-    layers = {name: module for name, module in modules.items() if _is_plain(module) and not is_inside(name, exclude)}
+    owners = whole_run(small, input_size).owners
+    stay = {*owners.others, *owners.fused, *(name for name in modules if is_inside(name, exclude))}
+    layers = {name: module for name, module in modules.items() if _is_plain(module) and name not in stay}
     if not layers:
         raise QuantizeError("there are no plain convolutions or linear layers to quantize")
     put_int8_(small, _ranges(small, layers, loader, batches))
@@ -253,7 +256,7 @@ def put_int8_(model: nn.Module, ranges: Mapping[str, tuple[float, float]]) -> No
         for attribute in ("in_features", "out_features", "in_channels", "out_channels"):
             if hasattr(layer, attribute):
                 setattr(replacement, attribute, getattr(layer, attribute))
-        model.set_submodule(name, replacement)
+        put_(model, name, replacement)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ def plan_gates(
     macs: Mapping[str, int],
     total: int,
     modules: Collection[str],
-    sideways: Collection[str],
+    unheard: Mapping[str, str],
     title: str,
 ) -> GatePlan:
     """Choose what to gate.
@@ -37,7 +37,7 @@ def plan_gates(
         macs: of every layer, by name.
         total: MACs of the backbone.
         modules: names of all of its modules.
-        sideways: layers whose first dimension is not the batch: decisions about samples cannot be told to them.
+        unheard: layers to which decisions about samples cannot be told, and why.
         title: of the backbone, for messages.
 
     Raises:
@@ -47,7 +47,7 @@ def plan_gates(
         if getattr(config, key) < 1:
             raise GateError(f"{key}={getattr(config, key)}: give a number of 1 or more")
     check_excluded(config.exclude, modules, title, GateError)
-    refused = [_why_not(group, config, macs, total, sideways) for group in groups]
+    refused = [_why_not(group, config, macs, total, unheard) for group in groups]
     chosen = [group for group, reason in zip(groups, refused, strict=True) if reason is None]
     if not chosen:
         # The classes and what nobody reads are no channels that anybody would look for.
@@ -63,7 +63,7 @@ def plan_gates(
 
 
 def _why_not(
-    group: Group, config: GateConfig, macs: Mapping[str, int], total: int, sideways: Collection[str]
+    group: Group, config: GateConfig, macs: Mapping[str, int], total: int, unheard: Mapping[str, str]
 ) -> str | None:
     """Why a group is left alone; None where it is gated."""
     if group.coupled:
@@ -76,9 +76,9 @@ def _why_not(
         return f"the forward of {group.numbers[0].module} needs to be told how many heads there are"
     if any(is_inside(member.layer, config.exclude) for member in group.members):
         return f"excluded are {list(config.exclude)}"
-    across = [member.layer for member in group.members if member.layer in sideways]
-    if across:
-        return f"the first dimension in {across[0]} is not the batch"
+    deaf = [member.layer for member in group.members if member.layer in unheard]
+    if deaf:
+        return unheard[deaf[0]]
     if group.inputs < _BLIND:
         return f"{group.members[0].layer} reads only {group.inputs} channels, from which nothing can be decided"
     saved = 0.0

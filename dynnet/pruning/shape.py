@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import BATCH, trace
 from dynnet.backbone.layers.table import cut_, effect_of, stated_widths
-from dynnet.backbone.names import is_inside
+from dynnet.backbone.names import is_inside, put_
 from dynnet.backbone.subsets import Subset, subset
 from dynnet.channels.labels import HEADS, TOGETHER
 from dynnet.errors import PruneError
@@ -122,7 +122,7 @@ class Skipped(nn.Module):
 
 def remove_(model: nn.Module, name: str) -> None:
     """Let a module pass on what it is given, in place."""
-    model.set_submodule(name, Skipped())
+    put_(model, name, Skipped())
 
 
 def restate_(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:

@@ -19,6 +19,7 @@ from dynnet.backbone.batches import Batches, Loader, Loss
 from dynnet.backbone.layers.table import by_output, weighing_kind
 from dynnet.backbone.masks import Masked, is_masked
 from dynnet.backbone.names import check_excluded, is_inside, title
+from dynnet.backbone.owners import holders
 from dynnet.errors import PruneError
 from dynnet.pruning.bare import check_bare
 from dynnet.pruning.criteria.weights import score_weights, weight_of
@@ -245,11 +246,12 @@ def weighted_layers(model: nn.Module, exclude: Sequence[str]) -> list[str]:
     ]
     if not found:
         raise PruneError(f"{title(model)} has no convolutions or linear layers to prune")
-    owners: dict[Tensor, str] = {}
+    held = holders(model)
     for name in found:
-        if (owner := owners.setdefault(weight_of(modules[name]), name)) != name:
+        if len(places := held[id(weight_of(modules[name]))]) > 1:
+            one, other = (place.module or "the model itself" for place in places[:2])
             raise PruneError(
-                f"{owner} and {name} share their weights, so that they cannot have masks each; exclude them"
+                f"{one} and {other} share their weights, so that they cannot have masks each; exclude them"
             )
     return found
 
