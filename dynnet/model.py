@@ -31,7 +31,7 @@ from dynnet.gates import attaching
 from dynnet.gates.decisions import Decisions, least_macs
 from dynnet.gates.networks import Gates
 from dynnet.gates.plan import GateConfig, GatePlan
-from dynnet.outputs import ExitOutputs, Prediction
+from dynnet.outputs import ExitOutputs, Prediction, only_logits
 
 Execution = Literal["sparse", "masked"]
 
@@ -300,7 +300,7 @@ class DynamicModel(Hosted):
         decisions = self._decisions(sparse=False) if gated else None
         every = EveryExit(self.tag, x.shape, decisions, list(self.heads), equilibrium)
         with self._right_gradients(every, x), flow.run(every):  # nobody leaves, so that noted sizes stay right
-            every.logits.append(self.backbone(x))
+            every.logits.append(only_logits(self.backbone(x), self.backbone))
             every.check_reached(self.exits)
         shares = tuple(boundary.macs_share for boundary in self.boundaries)
         return ExitOutputs(tuple(every.logits), decisions, shares)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from dynnet.backbone.names import title
+from dynnet.errors import UnsupportedError
 from dynnet.gates.decisions import Decisions
 
 
@@ -42,3 +44,18 @@ class ExitOutputs(NamedTuple):
     logits: tuple[Tensor, ...]
     decisions: Decisions | None = None
     macs_shares: tuple[float, ...] = ()
+
+
+def only_logits(answer: Any, backbone: nn.Module) -> Tensor:
+    """What a backbone has answered, which must be logits and nothing else.
+
+    Raises:
+        UnsupportedError: it is a tuple, say, as that of a model with auxiliary heads in train mode.
+    """
+    if isinstance(answer, Tensor):
+        return answer
+    raise UnsupportedError(
+        f"{title(backbone)} answers with {type(answer).__name__} in train mode, where a wrapped model needs one tensor "
+        f"of (B, K) logits; create it without auxiliary heads (torchvision's with aux_logits=False), exits take their "
+        f"place"
+    )

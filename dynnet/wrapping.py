@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import BATCH, Trace, trace
 from dynnet.backbone.input_size import input_size_of
+from dynnet.backbone.modes import learning
 from dynnet.backbone.names import check_fields, title
 from dynnet.channels.finding import find_groups
 from dynnet.errors import ExitError, ForwardError, HeadError
@@ -23,6 +25,7 @@ from dynnet.gates import attaching
 from dynnet.gates.plan import GateConfig, GatePlan, check_gates
 from dynnet.gates.planning import plan_gates
 from dynnet.model import DynamicModel, WrapConfig
+from dynnet.outputs import only_logits
 
 
 def wrap(
@@ -59,11 +62,13 @@ def wrap(
         GateError: nothing to gate, and why; the backbone is left untouched.
         HeadError: a head that does not answer with (B, K) logits; the backbone is left untouched.
         ThresholdError: no such measure of confidence, or one that a single logit tells nothing.
+        UnsupportedError: in train mode the backbone answers with more than its logits; it is left untouched.
     """
     config, confidence = _settled(backbone, exits, fields)
     assert config.input_size is not None
     places = Places(backbone, config.input_size)
     check_classes(make_measure(confidence, 0), places.num_classes, title(backbone))
+    _check_training(places)
     placement = _placed(places, config)
     config = replace(config, exits=tuple(boundary.name for boundary in placement.exits))
     plan = None if config.gates is None else _plan(places, placement.exits, config.gates)
@@ -97,6 +102,25 @@ def _settled(
     if len(size) != 3:
         raise ExitError(f"input_size={config.input_size}: give (C, H, W), such as (3, 224, 224)")
     return replace(config, input_size=size), confidence
+
+
+def _check_training(places: Places) -> None:
+    """Refuse a backbone that has heads which run in training only, and answers with theirs as well.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    answers: list[Any] = []
+
+    def forward(twin: nn.Module, images: Tensor) -> None:
+        with learning(twin):
+            answers.append(twin(images))
+
+    if places.trace.owners.unread():
+        with contextlib.suppress(ForwardError):  # it does not run on images alone
+            trace(places.twin, places.input_size, BATCH, forward)
+    for answer in answers:
+        only_logits(answer, places.backbone)
 
 
 def _placed(places: Places, config: WrapConfig) -> Placement:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from dynnet.backbone.layers.table import effect_of
 from dynnet.backbone.names import title
 from dynnet.errors import DynnetError, ForwardError
 
@@ -23,6 +24,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def learning(model: nn.Module) -> Iterator[None]:
+    """Train mode for what holds other modules, and so decides which of them run; for a dry run, in which dropout and
+    the statistics of one batch would only be in the way. Afterwards every module is in the mode in which it was."""
+    with evaluating(model):
+        for module in model.modules():
+            module.training = effect_of(module) is None and any(True for _ in module.children())
+        yield
 
 
 @contextlib.contextmanager

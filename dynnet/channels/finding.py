@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynnet.backbone.hooks import watching
 from dynnet.backbone.keeping import unaltered
-from dynnet.backbone.modes import evaluating, somebodys_forward
+from dynnet.backbone.modes import evaluating, learning, somebodys_forward
 from dynnet.backbone.owners import Owners
 from dynnet.backbone.twin import meta_twin
 from dynnet.channels.following import Role, Tracer
@@ -20,9 +20,15 @@ from dynnet.channels.labels import HEADS, TOGETHER
 from dynnet.channels.rehearsal import Narrowed, narrow, rehearse
 from dynnet.errors import ForwardError
 
+Mode = Callable[[nn.Module], AbstractContextManager[None]]
+
 
 def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[str] = ()) -> list[Group]:
     """The channel groups of any model, in the order in which their first layers run.
+
+    Layers are those that run in eval mode. Where a model has others, of auxiliary heads, it is followed in train mode
+    as well, and the channels that these read are pinned; a train mode in which it cannot run on images alone is left
+    out of account.
 
     Args:
         model: takes one (B, *input_size) tensor.
@@ -35,14 +41,19 @@ def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[
 
     def follow(free: Sequence[Narrowed]) -> tuple[Tracer, Exception | None]:
         with stating(model, {number: one.left * number.per_unit for one in free for number in one.group.numbers}):
-            return _follow(model, input_size, Tracer(seen, narrow(free), owners))
+            return _follow(model, input_size, Tracer(seen, narrow(free), owners), modes)
 
     model = meta_twin(model)
     owners = Owners(model)
+    modes: list[Mode] = [evaluating]
     kinds = {name: type(module) for name, module in model.named_modules()}
     tracer, error = follow([])
     if error is not None:
         raise error
+    if owners.unread():
+        modes.append(learning)
+        both, error = follow([])
+        tracer, modes = (both, modes) if error is None else (tracer, modes[:1])
     parent = _components(tracer.atoms, [(a, b) for a, b, _ in tracer.labels.ties])
     reasons: dict[int, str] = {}
     for atoms, reason in tracer.labels.pins:
@@ -78,18 +89,23 @@ def stating(model: nn.Module, numbers: Mapping[Number, int]) -> Iterator[None]:
             setattr(model.get_submodule(number.module), number.key, value)
 
 
-def _follow(model: nn.Module, input_size: tuple[int, ...], tracer: Tracer) -> tuple[Tracer, Exception | None]:
-    """What a dry run saw, and what stopped it."""
+def _follow(
+    model: nn.Module, input_size: tuple[int, ...], tracer: Tracer, modes: Sequence[Mode]
+) -> tuple[Tracer, Exception | None]:
+    """What a dry run in each of these modes saw, and what stopped it."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     modules = dict(model.named_modules())
-    with unaltered(model), torch.inference_mode(False), evaluating(model), torch.no_grad():
+    with unaltered(model), torch.inference_mode(False), torch.no_grad():
         images = torch.empty(1, *input_size, dtype=dtype, device="meta")
-        try:
-            with watching(modules, tracer.enter, tracer.leave), tracer, somebodys_forward(model):
-                output = model(images)
-        except ForwardError as error:
-            return tracer, error
-    tracer.finish(output)
+        for number, mode in enumerate(modes):
+            if number:
+                tracer.begin_again()
+            try:
+                with mode(model), watching(modules, tracer.enter, tracer.leave), tracer, somebodys_forward(model):
+                    output = model(images)
+            except ForwardError as error:
+                return tracer, error
+            tracer.finish(output)
     return tracer, None
 
 

@@ -54,6 +54,9 @@ class Tracer(TorchDispatchMode):
         macs: of every layer that ran, in order.
         grouped: names of grouped convolutions.
         suspects: labels of what the operator read that failed.
+
+    A forward may be followed a second time, in train mode, where other layers may run. They get no labels of their own:
+    what they read stays.
     """
 
     def __init__(self, seen: Collection[str], kept: Mapping[tuple[str, Role], Kept], owners: Owners) -> None:
@@ -73,6 +76,8 @@ class Tracer(TorchDispatchMode):
         self.suspects: list[Tensor] = []
         self._seen, self._narrow, self._owners = seen, kept, owners
         self._segment = 0
+        self._called: set[tuple[str, Role]] = set()  # sides of layers, in this forward
+        self._known: frozenset[str] | None = None  # layers that ran in the first, while the second runs
         self._inside = 0  # layers whose operators are known as a whole
         self._incoming: Tensor | None = None  # of the outermost of them
         self._more = False  # is it called with more than that?
@@ -84,6 +89,13 @@ class Tracer(TorchDispatchMode):
             for (before, _, _), (after, labels, where) in zip(self.labels.numbers, narrow.labels.numbers, strict=False)
             if before != after
         ]
+
+    def begin_again(self) -> None:
+        """The forward begins anew, in train mode."""
+        self._segment, self._inside = 0, 0
+        self._called.clear()
+        self.labels.running.clear()
+        self._known = frozenset(name for name, _ in self.slots)
 
     # What layers do.
 
@@ -147,6 +159,9 @@ class Tracer(TorchDispatchMode):
         weighs = weighing_kind(module) if kind == "weighs" else None
         self.macs.append(0 if weighs is None else weighs.macs(module, x, output))
         incoming = self._along(x, dim)
+        if self._known is not None and name not in self._known:
+            self.labels.pin(incoming, f"{name} reads them in training only")
+            return
         if kind != "weighs":
             if (incoming >= 0).any():
                 assert kind is not None
@@ -179,14 +194,15 @@ class Tracer(TorchDispatchMode):
         """The labels of the channels on one side of a layer; x has them along `dim`."""
         kept = self._narrow.get((name, role))
         width = x.shape[dim] if kept is None else kept.width
-        known = self.slots.get((name, role))
-        if known is None:
+        again = (name, role) in self._called
+        self._called.add((name, role))
+        if (name, role) not in self.slots:
             pixels = x.numel() // (x.shape[0] * x.shape[dim])
             self.slots[name, role] = Slot(self.atoms, width, pixels, len(self.macs) - 1, self._segment)
             self.atoms += width
         first = self.slots[name, role].first
         atoms = first + (torch.arange(width) if kept is None else kept.channels)
-        if known is not None:
+        if again:
             self.labels.pin(atoms, f"{name} runs more than once")
         return atoms
 

@@ -78,7 +78,7 @@ class Norm(Kind):
 class Passing(Norm):
     """Passes channels on one by one."""
 
-    tensors = ("weight", "bias", "running_mean", "running_var")
+    tensors: tuple[str, ...] = ("weight", "bias", "running_mean", "running_var")
 
     def effect(self, layer: nn.Module) -> Effect:
         return "passes"
