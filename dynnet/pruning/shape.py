@@ -122,7 +122,7 @@ class Skipped(nn.Module):
 
 def remove_(model: nn.Module, name: str) -> None:
     """Let a module pass on what it is given, in place."""
-    put_(model, name, Skipped())
+    put_(model, name, Skipped().train(model.get_submodule(name).training))
 
 
 def restate_(model: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:

@@ -144,6 +144,7 @@ def set_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             layer.parametrizations.weight[0].mask.copy_(mask)
         else:
             register_parametrization(layer, "weight", Masked(mask))
+            layer.parametrizations.train(layer.training)
 
 
 def make_permanent_(model: nn.Module) -> None:
