@@ -19,6 +19,7 @@ from dynnet.errors import ForwardError, UnsupportedError
 M = TypeVar("M", bound=nn.Module)
 
 _HOOKS = (dict, OrderedDict)
+_REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 def meta_twin(model: M) -> M:
@@ -67,9 +68,12 @@ def _copied(model: M, copies: dict[int, Any]) -> M:
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """All that modules hold, by whatever name, also in lists and dictionaries."""
     for module in model.modules():
-        for value in vars(module).values():
-            leaves = tree_leaves(value) if isinstance(value, (dict, list, tuple)) else (value,)
-            yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))
+        yield from (x for slots in (module._parameters, module._buffers) for x in slots.values() if x is not None)
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, (dict, list, tuple)) and value and key not in _REGISTERED:
+                yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _without_numbers(tensor: Tensor) -> Tensor:

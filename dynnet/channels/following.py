@@ -226,7 +226,9 @@ class Tracer(TorchDispatchMode):
         except Exception:
             self._suspect((args, kwargs))
             raise
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        # What a layer weighs with is no list.
+        given = (*args, *kwargs.values()) if self._inside else tree_leaves((args, kwargs))
+        inputs = [x for x in given if isinstance(x, Tensor)]
         self._owners.see(inputs, (name for name, _ in self.labels.running))
         if not self._inside and any(self.labels.of(x) is not None for x in inputs):
             rule_of(func)(self.labels, func, args, kwargs, output)
