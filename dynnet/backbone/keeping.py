@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 
 _MOST = 100_000  # objects that are looked at, in the order in which they are found
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, np.ndarray, types.ModuleType, torch.dtype)
-_LIBRARIES = frozenset({"torch", "timm", "torchvision", "numpy", "dynnet", "builtins"})  # whose functions keep nothing
+# Whose objects are left alone: a queue, a logger or a loader may be another thread's.
+_THEIRS = sys.stdlib_module_names | {"torch", "numpy", "dynnet"}
+_LIBRARIES = _THEIRS | {"timm", "torchvision"}  # whose functions and classes keep nothing
 _MODULES = frozenset(vars(nn.Module()))
 _ABSENT = object()
 
@@ -67,9 +70,10 @@ def _snapshot(model: nn.Module) -> list[Callable[[], object]]:
 def _look_at(x: Any) -> tuple[list[Any], Callable[[], object] | None]:
     """What can be reached from an object, and what puts the object back."""
     if isinstance(x, dict):
-        return list(x.values()), functools.partial(_fill, x, x.copy())
+        held = dict(x)
+        return list(held.values()), functools.partial(_fill, x, held)
     if isinstance(x, (list, set, deque)):
-        return list(x), functools.partial(_fill, x, x.copy())
+        return list(x), functools.partial(_fill, x, list(x))
     if isinstance(x, (tuple, frozenset)):
         return list(x), None
     if isinstance(x, types.FunctionType):
@@ -82,12 +86,15 @@ def _look_at(x: Any) -> tuple[list[Any], Callable[[], object] | None]:
         content = _content(x)
         return [content], functools.partial(_set_content, x, content)
     if isinstance(x, type):
-        own = {} if _of_library(x) else {key: value for key, value in vars(x).items() if not key.startswith("__")}
+        own = (
+            {} if _is_of(_LIBRARIES, x) else {key: value for key, value in vars(x).items() if not key.startswith("__")}
+        )
         return [*own.values(), *x.__bases__], functools.partial(_set_all, x, own) if own else None
-    if hasattr(x, "cache_info") and hasattr(x, "cache_clear"):
-        return [getattr(x, "__wrapped__", None)], functools.partial(_forget, x, x.cache_info().misses)
+    if isinstance(x, functools._lru_cache_wrapper):
+        return [x.__wrapped__], functools.partial(_forget, x, x.cache_info().misses)
     attributes = getattr(x, "__dict__", None)
-    if not isinstance(attributes, dict):
+    theirs = _is_of(_THEIRS, type(x)) and not isinstance(x, (nn.Module, types.SimpleNamespace))
+    if theirs or not isinstance(attributes, dict):
         return [], None
     # What torch keeps of every module is mostly empty: hooks of a dozen kinds.
     values = [value for key, value in attributes.items() if key not in _MODULES or value]
@@ -95,7 +102,7 @@ def _look_at(x: Any) -> tuple[list[Any], Callable[[], object] | None]:
 
 
 def _of_function(function: types.FunctionType) -> tuple[list[Any], Callable[[], object] | None]:
-    if _of_library(function):
+    if _is_of(_LIBRARIES, function):
         return [], None
     reached = [*(function.__closure__ or ()), function.__defaults__, function.__kwdefaults__]
     names = {name: function.__globals__.get(name, _ABSENT) for name in _names(function.__code__)}
@@ -107,8 +114,8 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 
-def _of_library(x: Any) -> bool:
-    return str(getattr(x, "__module__", None)).partition(".")[0] in _LIBRARIES
+def _is_of(libraries: Collection[str], x: Any) -> bool:
+    return str(getattr(x, "__module__", None)).partition(".")[0] in libraries
 
 
 def _content(cell: types.CellType) -> Any:
@@ -130,8 +137,8 @@ def _fill(x: Any, before: Any) -> None:
             if x.get(key, _ABSENT) is not value:
                 x[key] = value
     elif isinstance(x, set):
-        x &= before
-        x |= before
+        x.intersection_update(before)
+        x.update(before)
     elif len(x) != len(before) or any(a is not b for a, b in zip(x, before, strict=True)):
         if isinstance(x, list):
             x[:] = before

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.utils import AverageMeter
 from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import trace
@@ -65,7 +66,7 @@ class Keeping(nn.Module):
 @pytest.mark.parametrize("dry_run", [lambda m: trace(m, CHAIN, 2), lambda m: find_groups(m, CHAIN)])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_dry_run_leaves_nothing_behind(dry_run: Any, device: str) -> None:
-    model, meter, listed, counted = Keeping().to(device), Meter(), [], 0
+    model, meter, average, listed, counted = Keeping().to(device), Meter(), AverageMeter(), [], 0
 
     def count(module: nn.Module, args: Any, output: Tensor) -> None:
         nonlocal counted
@@ -76,12 +77,13 @@ def test_a_dry_run_leaves_nothing_behind(dry_run: Any, device: str) -> None:
     model.net[1].register_forward_hook(functools.partial(lambda to, module, args, output: to.update(output), meter))
     model.net[2].register_forward_hook(lambda module, args, output: meter.history.append(output))
     model.net[3].register_forward_hook(count)
+    model.net[5].register_forward_hook(lambda module, args, output: average.update(output))
     model.net[4].register_forward_pre_hook(lambda module, args: model.features.append(args[0]))
 
     def states() -> list[Any]:
         seen = Keeping.forward.__defaults__[0]
         here = [KEPT, model.features, listed, list(meter.history), list(seen), list(Keeping.tables.items())]
-        plain = [LAST, model.last, meter.value, counted, Keeping.calls, table.cache_info().currsize]
+        plain = [LAST, model.last, meter.value, average.val, counted, Keeping.calls, table.cache_info().currsize]
         numbers = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
         return [*map(list, here), *plain, hasattr(model.net[3], "seen"), *numbers]
 
