@@ -73,7 +73,7 @@ def _look_at(x: Any) -> tuple[list[Any], Callable[[], object] | None]:
         held = dict(x)
         return list(held.values()), functools.partial(_fill, x, held)
     if isinstance(x, (list, set, deque)):
-        return list(x), functools.partial(_fill, x, list(x))
+        return list(x), functools.partial(_fill, x, x.copy())
     if isinstance(x, (tuple, frozenset)):
         return list(x), None
     if isinstance(x, types.FunctionType):
