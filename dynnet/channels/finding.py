@@ -27,8 +27,8 @@ def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[
     """The channel groups of any model, in the order in which their first layers run.
 
     Layers are those that run in eval mode. Where a model has others, of auxiliary heads, it is followed in train mode
-    as well, and the channels that these read are pinned; a train mode in which it cannot run on images alone is left
-    out of account.
+    as well, and the channels that these read are pinned; where it cannot run to its end on images alone, as far as it
+    runs.
 
     Args:
         model: takes one (B, *input_size) tensor.
@@ -52,8 +52,8 @@ def find_groups(model: nn.Module, input_size: tuple[int, ...], seen: Collection[
         raise error
     if owners.unread():
         modes.append(learning)
-        both, error = follow([])
-        tracer, modes = (both, modes) if error is None else (tracer, modes[:1])
+        tracer, error = follow([])
+        modes = modes if error is None else modes[:1]
     parent = _components(tracer.atoms, [(a, b) for a, b, _ in tracer.labels.ties])
     reasons: dict[int, str] = {}
     for atoms, reason in tracer.labels.pins:
