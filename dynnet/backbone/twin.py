@@ -79,5 +79,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 def _without_numbers(tensor: Tensor) -> Tensor:
     if is_lazy(tensor):
         raise ForwardError("it has parameters without a shape (LazyLinear, say)", "run it once on images first")
+    if tensor.is_mkldnn:  # packed by a kernel for itself, in a layout that there is nowhere else
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     twin = torch.empty_like(tensor, device="meta")
     return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
