@@ -5,7 +5,6 @@ B batch, K classes, E exits; exit number E is the backbone's own head
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from dynnet.backbone.dry_run import BATCH, Trace, trace
 from dynnet.backbone.gradients import at_risk, right_gradients
-from dynnet.backbone.host import Hosted, preparation_of, prepare_
+from dynnet.backbone.host import Hosted, Preparation, preparation_of, prepare_
+from dynnet.belongings import Belongings
 from dynnet.cost.ledger import Ledger, price
 from dynnet.errors import ForwardError, GateError, InputError
 from dynnet.exits import flow
@@ -247,27 +247,21 @@ class DynamicModel(Hosted):
         return super().no_weight_decay() | gates
 
     def get_extra_state(self) -> Tensor:
-        """What belongs to the model besides its weights, as bytes of JSON: `state_dict` holds tensors only."""
-        state = {
-            "thresholds": [to_json(t) for t in self.thresholds],
-            "calibration": self.calibration,
-            "preparation": preparation_of(self.backbone),
-        }
-        # Thresholds may change while an average of weights is kept, which wants tensors of one size.
-        size = len(json.dumps(state["preparation"])) + 1024 + 128 * len(self.thresholds)
-        return torch.frombuffer(bytearray(json.dumps(state).ljust(size).encode()), dtype=torch.uint8)
+        """What belongs to the model besides its weights."""
+        thresholds = tuple(to_json(t) for t in self.thresholds)
+        return Belongings(thresholds, self.calibration, Preparation(**preparation_of(self.backbone))).to_tensor()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what `get_extra_state` gave.
 
         Raises:
+            CheckpointError: it is damaged.
             ThresholdError: it is of a model with other exits.
         """
-        found = json.loads(bytes(state.tolist()))
-        self.thresholds = [float(t) for t in found["thresholds"]]
-        self.calibration = found["calibration"]
-        if found["preparation"]:
-            prepare_(self.backbone, found["preparation"])
+        found = Belongings.of(state)
+        self.thresholds = [float(t) for t in found.thresholds]
+        self.calibration = found.calibration
+        prepare_(self.backbone, found.preparation.known())
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any

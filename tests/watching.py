@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -13,29 +14,30 @@ _OUTSIDE = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", 
 _CODE = (*sysconfig.get_paths().values(), str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix)
 _OWN = ("/proc/", "/sys/", "/dev/null", "/dev/urandom", "/etc/localtime")  # what torch and Python ask of the machine
 
-_listening: list[list[str]] = []
+_listening: list[tuple[list[str], tuple[str, ...]]] = []
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if not _listening:
         return
+    seen, named = _listening[-1]
     if event.startswith(_OUTSIDE):
-        _listening[-1].append(f"{event}{arguments}")
+        seen.append(f"{event}{arguments}")
     elif event == "open" and not isinstance(arguments[0], int):
-        path = str(arguments[0])
-        if not path.startswith((*_CODE, *_OWN)):
-            _listening[-1].append(f"open {path!r}")
+        path = os.fsdecode(arguments[0])
+        if not path.startswith((*_CODE, *_OWN, *named)):
+            seen.append(f"open {path!r}")
 
 
 sys.addaudithook(_hook)  # for good: Python does not take one back
 
 
 @contextmanager
-def watched() -> Iterator[list[str]]:
-    """What happens meanwhile, beside imports: opened files, connections, processes."""
+def watched(*named: Path) -> Iterator[list[str]]:
+    """What happens meanwhile, beside imports: opened files other than those that are named, connections, processes."""
     seen: list[str] = []
-    _listening.append(seen)
+    _listening.append((seen, tuple(map(str, named))))
     try:
         yield seen
     finally:
-        _listening.remove(seen)
+        _listening.pop()

@@ -16,6 +16,8 @@ def resolve(places: Places, exits: int | Sequence[str | float]) -> list[Boundary
     Raises:
         ExitError: a name that is none, a fraction outside (0, 1), exits out of order or twice, too many exits.
     """
+    if isinstance(exits, int) and exits > len(places.candidates):
+        raise _too_few(places, exits)  # before that many are spread
     wanted = _as_list(exits)
     named = [places.boundary(exit) if isinstance(exit, str) else None for exit in wanted]
     chosen: list[Boundary] = []
@@ -59,12 +61,7 @@ def _nearest(
     _check_fractions(fractions, after, before)
     free = _between(places, after, before)
     if len(free) < len(fractions):
-        between = f" between {after.name if after else 'the input'!r} and {before.name if before else 'the head'!r}"
-        raise ExitError(
-            f"{title(places.backbone)} has {len(free)} usable boundaries{between if after or before else ''}, "
-            f"too few for {len(fractions)} exits; a boundary is a module whose output carries the whole state, "
-            f"batch first"
-        )
+        raise _too_few(places, len(fractions), after, before)
     # best[k]: the cheapest choice for the first k fractions among the boundaries seen so far.
     best: list[tuple[float, list[Boundary]]] = [(0.0, []), *((float("inf"), []) for _ in fractions)]
     for boundary in free:
@@ -73,6 +70,15 @@ def _nearest(
             if cost < best[k][0]:
                 best[k] = (cost, [*best[k - 1][1], boundary])
     return best[-1][1]
+
+
+def _too_few(places: Places, count: int, after: Boundary | None = None, before: Boundary | None = None) -> ExitError:
+    between = f" between {after.name if after else 'the input'!r} and {before.name if before else 'the head'!r}"
+    return ExitError(
+        f"{title(places.backbone)} has {len(_between(places, after, before))} usable boundaries"
+        f"{between if after or before else ''}, too few for {count} exits; a boundary is a module whose output carries "
+        f"the whole state, batch first"
+    )
 
 
 def _between(places: Places, after: Boundary | None, before: Boundary | None) -> list[Boundary]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dynnet.backbone.host import Preparation
+from dynnet.belongings import Threshold, Told
 from dynnet.errors import CheckpointError, SchemaError
 from dynnet.files.creation import not_architecture
 from dynnet.gates.plan import GateConfig
@@ -15,7 +16,6 @@ from dynnet.pruning.shape import Shape
 from dynnet.schema import between, typed
 
 Side = Annotated[int, between(1, 2**14)]
-Plain = None | bool | int | float | str
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Description:
     versions: dict[str, str] = field(default_factory=dict)
     wrap: Wrapping | None = None
     own_heads: bool = False
-    thresholds: tuple[float | Literal["inf", "-inf"], ...] = ()
-    calibration: dict[str, Plain | tuple[Plain, ...] | dict[str, Plain]] | None = None
+    thresholds: tuple[Threshold, ...] = ()
+    calibration: Told | None = None
     regions: tuple[tuple[str, tuple[int, ...]], ...] | None = None
 
     def to_json(self) -> dict[str, Any]:

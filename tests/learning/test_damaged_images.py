@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import tarfile
@@ -13,9 +14,10 @@ import pytest
 from PIL import Image
 
 from dynnet.errors import DataError
-from dynnet.learning.data import DataConfig, load_data
+from dynnet.learning.data import Batch, DataConfig, load_data
 from dynnet.learning.pictures import decode
 from dynnet.learning.tars import scan
+from tests.watching import watched
 
 # What else Pillow says of damage, a warning, is not what is looked at here.
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
@@ -193,9 +195,11 @@ def test_a_dataset_with_damage_gives_all_its_batches_or_an_error_in_words(tmp_pa
     (tmp_path / "test.tar").write_bytes(rng.choice([hurt, damage(whole, rng)]))
     size = rng.choice([None, (3, 20, 24), (1, 16, 16)])
     config = DataConfig(name="", root=str(tmp_path), calibration=0.25, input_size=size, workers=0)
-    try:
+    batches: list[Batch] = []
+    with watched(tmp_path) as seen, contextlib.suppress(DataError):
         batches = list(load_data(config).loader("test", 3))
-    except DataError:
+    assert seen == []
+    if not batches:
         return
     assert sum(len(batch.labels) for batch in batches) == len(images)
     assert len({batch.images.shape[1:] for batch in batches}) == 1

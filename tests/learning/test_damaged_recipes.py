@@ -14,6 +14,7 @@ from dynnet.errors import DataError, RecipeError
 from dynnet.learning.limits import check_limits
 from dynnet.learning.overrides import dotted_keys
 from dynnet.learning.recipes import Recipe, read_recipe, recipe_to_yaml
+from tests.watching import watched
 
 TEXTS = [path.read_text() for path in sorted(Path("models").glob("*/recipe.yaml"))]
 SCALARS = [
@@ -67,7 +68,8 @@ def test_a_damaged_recipe_is_read_or_refused_in_words(count: int, tmp_path: Path
         file.write_bytes(damaged(chance.choice(TEXTS), chance, made))
         began = time.process_time()
         try:
-            recipe = read_recipe(file)
+            with watched(file) as seen:
+                recipe = read_recipe(file)
         except (RecipeError, DataError) as error:
             told.append(str(error))
         else:
@@ -75,6 +77,7 @@ def test_a_damaged_recipe_is_read_or_refused_in_words(count: int, tmp_path: Path
             check_limits(recipe)
             file.write_text(recipe_to_yaml(recipe))
             assert read_recipe(file) == recipe, seed
+        assert seen == [], seed
         longest = max(longest, time.process_time() - began)
     assert not made.exists()
     assert min(read, len(told)) > count / 10
