@@ -56,6 +56,6 @@ def only_logits(answer: Any, backbone: nn.Module) -> Tensor:
         return answer
     raise UnsupportedError(
         f"{title(backbone)} answers with {type(answer).__name__} in train mode, where a wrapped model needs one tensor "
-        f"of (B, K) logits; create it without auxiliary heads (torchvision's with aux_logits=False), exits take their "
-        f"place"
+        f"of (B, K) logits; create it without auxiliary heads (torchvision's with aux_logits=False), or switch off "
+        f"whatever else adds to its answer: exits take their place"
     )
