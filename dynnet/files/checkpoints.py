@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynnet.backbone.host import Preparation, preparation_of, prepare_
+from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.masks import not_plain
 from dynnet.backbone.names import title
 from dynnet.backbone.twin import meta_twin
@@ -88,7 +89,7 @@ def _describe(model: nn.Module, backbone: nn.Module, create: dict[str, Any]) -> 
     )
     if fresh is None:
         plain = replace(plain, create={"model_name": None})
-    elif other := other_parts(backbone, fresh, plain.shape) or _other_answer(backbone, plain):
+    elif other := other_parts(backbone, fresh, plain.shape) or _other_answer(model, backbone, plain):
         warnings.warn(
             f"timm.create_model(**{create}) makes another model than this {title(backbone)}: {other}. Save it with "
             f"create=, the arguments that make it, or load it with backbone=",
@@ -110,14 +111,15 @@ def _describe(model: nn.Module, backbone: nn.Module, create: dict[str, Any]) -> 
     )
 
 
-def _other_answer(backbone: nn.Module, description: Description) -> str | None:
+def _other_answer(model: nn.Module, backbone: nn.Module, description: Description) -> str | None:
     """Where a backbone answers otherwise than what its description makes of the same tensors, in words."""
     tensors = {name: tensor.cpu() for name, tensor in backbone.state_dict().items()}
     try:
         again = _loaded(_File(description.backbone, tensors, tensors, description), None, _Own(None, None))
     except CheckpointError as error:
         return str(error)
-    return other_answer(backbone, again)
+    size = model.input_size if isinstance(model, DynamicModel) else input_size_of(backbone)
+    return other_answer(backbone, again, size)
 
 
 def load(

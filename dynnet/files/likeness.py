@@ -6,7 +6,6 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.modes import device_of, evaluating, somebodys_forward
 from dynnet.backbone.names import is_inside
 from dynnet.deploy.folding import FoldedNorm
@@ -55,17 +54,22 @@ def other_parts(model: nn.Module, fresh: nn.Module, shape: Shape) -> str | None:
 
 
 @torch.no_grad()
-def other_answer(model: nn.Module, again: nn.Module) -> str | None:
+def other_answer(model: nn.Module, again: nn.Module, size: tuple[int, ...]) -> str | None:
     """Where a model answers an image otherwise than another one with the same tensors, in words; None where it does
-    not. What changes no tensor, a window say, shows in nothing else.
+    not, and where nobody can tell, for it takes no images of this size. What changes no tensor, a window say, shows in
+    nothing else.
 
     Args:
         model, again: plain; the second goes to the first one's device.
+        size: (C, H, W) of the image.
     """
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    image = torch.randn(1, *input_size_of(model), generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     image = image.to(device_of(model), weight.dtype)
-    mine = _answer(model, image)
+    try:
+        mine = _answer(model, image)
+    except ForwardError:
+        return None
     try:
         theirs = _answer(again.to(image.device), image)
     except ForwardError as error:

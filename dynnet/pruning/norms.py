@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -24,23 +23,23 @@ from dynnet.backbone.modes import device_of, evaluating
 from dynnet.errors import NonFiniteError
 from dynnet.model import every_layer
 
+_GROUP = 128  # images, among which norms scale what they are given while they are measured
+
 
 @torch.no_grad()
 def recalibrate_(model: nn.Module, loader: Loader, batches: int = 100) -> None:
     """Measure the running means and variances of all batch norms anew, in place.
 
-    They become those of all images together, as if these were one batch: mean and unbiased variance over every pixel of
-    every image, whatever the sizes of the batches, down to one image. Everything is in eval mode, and norms are
-    measured one after the other in the order in which they run: each sees what the norms before it give that have been
-    measured already, which is what it will see in use. A norm that runs several times is measured over all of its
-    calls. One that does not run in eval mode (an auxiliary head has some) stays as it is.
-
-    This takes a pass over the images for every norm, each up to that norm: about half as many whole forwards as there
-    are norms. Images are taken from the loader once and held in main memory meanwhile.
+    They become those of all images together: mean and unbiased variance over every pixel of every image, whatever the
+    sizes of the loader's batches, down to one image. Meanwhile every norm scales what it is given as in training, over
+    groups of some hundred images drawn at random, so that the norms behind it see what they will see in use; all else
+    is in eval mode. A norm that runs several times is measured over all of its calls; one that does not run in eval
+    mode (an auxiliary head has some) stays as it is.
 
     Args:
         model: any, wrapped or not; without batch norms nothing happens.
         loader: batches of (images (B, C, H, W), ...), at least one; shuffled, or the first ones may be of one class.
+            They are held in main memory.
         batches: how many of them, at most; some thousand images are enough.
 
     Raises:
@@ -51,47 +50,38 @@ def recalibrate_(model: nn.Module, loader: Loader, batches: int = 100) -> None:
     norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
     if not norms:
         return
-    images = [x.cpu() for x, _ in Batches(loader, batches).on(model, labelled=False)]
-    run, device = every_layer(model), device_of(model)
-    with evaluating(model), _put_back_on_failure(norms.values()):
-        calls = Counter[str]()
-        for name in _in_running_order(run, images[0].to(device), norms):
-            calls[name] += 1
-            moments = _Moments()
-            for batch in images:
-                _measure(run, batch.to(device), name, norms[name], calls[name], moments)
-            if not moments.finite():
-                raise NonFiniteError(f"{name} was given NaN or infinity; check the weights and the images")
-            moments.put_(norms[name], len(images))
-
-
-class _Reached(Exception):  # noqa: N818 (no error)
-    """The norm that is measured has been given all of its inputs: the rest of the model has nothing to do."""
-
-
-def _in_running_order(run: Callable[[Tensor], object], images: Tensor, norms: Mapping[str, nn.Module]) -> list[str]:
-    """The names of norms, one for each call."""
-    order: list[str] = []
-    with reading(norms, lambda name, x: order.append(name)):
-        run(images)
-    return order
-
-
-def _measure(
-    run: Callable[[Tensor], object], images: Tensor, name: str, norm: nn.Module, calls: int, moments: _Moments
-) -> None:
-    """Add what a norm is given in its first `calls` calls."""
-    met = 0
+    groups = _groups(x.cpu() for x, _ in Batches(loader, batches).on(model, labelled=False))
+    found: dict[str, _Moments] = {}
 
     def look(name: str, x: Tensor) -> None:
-        nonlocal met
-        moments.add(x)
-        met += 1
-        if met == calls:
-            raise _Reached
+        given = _Moments()
+        given.add(x)
+        given.put_(norms[name])
+        found.setdefault(name, _Moments()).join(given)
 
-    with reading({name: norm}, look), contextlib.suppress(_Reached):
-        run(images)
+    run, device = every_layer(model), device_of(model)
+    with evaluating(model), _put_back_on_failure(norms.values()):
+        with reading(norms, look):
+            for group in groups:
+                run(torch.stack(group).to(device))
+        for name, moments in found.items():
+            if not moments.finite():
+                raise NonFiniteError(f"{name} was given NaN or infinity; check the weights and the images")
+            moments.put_(norms[name])
+            cast(Tensor, norms[name].num_batches_tracked).fill_(len(groups))
+
+
+def _groups(batches: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Images at random, in groups of one size."""
+    of_size: dict[torch.Size, list[Tensor]] = {}
+    for batch in batches:
+        of_size.setdefault(batch.shape[1:], []).extend(batch)
+    groups = []
+    for images in of_size.values():
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        for group in order.tensor_split(max(1, round(len(images) / _GROUP))):
+            groups.append([images[i] for i in group.tolist()])
+    return groups
 
 
 class _Moments:
@@ -106,21 +96,26 @@ class _Moments:
     def add(self, x: Tensor) -> None:
         """A part (B, C, ...)."""
         x = x.float() if x.dtype in HALF else x
-        count = x.numel() // x.shape[1]
+        part = _Moments()
+        part.count = x.numel() // x.shape[1]
         var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
-        away, total = mean.cpu().double() - self.mean, self.count + count
-        self.squares = self.squares + var.cpu().double() * count + away.square() * (self.count * count / total)
-        self.mean = self.mean + away * (count / total)
+        part.mean, part.squares = mean.cpu().double(), var.cpu().double() * part.count
+        self.join(part)
+
+    def join(self, other: _Moments) -> None:
+        """Everything that was added to another."""
+        away, total = other.mean - self.mean, self.count + other.count
+        self.squares = self.squares + other.squares + away.square() * (self.count * other.count / total)
+        self.mean = self.mean + away * (other.count / total)
         self.count = total
 
     def finite(self) -> bool:
         return bool(self.squares.isfinite().all())
 
-    def put_(self, norm: _BatchNorm, batches: int) -> None:
+    def put_(self, norm: _BatchNorm) -> None:
         """Let a norm remember them."""
         cast(Tensor, norm.running_mean).copy_(self.mean)
         cast(Tensor, norm.running_var).copy_(self.squares / max(self.count - 1, 1))  # of one number it is zero
-        cast(Tensor, norm.num_batches_tracked).fill_(batches)
 
 
 @contextlib.contextmanager

@@ -80,11 +80,11 @@ def test_damaged_results_of_pruning_stand_beside_or_are_refused_in_words(tmp_pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is damaged: Expecting value"),
+        ("", "is damaged: it is no JSON: Expecting value"),
         ("[1]", "holds no keys and values"),
         ("[" * 100_000, "is damaged: .*recursion"),
         ('{"a": ' * 30 + "1" + "}" * 30, "more than 20 mappings and lists within each other"),
-        ('{"a": ' + "9" * 5000 + "}", "is damaged: Exceeds the limit"),
+        ('{"a": ' + "9" * 5000 + "}", "is damaged: it is no JSON: Exceeds the limit"),
         ("{}" + " " * LARGEST, "has more than 10000000 bytes"),
         ("{}", "lacks 'model'"),
         (json.dumps({**REPORTS[0], "accuracy": "high"}), "accuracy is 'high'; expected a number"),
