@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from pathlib import Path
 from typing import Any, cast
 
 from dynnet.errors import CheckpointError, did_you_mean
 from dynnet.files import checkpoints
 from dynnet.model import DynamicModel
+from dynnet.schema import parse
 
 _WEIGHTS = "model.safetensors"
 _RENAMED = {"load": "dynnet.create_model(name)", "names": "dynnet.list_models()"}
@@ -49,7 +49,7 @@ def results(name: str) -> dict[str, Any]:
     path = _folder_of(name) / "results.json"
     if not path.is_file():
         raise CheckpointError(f"no results of {name!r} in the zoo: {path.name} is missing")
-    return dict(json.loads(path.read_text()))
+    return dict(parse(path.read_text(), finite=False))
 
 
 def folder() -> Path:

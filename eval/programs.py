@@ -18,10 +18,11 @@ from dynnet.files.bundles import write_atomically
 
 @contextlib.contextmanager
 def errors_told() -> Iterator[None]:
-    """An error that dynnet raises on purpose ends the program with its message, without a traceback."""
+    """An error that dynnet raises on purpose ends the program with its message, without a traceback, and so does a disk
+    that is full, or a folder that may not be written to."""
     try:
         yield
-    except DynnetError as error:
+    except (DynnetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

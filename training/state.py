@@ -99,7 +99,7 @@ class State:
             CheckpointError: it is missing, damaged, or something else.
         """
         tensors, about = read_bundle(path)
-        kind = about.get("kind") if isinstance(about, dict) else None
+        kind = about.get("kind")
         if kind != "state":
             raise CheckpointError(f"{str(path)!r} holds a {shown(kind)}, not the state of a run")
         try:

@@ -60,9 +60,12 @@ def read_bundle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if digest_of(tensors, header["dynnet"]) != header["sha256"]:
         raise CheckpointError(f"{str(path)!r} is damaged: its SHA-256 does not match; take another copy")
     try:
-        return tensors, parse(header["dynnet"])
+        about = parse(header["dynnet"])
+        if not isinstance(about, dict):
+            raise SchemaError("it is no mapping")
     except SchemaError as error:
         raise CheckpointError(f"{str(path)!r} is damaged: of what it says, {error}; take another copy") from error
+    return tensors, about
 
 
 def is_bundle(path: str | Path) -> bool:

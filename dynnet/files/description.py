@@ -78,13 +78,13 @@ class Description:
         return told
 
 
-def description_of(about: Any, path: str | Path) -> Description:
+def description_of(about: dict[str, Any], path: str | Path) -> Description:
     """What a file says of its model.
 
     Raises:
         CheckpointError: it is of another kind, or has another form.
     """
-    kind = about.get("kind") if isinstance(about, dict) else None
+    kind = about.get("kind")
     if kind not in ("model", "backbone"):
         raise CheckpointError(f"{str(path)!r} holds a {kind}, not a model")
     if "create" not in about:

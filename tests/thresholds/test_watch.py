@@ -6,9 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+import dynnet
 from dynnet.errors import CalibrationError
-from dynnet.thresholds.watch import Watch
+from dynnet.thresholds.watch import Watch, audited
+from tests.cases import leave_one_by_one, tiny
 
 
 def stopped(rng: np.random.Generator, rates: np.ndarray) -> int | None:
@@ -42,6 +45,23 @@ def test_evidence_is_a_fair_bet_at_most() -> None:
             watch.see(bits)
             mean += watch.evidence * rate ** sum(bits) * (1 - rate) ** (8 - sum(bits))
         assert mean == pytest.approx(1.0) if rate == 0.2 else mean < 0.95
+
+
+@torch.no_grad()
+def test_an_audit_compares_early_answers_with_the_full_models() -> None:
+    model = dynnet.wrap(tiny(), ["0", "1"], input_size=(3, 32, 32)).eval()
+    for head in model.heads:
+        head.classifier.weight.mul_(20)  # answers of their own
+    images = torch.randn(64, 3, 32, 32)
+    leave_one_by_one(model, images)
+    prediction, generator = model.predict(images), torch.Generator().manual_seed(0)
+    full = model.forward_exits(images).logits[-1].argmax(1)
+    expected = (prediction.logits.argmax(1) != full).tolist()
+    assert audited(model, images, prediction, 1.0, generator) == expected
+    assert 0 < sum(expected) < 64
+    assert not any(taken == 2 and disagrees for taken, disagrees in zip(prediction.exit, expected, strict=True))
+    assert audited(model, images, prediction, 0.0, generator) == []
+    assert 16 < len(audited(model, images, prediction, 0.5, generator)) < 48
 
 
 def test_an_alarm_stays() -> None:
