@@ -13,6 +13,7 @@ from dynnet import registration
 if TYPE_CHECKING:
     from dynnet import errors as errors
     from dynnet import pruning as pruning
+    from dynnet.deploy.exporting import export
     from dynnet.deploy.folding import fold
     from dynnet.deploy.int8 import quantize
     from dynnet.evaluation.measurement import measure
@@ -38,6 +39,7 @@ __all__ = [
     "calibrate",
     "create_model",
     "errors",
+    "export",
     "fold",
     "latency",
     "list_models",
@@ -59,6 +61,7 @@ _HOMES = {
     "WrapConfig": "model",
     "calibrate": "thresholds.calibration",
     "create_model": "zoo",
+    "export": "deploy.exporting",
     "fold": "deploy.folding",
     "latency": "evaluation.timing",
     "list_models": "zoo",

@@ -38,6 +38,10 @@ class QuantizeError(DynnetError, ValueError):
     """A model that cannot be brought to int8."""
 
 
+class ExportError(DynnetError, ValueError):
+    """A model that cannot be exported in stages."""
+
+
 class InputError(DynnetError, ValueError):
     """A batch that the model cannot take."""
 

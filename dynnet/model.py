@@ -22,11 +22,12 @@ from dynnet.cost.ledger import Ledger, price
 from dynnet.errors import ForwardError, GateError, InputError
 from dynnet.exits import flow
 from dynnet.exits.calls import Answering, EveryExit
-from dynnet.exits.confidence import Measure, check_thresholds, to_json
+from dynnet.exits.confidence import Measure
 from dynnet.exits.flow import Flow, Tag
 from dynnet.exits.noted_sizes import Line, NotedSizes
 from dynnet.exits.rehearsal import Placement, lines_at
 from dynnet.exits.sizes import Size, Sizes
+from dynnet.exits.threshold import check_thresholds, to_json
 from dynnet.gates import attaching
 from dynnet.gates.decisions import Decisions, least_macs
 from dynnet.gates.networks import Gates

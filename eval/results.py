@@ -14,7 +14,7 @@ from dynnet import DynamicModel, fold, latency, measure
 from dynnet.evaluation.measurement import Measurement
 from dynnet.evaluation.threads import fit_threads
 from dynnet.evaluation.timing import Latency
-from dynnet.exits.confidence import to_json
+from dynnet.exits.threshold import to_json
 from dynnet.gates.freezing import mean_masks
 from dynnet.gates.networks import Gates
 from dynnet.gates.plan import GatePlan

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -163,33 +162,3 @@ def check_classes(measure: Measure, classes: int, model: str) -> None:
             f"sample. Give the classifier two classes; or, as for regression, a callable from (B, 1) logits to (B,) "
             f"numbers as confidence="
         )
-
-
-def to_json(threshold: float) -> float | Literal["inf", "-inf"]:
-    """A threshold for JSON, which has no infinity: inf and -inf become strings that float() reads back."""
-    if abs(threshold) < math.inf:
-        return threshold
-    return "inf" if threshold > 0 else "-inf"
-
-
-def check_thresholds(thresholds: Sequence[float], exits: Sequence[str]) -> tuple[float, ...]:
-    """The thresholds as a tuple of floats.
-
-    Raises:
-        ThresholdError: not one number for each exit.
-    """
-    try:
-        values = tuple(float(t) for t in thresholds)
-    except (TypeError, ValueError):
-        raise ThresholdError(
-            f"thresholds={thresholds!r}: give a sequence of numbers, one for each of {list(exits)}"
-        ) from None
-    if len(values) != len(exits):
-        raise ThresholdError(
-            f"got {len(values)} thresholds for {len(exits)} exits {list(exits)}; "
-            f"give one per exit, float('inf') where none should leave"
-        )
-    for value, name in zip(values, exits, strict=True):
-        if math.isnan(value):
-            raise ThresholdError(f"the threshold of exit {name!r} is NaN; give a number, inf or -inf")
-    return values

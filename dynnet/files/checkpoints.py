@@ -20,8 +20,9 @@ from dynnet.backbone.twin import meta_twin
 from dynnet.deploy.folding import fold_again_, folded_norms
 from dynnet.deploy.int8 import int8_layers, put_int8_
 from dynnet.errors import CheckpointError, DynnetError, PruneError, SchemaError
-from dynnet.exits.confidence import MEASURES, to_json
+from dynnet.exits.confidence import MEASURES
 from dynnet.exits.heads import ExitHead, HeadFactory
+from dynnet.exits.threshold import to_json
 from dynnet.files.bundles import read_bundle, write_bundle
 from dynnet.files.creation import Most, fresh_of, give_memory_, hollow, not_architecture, timm_name
 from dynnet.files.description import Description, Wrapping, description_of

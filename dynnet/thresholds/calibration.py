@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynnet.backbone.names import title
 from dynnet.errors import CalibrationError
-from dynnet.exits.confidence import to_json
+from dynnet.exits.threshold import to_json
 from dynnet.model import DynamicModel
 from dynnet.thresholds.answers import Harm, collect
 from dynnet.thresholds.certified import Certificate, subject_of

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from dynnet.backbone.digest import digest_of
 from dynnet.backbone.host import preparation_of
-from dynnet.exits.confidence import to_json
+from dynnet.exits.threshold import to_json
 from dynnet.model import STATE, DynamicModel
 from dynnet.schema import typed
 from dynnet.thresholds.answers import Harm

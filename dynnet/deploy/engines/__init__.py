@@ -1,0 +1,53 @@
+"""Engines that run the stages of exported models: one file each, and this table."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from dynnet.errors import ExportError, did_you_mean
+
+ENGINES = ("onnxruntime",)
+
+
+class Session(Protocol):
+    """A stage, ready to run."""
+
+    def run(self, tensors: Sequence[Any]) -> list[Any]:
+        """From what the stage takes to logits (b, K), confidence (b,) and what it gives, numpy arrays all."""
+
+
+class Engine(Protocol):
+    """What the module of an engine offers.
+
+    Attributes:
+        SUFFIX: of the files of its stages.
+    """
+
+    SUFFIX: str
+
+    def lower(self, stage: Any, tensors: Sequence[Any], path: Path) -> None:
+        """Write a `dynnet.deploy.stages.Stage` to a file; `tensors` are what it takes, of a few samples."""
+
+    def open_stage(self, path: Path, threads: int | None) -> Session:
+        """Read a stage back."""
+
+    def versions(self) -> Mapping[str, str]:
+        """Of what it is made of."""
+
+
+def engine(name: str) -> Engine:
+    """An engine by its name.
+
+    Raises:
+        ExportError: there is none of this name, or it is not installed.
+    """
+    if name not in ENGINES:
+        raise ExportError(f"unknown engine {name!r}{did_you_mean(name, ENGINES)}; choose from {', '.join(ENGINES)}")
+    try:
+        found: Any = importlib.import_module(f"dynnet.deploy.engines.{name}_engine")
+    except ImportError as error:
+        raise ExportError(f"engine {name!r} is not installed ({error}); `pip install dynnet[deploy]`") from error
+    return found

@@ -1,0 +1,105 @@
+"""ONNX Runtime: stages as ONNX graphs with a symbolic batch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from dynnet.errors import ExportError
+
+SUFFIX = ".onnx"
+
+
+def lower(stage: Any, tensors: Sequence[Any], path: Path) -> None:
+    """Write a stage as ONNX.
+
+    Raises:
+        ExportError: an operator has no ONNX form, or the `onnx` packages are not installed.
+    """
+    import torch
+
+    outputs = ["logits", "confidence", *(value.name for value in stage.gives)]
+    free = tuple({value.dim: torch.export.Dim.DYNAMIC} for value in stage.takes)
+    try:
+        with _quiet():
+            program: Any = torch.onnx.export(
+                stage.graph,
+                tuple(tensors),
+                dynamo=True,
+                dynamic_shapes=free,
+                input_names=[value.name for value in stage.takes],
+                output_names=outputs,
+                verbose=False,
+            )
+        # Where in whose files an operator came from is for nobody else to know.
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+        program.save(path)
+    except ImportError as error:
+        raise ExportError(f"exporting to ONNX wants more packages ({error}); `pip install dynnet[deploy]`") from error
+    except Exception as error:  # of torch's exporter
+        told = " ".join(str(error).split())
+        raise ExportError(f"a stage cannot be written as ONNX: {type(error).__name__}: {told[:300]}") from error
+
+
+class OnnxSession:
+    """A stage in ONNX Runtime; safe in threads."""
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or _processors()
+        # Every stage has threads of its own, and only one works at a time: they shall not wait at full speed. (One pool
+        # for all would do the same, but no other session of the process could have its own any more.)
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=_providers())
+        except Exception as error:  # of its own kinds
+            raise ExportError(
+                f"ONNX Runtime cannot read {str(path)!r}: {' '.join(str(error).split())[:300]}"
+            ) from error
+        self._names = [given.name for given in self._session.get_inputs()]
+
+    def run(self, tensors: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return list(self._session.run(None, dict(zip(self._names, tensors, strict=True))))
+
+
+def open_stage(path: Path, threads: int | None) -> OnnxSession:
+    return OnnxSession(path, threads)
+
+
+def versions() -> Mapping[str, str]:
+    return {"onnxruntime": onnxruntime.__version__}
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _providers() -> list[str]:
+    there = onnxruntime.get_available_providers()
+    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there]
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """The exporter tells its own developers many things."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

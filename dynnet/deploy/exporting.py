@@ -1,0 +1,265 @@
+"""`export`: a model into a folder of stages that an engine runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from dynnet.backbone.host import preparation_of
+from dynnet.backbone.input_size import input_size_of
+from dynnet.backbone.names import title
+from dynnet.backbone.twin import copy_of
+from dynnet.deploy import engines
+from dynnet.deploy.folding import fold
+from dynnet.deploy.int8 import int8_layers
+from dynnet.deploy.manifest import Manifest, Part, Port, digest_of_file
+from dynnet.deploy.stages import Stage, Value, Whole, staged
+from dynnet.errors import ExportError
+from dynnet.exits.threshold import to_json
+from dynnet.model import DynamicModel
+from dynnet.wrapping import wrap
+
+_SAMPLES = 4  # images of noise on which an export is checked
+_ROUNDING = 1e-3  # of the largest number, between PyTorch's kernels and an engine's
+
+
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    engine: str = "onnxruntime",
+    exits: Literal["running", "all"] = "running",
+    input_size: tuple[int, int, int] | None = None,
+) -> Manifest:
+    """Write a model as stages that an engine runs, each up to the next decision: what a sample skips is not run.
+
+    >>> import timm, torch, tempfile, dynnet
+    >>> from dynnet.deploy import Runner
+    >>> model = dynnet.wrap(timm.create_model("cifar_resnet20"), exits=["layer1"]).eval()
+    >>> model.thresholds, images = [0.11], torch.randn(4, 3, 32, 32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     manifest = export(model, f"{folder}/stages")
+    ...     prediction = Runner(f"{folder}/stages").predict(images.numpy())
+    >>> prediction.exit.tolist() == model.predict(images).exit.tolist()
+    True
+
+    Args:
+        model: a wrapped model without gates, in single precision; or any plain one, which gives one stage.
+        folder: to be made, with a stage a file, manifest.json and a README.md. It is there when it is whole.
+        engine: "onnxruntime".
+        exits: "running" leaves out exits that are switched off; "all" gives them stages too, so that they can be
+            switched on afterwards. Thresholds of the others can always be changed.
+        input_size: (C, H, W) of a plain model's images; by default what it was made for.
+
+    Returns:
+        What the folder says, with the largest differences between the engine's answers and PyTorch's.
+
+    Raises:
+        ExportError: a folder that is there already, a model that cannot be exported, an engine that is not installed,
+            or that answers otherwise than PyTorch does. Nothing is left behind.
+    """
+    folder = Path(folder)
+    chosen = engines.engine(engine)
+    if folder.exists():
+        raise ExportError(f"{str(folder)!r} is there already; remove it, or choose another folder")
+    whole = _ready(model, exits, input_size)
+    stages = staged(whole, whole.input_size)
+    weight = next(whole.parameters())
+    images = torch.randn(_SAMPLES, *whole.input_size, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    fed, made = _checked_cut(whole, stages, images)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        part.mkdir(parents=True)
+        files, differences = [], []
+        for number, stage in enumerate(stages):
+            files.append(part / f"stage_{number}{chosen.SUFFIX}")
+            chosen.lower(stage, fed[number], files[-1])
+            differences.append(_checked_stage(chosen, files[-1], stage, fed[number], made[number]))
+        manifest = _manifest(model, whole, stages, files, differences, engine)
+        manifest.write(part)
+        (part / "README.md").write_text(_readme(manifest))
+        part.replace(folder)
+    except OSError as error:
+        raise ExportError(f"cannot write {str(folder)!r}: {error.strerror or error}; make room for it") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return manifest
+
+
+def _ready(model: nn.Module, exits: str, size: tuple[int, int, int] | None) -> DynamicModel:
+    """A copy to be exported: wrapped, folded, in eval mode, with all exits on that get a stage."""
+    if exits not in ("running", "all"):
+        raise ExportError(f"exits={exits!r}: choose from running, all")
+    if isinstance(model, DynamicModel) and model.gates is not None:
+        raise ExportError("gates close other channels for every image, which no graph can skip; export a model without")
+    if int8_layers(model):
+        raise ExportError("layers in int8 are PyTorch's own; export the model that was quantized")
+    weight = next(model.parameters(), torch.zeros(()))
+    if weight.dtype != torch.float32:
+        raise ExportError(f"the model is in {weight.dtype}; export it in single precision, with .float()")
+    if isinstance(model, DynamicModel):
+        copy = copy_of(model)
+        if exits == "all":
+            copy.thresholds = [0.0 if t == float("inf") else t for t in model.thresholds]
+    else:
+        copy = wrap(copy_of(model), [], input_size=size or input_size_of(model))
+    return fold(copy.eval())
+
+
+@torch.no_grad()
+def _checked_cut(
+    model: DynamicModel, stages: Sequence[Stage], images: Tensor
+) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """What each stage is fed and makes of some images, where that is what the model makes of them, bit for bit, and
+    where a sample that stays behind others finds the same.
+
+    Raises:
+        ExportError: it is not.
+    """
+    fed, made = _run(stages, images)
+    for stage, outputs, answer in zip(stages, made, Whole(model)(images), strict=True):
+        if not all(torch.equal(cut, own) for cut, own in zip(outputs, answer, strict=False)):
+            raise ExportError(f"cut in stages, the model answers otherwise at exit {stage.exit}; choose other exits")
+    kept = torch.arange(1, len(images), 2, device=images.device)
+    _, fewer = _run(stages, images, kept)
+    for stage, outputs, thinned in zip(stages[1:], made[1:], fewer[1:], strict=True):
+        error = float((outputs[0][kept] - thinned[0]).abs().max())
+        if not error <= _ROUNDING * float(outputs[0].abs().max()):
+            raise ExportError(
+                f"when samples have left, the others get another answer at exit {stage.exit}, by {error:.2g}: what "
+                f"crosses a cut is not in the order of the samples; choose other exits"
+            )
+    return fed, made
+
+
+def _run(
+    stages: Sequence[Stage], images: Tensor, kept: Tensor | None = None
+) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """Tensors fed to each stage and made by it; after the first stage only for the rows that are kept."""
+    live, fed, made = {stages[0].takes[0].name: images}, [], []
+    for number, stage in enumerate(stages):
+        fed.append([live[value.name].contiguous() for value in stage.takes])
+        made.append(list(stage.graph(*fed[-1])))
+        live |= {value.name: tensor for value, tensor in zip(stage.gives, made[-1][2:], strict=True)}
+        if number == 0 and kept is not None:
+            live = {value.name: _rows(live[value.name], kept, value) for value in stage.gives}
+    return fed, made
+
+
+def _rows(tensor: Tensor, kept: Tensor, value: Value) -> Tensor:
+    each = torch.arange(value.per_sample, device=kept.device)
+    return tensor.index_select(value.dim, (kept[:, None] * value.per_sample + each).flatten())
+
+
+def _checked_stage(
+    engine: engines.Engine, path: Path, stage: Stage, fed: Sequence[Tensor], made: Sequence[Tensor]
+) -> dict[str, float]:
+    """The largest differences between what the engine makes and what PyTorch made, for a batch and for one sample.
+
+    Raises:
+        ExportError: they are no rounding.
+    """
+    session = engine.open_stage(path, 1)
+    outputs = [Value("logits", 0, 1), Value("confidence", 0, 1), *stage.gives]
+    found = dict.fromkeys((value.name for value in outputs), 0.0)
+    for count in (len(made[0]), 1):
+        given = [tensor.narrow(v.dim, 0, count * v.per_sample) for v, tensor in zip(stage.takes, fed, strict=True)]
+        answers = session.run([np.ascontiguousarray(tensor.cpu().numpy()) for tensor in given])
+        for value, tensor, answer in zip(outputs, made, answers, strict=True):
+            own = tensor.narrow(value.dim, 0, count * value.per_sample).cpu().double()
+            error = float((own - torch.from_numpy(answer).double()).abs().max())
+            if not error <= _ROUNDING * max(1.0, float(own.abs().max())):
+                raise ExportError(
+                    f"the engine answers otherwise than PyTorch: {value.name} of {path.name} by {error:.2g}"
+                )
+            found[value.name] = max(found[value.name], error)
+    return found
+
+
+def _manifest(
+    model: nn.Module,
+    whole: DynamicModel,
+    stages: Sequence[Stage],
+    files: Sequence[Path],
+    differences: Sequence[dict[str, float]],
+    engine: str,
+) -> Manifest:
+    ledger = whole.ledger()
+    bill = ledger.bill(whole.running).tolist()
+    given = model if isinstance(model, DynamicModel) else whole
+    parts = tuple(
+        Part(file.name, digest_of_file(file), _ports(s.takes), _ports(s.gives), s.exit, bill[s.exit])
+        for s, file in zip(stages, files, strict=True)
+    )
+    versions = {"dynnet": _version("dynnet"), "timm": timm.__version__, "torch": torch.__version__.split("+")[0]}
+    return Manifest(
+        format=1,
+        engine=engine,
+        model=title(whole.backbone),
+        exits=whole.exits,
+        thresholds=tuple(to_json(t) for t in given.thresholds),
+        confidence=whole.measure.name,
+        stages=parts,
+        dense_macs=ledger.dense,
+        input_size=whole.input_size,
+        dtype="float32",
+        classes=whole.num_classes,
+        preparation=preparation_of(whole.backbone),
+        calibration=given.calibration,
+        versions={**versions, **engines.engine(engine).versions()},
+        differences=tuple(differences),
+    )
+
+
+def _ports(values: Sequence[Value]) -> tuple[Port, ...]:
+    return tuple(Port(value.name, value.dim, value.per_sample) for value in values)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _readme(manifest: Manifest) -> str:
+    """How to run it."""
+    channels, height, width = manifest.input_size
+    prepared: dict[str, Any] = {key: manifest.preparation.get(key) for key in ("mean", "std")}
+    lines = [
+        f"- `{part.file}`: {_end(part, manifest)}, {part.macs / 1e6:.2f} MMAC a sample that answers there"
+        for part in manifest.stages
+    ]
+    return f"""# {manifest.model}, in stages
+
+{chr(10).join(lines)}
+
+Run it with numpy and {manifest.engine}; neither torch nor timm is needed:
+
+    from dynnet.deploy import Runner
+
+    runner = Runner("this folder")
+    prediction = runner.predict(images)  # float32 (B, {channels}, {height}, {width})
+    prediction.logits, prediction.exit, prediction.confidence, prediction.macs
+
+Images in [0, 1] are prepared as (image - mean) / std a channel, with
+
+    mean = {prepared["mean"]}
+    std = {prepared["std"]}
+
+`runner.thresholds` can be changed: a sample leaves at the first exit whose confidence ({manifest.confidence}) reaches
+its threshold. `manifest.json` says everything else.
+"""
+
+
+def _end(part: Part, manifest: Manifest) -> str:
+    return "the end" if part.exit == len(manifest.exits) else f"up to exit {manifest.exits[part.exit]!r}"

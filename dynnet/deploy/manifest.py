@@ -1,0 +1,171 @@
+"""What the folder of an exported model says: its stages, how they hang together, what they cost. Without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from dynnet.errors import ExportError, SchemaError
+from dynnet.schema import between, parse, typed
+
+NAME = "manifest.json"
+FORMAT = 1
+_LARGEST = 10_000_000  # bytes
+
+Whole = Annotated[int, between(0, 2**40)]
+Plain = None | bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Port:
+    """A tensor that a stage takes or gives.
+
+    Attributes:
+        name: in the graph.
+        dim: its dimension of the batch,
+        per_sample: entries of which belong to one sample.
+    """
+
+    name: str
+    dim: Whole
+    per_sample: Whole
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage.
+
+    Attributes:
+        file: its graph, in the engine's format, with outputs (logits, confidence, *gives).
+        sha256: of the file.
+        takes, gives: what it reads, and what it makes for later stages.
+        exit: the number of the exit that answers at its end; E for the backbone's own head.
+        macs: of a sample that answers there, alone.
+    """
+
+    file: str
+    sha256: str
+    takes: tuple[Port, ...]
+    gives: tuple[Port, ...]
+    exit: Whole
+    macs: Whole
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An exported model.
+
+    Attributes:
+        engine: that its stages were made for.
+        model: what the backbone is called.
+        exits: names of all E exits. Those that were switched off have no stage.
+        thresholds: E of them; they are no part of the graphs.
+        confidence: name of the measure.
+        stages: in running order.
+        dense_macs: of the bare backbone.
+        input_size: (C, H, W) of the images.
+        dtype: of the images.
+        classes: K.
+        preparation: of images, and the names of classes.
+        calibration: what the thresholds were fitted on and for.
+        versions: of what made it.
+        differences: between the engine's answers and PyTorch's, the largest on images of noise, by stage.
+    """
+
+    format: Literal[1]
+    engine: str
+    model: str
+    exits: tuple[str, ...]
+    thresholds: tuple[float | Literal["inf", "-inf"], ...]
+    confidence: str
+    stages: tuple[Part, ...]
+    dense_macs: Whole
+    input_size: tuple[Whole, Whole, Whole]
+    dtype: str
+    classes: Whole
+    preparation: dict[str, Plain | tuple[Plain, ...]] = field(default_factory=dict)
+    calibration: dict[str, Plain | tuple[Plain, ...] | dict[str, Plain]] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    differences: tuple[dict[str, float], ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder, beside its stages."""
+        (folder / NAME).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a folder says, if its files are as they were written.
+
+    Raises:
+        ExportError: there is none, it is damaged, of another version, or a file is missing or has changed.
+    """
+    path = folder / NAME
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise ExportError(
+            f"{str(folder)!r} holds no exported model: {path.name}: {error.strerror}; make one with dynnet.export"
+        ) from error
+    try:
+        if len(content) > _LARGEST:
+            raise SchemaError(f"it has more than {_LARGEST} bytes")
+        said = parse(content.decode())
+        if isinstance(said, dict) and isinstance(said.get("format"), int) and said["format"] > FORMAT:
+            raise ExportError(
+                f"{str(path)!r} has format {said['format']}, this dynnet reads up to {FORMAT}; upgrade dynnet"
+            )
+        found: Manifest = typed(Manifest, said)
+        _check(found)
+    except (SchemaError, UnicodeDecodeError) as error:
+        raise ExportError(f"{str(path)!r} is damaged: {error}; export the model again") from error
+    for stage in found.stages:
+        _check_file(folder, stage)
+    return found
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(found: Manifest) -> None:
+    """
+    Raises:
+        SchemaError: parts that do not fit each other.
+    """
+    numbers = [stage.exit for stage in found.stages]
+    if not numbers or numbers != sorted(set(numbers)) or numbers[-1] != len(found.exits):
+        raise SchemaError(f"stages end at exits {numbers}, of {len(found.exits)}")
+    if len(found.thresholds) != len(found.exits):
+        raise SchemaError(f"{len(found.thresholds)} thresholds for {len(found.exits)} exits")
+    made: set[str] = {port.name for port in found.stages[0].takes}
+    for stage in found.stages:
+        if Path(stage.file).name != stage.file:
+            raise SchemaError(f"stage file {stage.file!r} is not in the folder")
+        if missing := [port.name for port in stage.takes if port.name not in made]:
+            raise SchemaError(f"nothing gives {missing[0]!r}, which {stage.file} takes")
+        made |= {port.name for port in stage.gives}
+
+
+def _check_file(folder: Path, stage: Part) -> None:
+    path = folder / stage.file
+    if not path.is_file():
+        raise ExportError(f"{str(path)!r} is missing; export the model again")
+    if digest_of_file(path) != stage.sha256:
+        raise ExportError(
+            f"{str(path)!r} is damaged, or was changed: its SHA-256 does not match; export the model again"
+        )
+
+
+def later_use(stages: tuple[Part, ...] | list[Part]) -> list[Mapping[str, Port]]:
+    """For each stage, what is needed behind it: the tensors that stages after it take."""
+    needed: list[Mapping[str, Port]] = []
+    for number in range(len(stages)):
+        needed.append({port.name: port for stage in stages[number + 1 :] for port in stage.takes})
+    return needed

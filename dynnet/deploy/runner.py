@@ -1,0 +1,142 @@
+"""An exported model, run: stage after stage on the samples that are still here. numpy and the engine, no torch.
+
+B batch, b samples that are still here, K classes, E exits; exit number E is the backbone's own head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dynnet.deploy.engines import engine
+from dynnet.deploy.manifest import Port, later_use, read_manifest
+from dynnet.errors import InputError
+from dynnet.exits.rows import Rows, leaves
+from dynnet.exits.threshold import check_thresholds
+
+
+class Prediction(NamedTuple):
+    """What a batch got, and what it cost: as `dynnet.Prediction`, in numpy.
+
+    Attributes:
+        logits: (B, K) of the exit at which each sample left.
+        exit: (B,) int64, its number; E is the backbone's own head.
+        confidence: (B,) of that exit.
+        macs: (B,) int64, multiply-adds that ran for the sample; FLOPs are twice as many.
+    """
+
+    logits: np.ndarray
+    exit: np.ndarray
+    confidence: np.ndarray
+    macs: np.ndarray
+
+
+class Runner:
+    """An exported model, ready to answer. Safe in threads.
+
+    Args:
+        folder: that `dynnet.export` wrote.
+        threads: of the engine; None for one a processor. 1 needs no pool, and is best for small models.
+
+    Attributes:
+        manifest: what the folder says.
+
+    Raises:
+        ExportError: no such folder, a file that is missing or has changed, another version, or an engine that is not
+            installed.
+    """
+
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        self.manifest = read_manifest(Path(folder))
+        chosen = engine(self.manifest.engine)
+        self._sessions = [chosen.open_stage(Path(folder) / stage.file, threads) for stage in self.manifest.stages]
+        self._later = later_use(self.manifest.stages)
+        self._dtype = np.dtype(self.manifest.dtype)
+        self._thresholds = tuple(float(t) for t in self.manifest.thresholds)
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Names of the E exits."""
+        return self.manifest.exits
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """K names, where the model knows them."""
+        names = self.manifest.preparation.get("label_names")
+        return tuple(str(name) for name in names) if isinstance(names, tuple) else None
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """One for each exit: a sample leaves where its confidence >= the threshold; inf never, -inf always. An exit
+        that was switched off when the model was exported has no stage, and stays off."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, values: Sequence[float]) -> None:
+        checked = check_thresholds(values, self.exits)
+        there = {stage.exit for stage in self.manifest.stages}
+        for number, (name, value) in enumerate(zip(self.exits, checked, strict=True)):
+            if number not in there and value != np.inf:
+                raise InputError(
+                    f"exit {name!r} was switched off when the model was exported, and has no stage; give it inf, or "
+                    f"export with exits='all'"
+                )
+        self._thresholds = checked
+
+    def predict(self, images: np.ndarray) -> Prediction:
+        """Answer a batch.
+
+        Args:
+            images: (B, C, H, W), prepared as the manifest says, of its type.
+
+        Raises:
+            InputError: they are something else.
+        """
+        self._check(images)
+        thresholds, rows = self._thresholds, Rows(len(images))
+        stages = self.manifest.stages
+        live: dict[str, np.ndarray] = {stages[0].takes[0].name: np.ascontiguousarray(images)}
+        answers: list[tuple[np.ndarray, np.ndarray]] = []
+        for stage, session, later in zip(stages, self._sessions, self._later, strict=True):
+            logits, confidence, *given = session.run([live[port.name] for port in stage.takes])
+            if stage.exit == len(thresholds):
+                break
+            live = {name: tensor for name, tensor in live.items() if name in later}
+            live.update(zip((port.name for port in stage.gives), given, strict=True))
+            leaving = leaves(confidence.astype(np.float64), thresholds[stage.exit])
+            count = int(np.count_nonzero(leaving))
+            if count == len(leaving):
+                break
+            if count:
+                gone, kept = rows.leave(stage.exit, leaving)
+                answers.append((logits[gone], confidence[gone]))
+                live = {name: _rows(tensor, kept, later[name]) for name, tensor in live.items()}
+        answers.append((logits, confidence))
+        rows.finish(stage.exit)
+        return self._in_order(rows, answers)
+
+    def _in_order(self, rows: Rows, answers: Sequence[tuple[np.ndarray, np.ndarray]]) -> Prediction:
+        bill: Mapping[int, int] = {stage.exit: stage.macs for stage in self.manifest.stages}
+        taken = [np.full(len(logits), exit) for (exit, _), (logits, _) in zip(rows.exits(), answers, strict=True)]
+        exit = rows.in_order(taken)
+        macs = rows.in_order([np.full(len(one), bill[int(one[0])]) for one in taken])
+        logits, confidence = (rows.in_order(list(parts)) for parts in zip(*answers, strict=True))
+        return Prediction(logits, exit, confidence, macs)
+
+    def _check(self, images: np.ndarray) -> None:
+        size = self.manifest.input_size
+        if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[1:] != size or not len(images):
+            got = f"shape {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+            raise InputError(f"images: got {got}; give a numpy array (B, C, H, W) of {size}, of one image at least")
+        if images.dtype != self._dtype:
+            raise InputError(f"images are of {images.dtype}; give {self._dtype}, prepared as the manifest says")
+
+
+def _rows(tensor: np.ndarray, kept: np.ndarray, port: Port) -> np.ndarray:
+    """Those rows of a tensor that belong to samples which stay."""
+    if port.per_sample != 1:
+        kept = (kept[:, None] * port.per_sample + np.arange(port.per_sample)).ravel()
+    return tensor[kept] if port.dim == 0 else np.ascontiguousarray(tensor.take(kept, port.dim))
