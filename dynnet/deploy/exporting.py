@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,10 @@ from dynnet.deploy import engines
 from dynnet.deploy.folding import fold
 from dynnet.deploy.int8 import int8_layers
 from dynnet.deploy.manifest import Manifest, Part, Port, digest_of_file
-from dynnet.deploy.stages import Stage, Value, Whole, staged
+from dynnet.deploy.stages import Stage, Value, staged
+from dynnet.deploy.whole import Nowhere, Whole, fits_a_graph
 from dynnet.errors import ExportError
+from dynnet.exits.confidence import Instant
 from dynnet.exits.threshold import to_json
 from dynnet.model import DynamicModel
 from dynnet.wrapping import wrap
@@ -53,7 +56,9 @@ def export(
     True
 
     Args:
-        model: a wrapped model without gates, in single precision; or any plain one, which gives one stage.
+        model: a wrapped model in single precision, or any plain one, which gives one stage. Channels that gates close
+            are zero in an engine, but computed, and billed: a warning says so. A measure of confidence that is Python
+            code, which no graph can hold, is left to `Runner(folder, confidence=...)`.
         folder: to be made, with a stage a file, manifest.json and a README.md. It is there when it is whole.
         engine: "onnxruntime".
         exits: "running" leaves out exits that are switched off; "all" gives them stages too, so that they can be
@@ -99,8 +104,6 @@ def _ready(model: nn.Module, exits: str, size: tuple[int, int, int] | None) -> D
     """A copy to be exported: wrapped, folded, in eval mode, with all exits on that get a stage."""
     if exits not in ("running", "all"):
         raise ExportError(f"exits={exits!r}: choose from running, all")
-    if isinstance(model, DynamicModel) and model.gates is not None:
-        raise ExportError("gates close other channels for every image, which no graph can skip; export a model without")
     if int8_layers(model):
         raise ExportError("layers in int8 are PyTorch's own; export the model that was quantized")
     weight = next(model.parameters(), torch.zeros(()))
@@ -110,6 +113,19 @@ def _ready(model: nn.Module, exits: str, size: tuple[int, int, int] | None) -> D
         copy = copy_of(model)
         if exits == "all":
             copy.thresholds = [0.0 if t == float("inf") else t for t in model.thresholds]
+        if copy.gates is not None:
+            warnings.warn(
+                "gates close other channels for every image, which no graph can skip: in an engine closed channels are "
+                "zero, but cost what open ones do",
+                stacklevel=3,
+            )
+        if not fits_a_graph(copy.measure, copy.num_classes):
+            if not isinstance(copy.measure, Instant):
+                raise ExportError(
+                    f"the measure {copy.measure.name!r} remembers what earlier exits said, in Python that no graph can "
+                    f"hold; write it with operators of torch"
+                )
+            copy.measure = Nowhere()
     else:
         copy = wrap(copy_of(model), [], input_size=size or input_size_of(model))
     return fold(copy.eval())
@@ -126,8 +142,10 @@ def _checked_cut(
         ExportError: it is not.
     """
     fed, made = _run(stages, images)
+    own = model.forward_exits(images).logits
     for stage, outputs, answer in zip(stages, made, Whole(model)(images), strict=True):
-        if not all(torch.equal(cut, own) for cut, own in zip(outputs, answer, strict=False)):
+        wanted = (own[stage.exit], answer[1])
+        if not all(torch.equal(cut, eager) for cut, eager in zip(outputs, wanted, strict=False)):
             raise ExportError(f"cut in stages, the model answers otherwise at exit {stage.exit}; choose other exits")
     kept = torch.arange(1, len(images), 2, device=images.device)
     _, fewer = _run(stages, images, kept)
@@ -194,10 +212,12 @@ def _manifest(
     engine: str,
 ) -> Manifest:
     ledger = whole.ledger()
-    bill = ledger.bill(whole.running).tolist()
+    bill = ledger.bill(whole.running)
+    if whole.gates is not None and whole.gates.frozen is None:
+        bill += torch.tensor([sum(each.macs for each in segment.deciders) for segment in ledger.segments]).cumsum(0)
     given = model if isinstance(model, DynamicModel) else whole
     parts = tuple(
-        Part(file.name, digest_of_file(file), _ports(s.takes), _ports(s.gives), s.exit, bill[s.exit])
+        Part(file.name, digest_of_file(file), _ports(s.takes), _ports(s.gives), s.exit, int(bill[s.exit]))
         for s, file in zip(stages, files, strict=True)
     )
     versions = {"dynnet": _version("dynnet"), "timm": timm.__version__, "torch": torch.__version__.split("+")[0]}
@@ -207,7 +227,8 @@ def _manifest(
         model=title(whole.backbone),
         exits=whole.exits,
         thresholds=tuple(to_json(t) for t in given.thresholds),
-        confidence=whole.measure.name,
+        confidence=given.measure.name,
+        on_host=isinstance(whole.measure, Nowhere),
         stages=parts,
         dense_macs=ledger.dense,
         input_size=whole.input_size,

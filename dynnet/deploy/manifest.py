@@ -65,6 +65,7 @@ class Manifest:
         exits: names of all E exits. Those that were switched off have no stage.
         thresholds: E of them; they are no part of the graphs.
         confidence: name of the measure.
+        on_host: is it Python code that no graph holds, so that the runner has to be given it?
         stages: in running order.
         dense_macs: of the bare backbone.
         input_size: (C, H, W) of the images.
@@ -82,6 +83,7 @@ class Manifest:
     exits: tuple[str, ...]
     thresholds: tuple[float | Literal["inf", "-inf"], ...]
     confidence: str
+    on_host: bool
     stages: tuple[Part, ...]
     dense_macs: Whole
     input_size: tuple[Whole, Whole, Whole]

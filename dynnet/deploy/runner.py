@@ -5,15 +5,15 @@ B batch, b samples that are still here, K classes, E exits; exit number E is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dynnet.deploy.engines import engine
-from dynnet.deploy.manifest import Port, later_use, read_manifest
-from dynnet.errors import InputError
+from dynnet.deploy.manifest import Manifest, Port, later_use, read_manifest
+from dynnet.errors import InputError, ThresholdError
 from dynnet.exits.rows import Rows, leaves
 from dynnet.exits.threshold import check_thresholds
 
@@ -40,6 +40,8 @@ class Runner:
     Args:
         folder: that `dynnet.export` wrote.
         threads: of the engine; None for one a processor. 1 needs no pool, and is best for small models.
+        confidence: from logits (b, K) to confidence (b,), where the model's own measure is Python code that no graph
+            could hold; the manifest says so (`on_host`).
 
     Attributes:
         manifest: what the folder says.
@@ -47,10 +49,17 @@ class Runner:
     Raises:
         ExportError: no such folder, a file that is missing or has changed, another version, or an engine that is not
             installed.
+        ThresholdError: confidence is missing, or is in the graphs already.
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        threads: int | None = None,
+        confidence: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
         self.manifest = read_manifest(Path(folder))
+        self._confidence = _checked(confidence, self.manifest)
         chosen = engine(self.manifest.engine)
         self._sessions = [chosen.open_stage(Path(folder) / stage.file, threads) for stage in self.manifest.stages]
         self._later = later_use(self.manifest.stages)
@@ -102,6 +111,8 @@ class Runner:
         answers: list[tuple[np.ndarray, np.ndarray]] = []
         for stage, session, later in zip(stages, self._sessions, self._later, strict=True):
             logits, confidence, *given = session.run([live[port.name] for port in stage.takes])
+            if self._confidence is not None:
+                confidence = _asked(self._confidence, logits)
             if stage.exit == len(thresholds):
                 break
             live = {name: tensor for name, tensor in live.items() if name in later}
@@ -133,6 +144,31 @@ class Runner:
             raise InputError(f"images: got {got}; give a numpy array (B, C, H, W) of {size}, of one image at least")
         if images.dtype != self._dtype:
             raise InputError(f"images are of {images.dtype}; give {self._dtype}, prepared as the manifest says")
+
+
+def _checked(
+    confidence: Callable[[np.ndarray], np.ndarray] | None, manifest: Manifest
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    if manifest.on_host and confidence is None:
+        raise ThresholdError(
+            f"this model's confidence, {manifest.confidence!r}, is Python code that is not in its graphs; give it as "
+            f"confidence=, from a numpy array of logits (b, K) to (b,) numbers"
+        )
+    if not manifest.on_host and confidence is not None:
+        raise ThresholdError(
+            f"confidence= is given, but the graphs hold {manifest.confidence!r}, to which thresholds belong; leave it "
+            f"out"
+        )
+    return confidence
+
+
+def _asked(confidence: Callable[[np.ndarray], np.ndarray], logits: np.ndarray) -> np.ndarray:
+    found = np.asarray(confidence(logits))
+    if found.shape != logits.shape[:1]:
+        raise ThresholdError(
+            f"confidence= gave shape {found.shape} for logits of shape {logits.shape}; it must give one number a sample"
+        )
+    return found
 
 
 def _rows(tensor: np.ndarray, kept: np.ndarray, port: Port) -> np.ndarray:

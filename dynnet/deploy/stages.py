@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from dynnet.backbone.twin import copy_of
+from dynnet.deploy.whole import Whole
 from dynnet.errors import ExportError
 from dynnet.model import DynamicModel
 
@@ -56,38 +56,6 @@ class Stage:
     exit: int
 
 
-class Whole(nn.Module):
-    """A model as one forward, from images (B, C, H, W) to logits (B, K) and confidence (B,) of every exit that runs,
-    and of the end. Made of a copy."""
-
-    def __init__(self, model: DynamicModel) -> None:
-        super().__init__()
-        model = copy_of(model).eval()
-        self.exits = [*(i for i, on in enumerate(model.running) if on), len(model.exits)]
-        names, self.measure, self.heads = model.exits, model.measure, model.heads
-        self.backbone = model.unwrap()
-        for index in self.exits[:-1]:
-            self.backbone.get_submodule(names[index]).register_forward_hook(self._hook(index))
-        self._answers: list[tuple[Tensor, Tensor]] = []
-        self._memory: Tensor | None = None
-
-    def _hook(self, index: int) -> Any:
-        def answer(module: nn.Module, args: Any, output: Any) -> None:
-            self._answer(self.heads[index](output))
-
-        return answer
-
-    def _answer(self, logits: Tensor) -> None:
-        confidence, self._memory = self.measure(logits, self._memory)
-        self._answers.append((logits, confidence))
-
-    def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        self._answers, self._memory = [], None
-        self._answer(self.backbone(x))
-        answers, self._answers, self._memory = self._answers, [], None
-        return tuple(answers)
-
-
 @torch.no_grad()
 def staged(model: DynamicModel, size: Sequence[int]) -> list[Stage]:
     """The stages of a model whose exits are on.
@@ -102,6 +70,7 @@ def staged(model: DynamicModel, size: Sequence[int]) -> list[Stage]:
     whole = Whole(model)
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     images = torch.randn(3, *size, dtype=weight.dtype, device=weight.device)  # one would be taken for a constant
+    whole(images)  # what is made once and kept (tables, lists of channels) is made of numbers, not while it is traced
     try:
         program = torch.export.export(whole, (images,), dynamic_shapes=({0: Dim("b", min=1)},), strict=False)
         program = program.run_decompositions({})  # nothing in place

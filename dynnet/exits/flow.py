@@ -39,7 +39,7 @@ class Tag:
 class Gating(Protocol):
     """Runs layers in place of their own forward; see `dynnet.gates.decisions.Decisions`."""
 
-    def apply(self, site: Any, layer: nn.Module, x: Tensor, of: Flow) -> Tensor: ...
+    def apply(self, site: Any, layer: nn.Module, x: Tensor, rows: Rows) -> Tensor: ...
 
 
 class Flow:

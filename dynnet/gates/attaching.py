@@ -32,7 +32,7 @@ class GatedForward:
                 f"gradient checkpointing would run {self.site.layer} again when what gates decided is forgotten; "
                 f"switch it off with set_grad_checkpointing(False)"
             )
-        return running.decisions.apply(self.site, self.layer, x, running)
+        return running.decisions.apply(self.site, self.layer, x, running.rows)
 
 
 def attach(backbone: nn.Module, tag: Tag, plan: GatePlan) -> None:

@@ -20,7 +20,7 @@ from dynnet.backbone.layers.table import channel_dim, run
 from dynnet.backbone.modes import evaluating
 from dynnet.backbone.subsets import Subset
 from dynnet.cost.ledger import Ledger
-from dynnet.exits.flow import Flow
+from dynnet.exits.rows import Rows
 from dynnet.gates.networks import Gates
 from dynnet.gates.plan import Side, Site
 
@@ -56,14 +56,14 @@ class Decisions:
         self._subsets: dict[Side, Subset | None] = {}
         self._masks: dict[tuple[Side, int, torch.dtype], Tensor] = {}
 
-    def apply(self, site: Site, layer: nn.Module, x: Tensor, of: Flow) -> Tensor:
+    def apply(self, site: Site, layer: nn.Module, x: Tensor, rows: Rows) -> Tensor:
         """Run one layer.
 
         Args:
             site: of the layer.
             layer: itself.
             x: its input, (B, ...) or several entries of the first dimension per sample.
-            of: the running flow, which knows who is still in the batch.
+            rows: who is still in the batch.
         """
         reads = self.subset(site.reads)
         if site.reads is not None and site.zeroes and not self._agreed.issuperset(site.reads.regions):
@@ -72,7 +72,7 @@ class Decisions:
             dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
             x = x.mul_(mask) if dense and not torch.is_grad_enabled() else x * mask
         if site.decides is not None:
-            self._decide(site.decides, layer, x, of, reads)
+            self._decide(site.decides, layer, x, rows, reads)
         return run(layer, x, reads, self.subset(site.makes))
 
     def price(self, ledger: Ledger, size: int) -> Tensor:
@@ -115,10 +115,10 @@ class Decisions:
         """(R,) share of the units that are open, by region, over all rows that were decided on."""
         return torch.stack([self.taken[n].decisions.mean() for n in sorted(self.taken)])
 
-    def _decide(self, number: int, layer: nn.Module, x: Tensor, of: Flow, reads: Subset | None) -> None:
+    def _decide(self, number: int, layer: nn.Module, x: Tensor, rows: Rows, reads: Subset | None) -> None:
         if self.gates.frozen is not None:
-            decisions = self.gates.frozen[number].to(x.device, torch.float32).expand(of.rows.size, -1)
-            self.take(number, Taken(of.rows.here, decisions, decisions))
+            decisions = self.gates.frozen[number].to(x.device, torch.float32).expand(rows.size, -1)
+            self.take(number, Taken(rows.here, decisions, decisions))
             return
         dims = [d for d in range(1, x.ndim) if d != channel_dim(layer, x)]
         # Half the time of `mean`.
@@ -126,12 +126,12 @@ class Decisions:
         if dims:
             wide = torch.float32 if x.dtype in HALF else x.dtype
             features = (x.sum(dims, dtype=wide) / math.prod(x.shape[d] for d in dims)).to(x.dtype)
-        if len(x) != of.rows.size:  # windows, several a sample
-            features = features.unflatten(0, (of.rows.size, -1)).mean(1)
+        if x.shape[0] != rows.size:  # windows, several a sample
+            features = features.unflatten(0, (rows.size, -1)).mean(1)
         if reads is not None:
             whole = features.new_zeros(len(features), reads.width)
             features = whole.index_copy(1, reads.channels(), features)
-        self.take(number, Taken(of.rows.here, *self.gates.decide(number, features)))
+        self.take(number, Taken(rows.here, *self.gates.decide(number, features)))
 
     def take(self, number: int, taken: Taken) -> None:
         """A region has decided."""
@@ -149,20 +149,20 @@ class Decisions:
 
     def _mask(self, side: Side, there: Subset | None, x: Tensor, dim: int) -> Tensor:
         """(B, 1, .., C, .., 1) decisions for the channels of one side of a layer, as far as they are there."""
-        key = side, len(x), x.dtype
+        # Windows: several entries a sample. (`len` would make a constant of the batch where a graph is traced.)
+        each = int(x.shape[0] // self.taken[side.regions[0]].decisions.shape[0])
+        key = side, each, x.dtype
         if key not in self._masks:
             units = side.units_of_channels(x.device)
             mask = self._known(side).index_select(1, units if there is None else there.take(units, 0))
-            if len(x) != len(mask):  # windows, several a sample
-                mask = mask.repeat_interleave(len(x) // len(mask), 0)
-            self._masks[key] = mask.to(x.dtype)
+            self._masks[key] = (mask if each == 1 else mask.repeat_interleave(each, 0)).to(x.dtype)
         return self._masks[key].view([x.shape[d] if d in (0, dim) else 1 for d in range(x.ndim)])
 
     def _known(self, side: Side) -> Tensor:
         """(B, U) decisions of a side's regions, and behind them what is always open, where the side has that."""
         decisions = [self.taken[n].decisions for n in side.regions]
         if side.partly:
-            decisions.append(decisions[0].new_ones(len(decisions[0]), 1))
+            decisions.append(decisions[0].new_ones(decisions[0].shape[0], 1))
         return decisions[0] if len(decisions) == 1 else torch.cat(decisions, 1)
 
     def subset(self, side: Side | None) -> Subset | None:

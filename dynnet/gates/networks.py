@@ -44,7 +44,7 @@ class GateNetwork(nn.Module):
     def opens(self, logits: Tensor) -> Tensor:
         """(B, U) logits to bool: open where not negative, and of every group the largest. NaN is open."""
         group = cast(Tensor, self.group).expand_as(logits)
-        largest = logits.new_full((len(logits), self.groups), -torch.inf).scatter_reduce(1, group, logits, "amax")
+        largest = logits.new_full((logits.shape[0], self.groups), -torch.inf).scatter_reduce(1, group, logits, "amax")
         # Closed is what is certain: a comparison with NaN is false.
         return ~(logits < largest.clamp_(max=0).gather(1, group))
 

@@ -39,6 +39,7 @@ def lower(stage: Any, tensors: Sequence[Any], path: Path) -> None:
                 output_names=outputs,
                 verbose=False,
             )
+        _take_in_blocks(program.model.graph)
         # Where in whose files an operator came from is for nobody else to know.
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()
@@ -49,6 +50,26 @@ def lower(stage: Any, tensors: Sequence[Any], path: Path) -> None:
     except Exception as error:  # of torch's exporter
         told = " ".join(str(error).split())
         raise ExportError(f"a stage cannot be written as ONNX: {type(error).__name__}: {told[:300]}") from error
+
+
+def _take_in_blocks(graph: Any) -> None:
+    """Let features that a stage takes be brought into blocks of channels once, where ONNX Runtime has convolutions in
+    them (NCHWc). It brings its inputs there for convolutions alone: a residual sum that reads the same features as they
+    came would keep itself, and every sum after it, in the plain layout. A mean over one pixel changes no number, and is
+    read by all."""
+    import onnx_ir
+
+    for given in list(graph.inputs):
+        readers = list(given.uses())
+        convolved = [use for use in readers if use.node.op_type == "Conv" and use.idx == 0]
+        if given.shape is None or len(given.shape) != 4 or not convolved or len(convolved) == len(readers):
+            continue
+        mean = onnx_ir.node("AveragePool", [given], {"kernel_shape": [1, 1]}, version=graph.opset_imports.get(""))
+        (taken,) = mean.outputs
+        taken.name, taken.shape, taken.type = f"{given.name}_taken", given.shape, given.type
+        for use in readers:
+            use.node.replace_input_with(use.idx, taken)
+        graph.insert_before(next(iter(graph)), mean)
 
 
 class OnnxSession:

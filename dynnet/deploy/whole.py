@@ -1,0 +1,115 @@
+"""A dynamic model as one plain forward, from which a graph is made: nobody leaves, every exit answers, nothing hooks in
+that asks for numbers.
+
+    B batch, K classes, E exits; exit number E is the backbone's own head
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from dynnet.backbone.twin import copy_of
+from dynnet.exits.confidence import Measure
+from dynnet.exits.rows import Rows
+from dynnet.gates.decisions import Decisions
+from dynnet.gates.networks import Gates
+from dynnet.gates.plan import Site
+from dynnet.model import DynamicModel
+
+
+class Whole(nn.Module):
+    """From images (B, C, H, W) to logits (B, K) and confidence (B,) of every exit that runs, and of the end.
+
+    Gates decide, and what they close is zero; it is computed all the same. Made of a copy.
+
+    Attributes:
+        exits: numbers of the exits that answer.
+    """
+
+    def __init__(self, model: DynamicModel) -> None:
+        super().__init__()
+        model = copy_of(model).eval()
+        self.exits = [*(i for i, on in enumerate(model.running) if on), len(model.exits)]
+        names, self.measure, self.heads, self.gates = model.exits, model.measure, model.heads, model.gates
+        self.backbone = model.unwrap()
+        for index in self.exits[:-1]:
+            self.backbone.get_submodule(names[index]).register_forward_hook(self._hook(index))
+        self._call = _Call()
+        for site in self.gates.plan.sites if isinstance(self.gates, Gates) else ():
+            layer: Any = self.backbone.get_submodule(site.layer)
+            layer.forward = _Masked(layer, site, self._call)
+        self._answers: list[tuple[Tensor, Tensor]] = []
+        self._memory: Tensor | None = None
+
+    def _hook(self, index: int) -> Any:
+        def answer(module: nn.Module, args: Any, output: Any) -> None:
+            self._answer(self.heads[index](output))
+
+        return answer
+
+    def _answer(self, logits: Tensor) -> None:
+        confidence, self._memory = self.measure(logits, self._memory)
+        self._answers.append((logits, confidence))
+
+    def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        self._answers, self._memory = [], None
+        # No flow is running, for it would ask for the length of the batch, which then were a constant of the graph.
+        self._call.rows = Rows(x.shape[0])
+        self._call.decisions = Decisions(self.gates, sparse=False) if isinstance(self.gates, Gates) else None
+        self._answer(self.backbone(x))
+        answers, self._answers, self._memory = self._answers, [], None
+        self._call.decisions = None
+        return tuple(answers)
+
+
+class _Call:
+    """What is known in one forward: who is there, and what gates decided."""
+
+    rows: Rows
+    decisions: Decisions | None = None
+
+
+class _Masked:
+    """Stands in for the `forward` of a layer that listens to gates."""
+
+    def __init__(self, layer: nn.Module, site: Site, call: _Call) -> None:
+        self.layer, self.site, self.call = layer, site, call
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert self.call.decisions is not None
+        return self.call.decisions.apply(self.site, self.layer, x, self.call.rows)
+
+
+class Nowhere(Measure):
+    """Stands in for a measure that no graph can hold: it is asked on the host, and this is not looked at."""
+
+    name = "nowhere"
+
+    def __call__(self, logits: Tensor, memory: Tensor | None) -> tuple[Tensor, None]:
+        return logits[:, 0].float(), None
+
+
+def fits_a_graph(measure: Measure, classes: int) -> bool:
+    """Can a measure be exported, or is it Python that looks at numbers?
+
+    Args:
+        classes: K.
+    """
+
+    class Asked(nn.Module):
+        def forward(self, logits: Tensor) -> Tensor:
+            confidence, memory = measure(logits, None)
+            return measure(logits, memory)[0] + confidence
+
+    try:
+        with torch.no_grad():
+            torch.export.export(
+                Asked(), (torch.randn(3, classes),), dynamic_shapes=({0: Dim("b", min=1)},), strict=False
+            )
+    except Exception:  # of somebody else's code
+        return False
+    return True
