@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,14 +141,10 @@ def _checked_cut(
     Raises:
         ExportError: it is not.
     """
-    fed, made = _run(stages, images)
-    own = model.forward_exits(images).logits
-    for stage, outputs, answer in zip(stages, made, Whole(model)(images), strict=True):
-        wanted = (own[stage.exit], answer[1])
-        if not all(torch.equal(cut, eager) for cut, eager in zip(outputs, wanted, strict=False)):
-            raise ExportError(f"cut in stages, the model answers otherwise at exit {stage.exit}; choose other exits")
+    fed, made = run_stages(stages, images)
+    check_equal(model, stages, images, made)
     kept = torch.arange(1, len(images), 2, device=images.device)
-    _, fewer = _run(stages, images, kept)
+    _, fewer = run_stages(stages, images, {0: kept})
     for stage, outputs, thinned in zip(stages[1:], made[1:], fewer[1:], strict=True):
         error = float((outputs[0][kept] - thinned[0]).abs().max())
         if not error <= _ROUNDING * float(outputs[0].abs().max()):
@@ -159,17 +155,48 @@ def _checked_cut(
     return fed, made
 
 
-def _run(
-    stages: Sequence[Stage], images: Tensor, kept: Tensor | None = None
+def check_equal(model: DynamicModel, stages: Sequence[Stage], images: Tensor, made: Sequence[Sequence[Tensor]]) -> None:
+    """
+    Args:
+        model: of which the stages were cut.
+        made: by each stage, of the images.
+
+    Raises:
+        ExportError: stages answer otherwise than the model, be it by one bit.
+    """
+    logits = model.forward_exits(images).logits
+    for stage, outputs, (_, confidence) in zip(stages, made, Whole(model)(images), strict=True):
+        wanted = (logits[stage.exit], confidence)
+        if not all(torch.equal(cut, own) for cut, own in zip(outputs, wanted, strict=False)):
+            raise ExportError(f"cut in stages, the model answers otherwise at exit {stage.exit}; choose other exits")
+
+
+Run = Callable[[int, Sequence[Tensor]], Sequence[Tensor]]  # of a stage, by its number, on what it takes
+
+
+def run_stages(
+    stages: Sequence[Stage], images: Tensor, kept: Mapping[int, Tensor] | None = None, run: Run | None = None
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """Tensors fed to each stage and made by it; after the first stage only for the rows that are kept."""
+    """Tensors fed to each stage, contiguous as an engine gets them, and made by it.
+
+    Args:
+        stages: in order.
+        images: (B, C, H, W).
+        kept: by the number of a stage, which of the samples that are here stay behind it; by default all.
+        run: runs a stage; by default its graph.
+    """
+    run = run or (lambda number, tensors: stages[number].graph(*tensors))
     live, fed, made = {stages[0].takes[0].name: images}, [], []
+    values: dict[str, Value] = {}
     for number, stage in enumerate(stages):
-        fed.append([live[value.name].contiguous() for value in stage.takes])
-        made.append(list(stage.graph(*fed[-1])))
+        # As the model lays them out: another layout means other kernels, which round otherwise.
+        taken = [live[value.name] for value in stage.takes]
+        fed.append([tensor.contiguous() for tensor in taken])
+        made.append(list(run(number, taken)))
         live |= {value.name: tensor for value, tensor in zip(stage.gives, made[-1][2:], strict=True)}
-        if number == 0 and kept is not None:
-            live = {value.name: _rows(live[value.name], kept, value) for value in stage.gives}
+        values |= {value.name: value for value in (*stage.takes, *stage.gives)}
+        if kept is not None and number in kept:
+            live = {name: _rows(tensor, kept[number], values[name]) for name, tensor in live.items()}
     return fed, made
 
 

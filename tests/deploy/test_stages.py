@@ -37,6 +37,13 @@ def test_an_exit_that_is_off_makes_no_cut() -> None:
     assert held < sum(t.numel() for t in [*model.parameters(), *model.buffers()]) - off + 1
 
 
+def test_layouts_cross_a_cut() -> None:
+    backbone = timm.create_model("test_efficientnet_ln", num_classes=4).eval()  # its norms leave channels last
+    model = dynnet.fold(dynnet.wrap(backbone, ["blocks.0", "blocks.1"], input_size=(3, 64, 64)))
+    model.thresholds = [0.5, 0.5]
+    _checked_cut(model, staged(model, (3, 64, 64)), torch.randn(4, 3, 64, 64))
+
+
 def test_patience_goes_on_from_stage_to_stage() -> None:
     model = dynnet.wrap(tiny(), ["0", "1"], input_size=(3, 32, 32), confidence="patience")
     model.thresholds = [0.9, 0.9]
