@@ -45,6 +45,7 @@ class Runner:
 
     Attributes:
         manifest: what the folder says.
+        threads: as given.
 
     Raises:
         ExportError: no such folder, a file that is missing or has changed, another version, or an engine that is not
@@ -60,6 +61,7 @@ class Runner:
     ) -> None:
         self.manifest = read_manifest(Path(folder))
         self._confidence = _checked(confidence, self.manifest)
+        self.threads = threads
         chosen = engine(self.manifest.engine)
         self._sessions = [chosen.open_stage(Path(folder) / stage.file, threads) for stage in self.manifest.stages]
         self._later = later_use(self.manifest.stages)

@@ -2,18 +2,20 @@
 
 One sample at a time, on real inputs in shuffled order, the exit test included; the bare backbone and the dynamic model
 take turns on the same input in the same process, so that whatever else the machine does hits both alike. Medians and
-tails are reported, never means alone. Other batch sizes are timed apart.
+tails are reported, never means alone. Other batch sizes are timed apart. In an engine, both are exported and run there.
 
     N timed calls, B batch
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,12 +23,17 @@ from torch import Tensor, nn
 
 from dynnet.backbone.modes import device_of, evaluating
 from dynnet.backbone.twin import copy_of
+from dynnet.deploy import engines
+from dynnet.deploy.exporting import export
 from dynnet.deploy.folding import folded_norms
+from dynnet.deploy.runner import Runner
 from dynnet.errors import InputError
 from dynnet.model import DynamicModel
 
 # Samples that a percentile needs for its estimate to be an upper bound with 99% confidence in rank statistics.
 NEEDED = {50: 1, 90: 64, 99: 662}
+
+Timed = nn.Module | Runner
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Latency:
         exits: (N, B) int64, where each left.
         dense_ms: (N,) of the bare backbone.
         dynamic_ms: (N,) of the dynamic model.
-        setting: device, threads, dtype, memory format, and whether batch norms are folded.
+        setting: device, threads, dtype, memory format, and whether batch norms are folded; of runners the engine and
+            its version, threads and dtype.
     """
 
     batch_size: int
@@ -92,14 +100,15 @@ class Latency:
 
 @torch.no_grad()
 def latency(
-    model: nn.Module,
+    model: Timed,
     images: Tensor,
     *,
-    against: nn.Module | None = None,
+    against: Timed | None = None,
     batch_size: int = 1,
     calls: int | None = None,
     warmup: int = 10,
     seed: int = 0,
+    engine: str | None = None,
 ) -> Latency:
     """Time a dynamic model against its bare backbone, or any model against another.
 
@@ -111,59 +120,90 @@ def latency(
 
     Args:
         model: wrapped, with thresholds set; or a plain one, with another to be timed against. It is put into eval mode
-            for the time.
+            for the time. Or a runner of exported stages.
         images: (M, C, H, W) real inputs, normalised.
         against: the model that is called dense in the result, as it runs; by default the bare backbone of `model`.
         batch_size: B of every call.
         calls: N; by default each image is used once.
         warmup: calls of both models before the clock counts.
         seed: of the order of the images.
+        engine: export both, as `dynnet.export` does, into a folder for the time, and run them there, in as many threads
+            as PyTorch has; by default they run as they are.
 
     Raises:
-        InputError: fewer images than one batch, or a plain model with nothing to compare it with.
+        InputError: fewer images than one batch, or a plain model or a runner with nothing to compare it with.
+        ExportError: one of them cannot be exported, or the engine is not installed.
     """
     if against is None and not isinstance(model, DynamicModel):
-        raise InputError("a plain model has no bare backbone to be compared with; give against=, another model")
+        kind = "runner" if isinstance(model, Runner) else "plain model"
+        raise InputError(f"a {kind} has no bare backbone to be compared with; give against=, another model")
     if len(images) < batch_size or batch_size < 1:
         raise InputError(f"got {len(images)} images for batches of {batch_size}; give at least one batch")
+    dense = _bare(model) if against is None else against
     count = calls or len(images) // batch_size
     order = torch.Generator().manual_seed(seed)
     rows = torch.cat(
         [torch.randperm(len(images), generator=order) for _ in range(math.ceil(count * batch_size / len(images)))]
     )[: count * batch_size].view(count, batch_size)
-    device, layout = device_of(model), memory_format(model)
     exits: list[np.ndarray] = []
 
-    def batches() -> Iterator[Tensor]:
+    def batches(runs: Mapping[str, Timed]) -> Iterator[Tensor]:
+        modules = [run for run in runs.values() if isinstance(run, nn.Module)]
         for i in range(-warmup, count):
-            batch = images[rows[i % count]].to(device)
-            yield batch.contiguous(memory_format=layout)
+            batch = images[rows[i % count]]
+            if modules:
+                batch = batch.to(device_of(modules[-1])).contiguous(memory_format=memory_format(modules[-1]))
+            yield batch
             if i >= 0:
-                exits.append(_exits(model, batch))
+                exits.append(_exits(runs["dynamic"], batch))
 
-    dense = _bare(model) if against is None else against
-    with evaluating(model), evaluating(dense):
-        times = take_turns({"dense": dense, "dynamic": model}, batches(), warmup)
-    setting = {
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "dtype": str(_precision(model)).removeprefix("torch."),
-        "channels_last": layout is torch.channels_last,
-        "folded": bool(folded_norms(model)),
-    }
-    return Latency(batch_size, rows.numpy(), np.stack(exits), times["dense"], times["dynamic"], setting)
+    with contextlib.ExitStack() as stack:
+        runs: dict[str, Timed] = {"dense": dense, "dynamic": model}
+        if engine is not None:
+            runs = stack.enter_context(in_engine(runs, engine, cast(tuple[int, int, int], tuple(images.shape[1:]))))
+        for run in runs.values():
+            if isinstance(run, nn.Module):
+                stack.enter_context(evaluating(run))
+        times = take_turns(runs, batches(runs), warmup)
+    return Latency(
+        batch_size, rows.numpy(), np.stack(exits), times["dense"], times["dynamic"], _setting(runs["dynamic"])
+    )
+
+
+@contextlib.contextmanager
+def in_engine(
+    models: Mapping[str, Timed], engine: str, input_size: tuple[int, int, int], threads: int | None = None
+) -> Iterator[dict[str, Timed]]:
+    """Runners of models, exported into a folder for the time.
+
+    Args:
+        models: by name; those that are runners already stay.
+        engine: as for `dynnet.export`.
+        input_size: (C, H, W) of plain models' images.
+        threads: of each; by default as many as PyTorch has now.
+
+    Raises:
+        ExportError: one of them cannot be exported, or the engine is not installed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Timed] = {}
+        for number, (name, model) in enumerate(models.items()):
+            if isinstance(model, nn.Module):
+                export(model, f"{folder}/{number}", engine=engine, input_size=input_size)
+                model = Runner(f"{folder}/{number}", threads or torch.get_num_threads())
+            found[name] = model
+        yield found
 
 
 @torch.no_grad()
 def take_turns(
-    runs: Mapping[str, Callable[[Tensor], Any]], batches: Iterable[Tensor], warmup: int = 3
+    runs: Mapping[str, Callable[[Tensor], Any] | Runner], batches: Iterable[Tensor], warmup: int = 3
 ) -> dict[str, np.ndarray]:
     """Time several models on the same batches, each batch through all of them, so that whatever else the machine does
     hits all alike.
 
     Args:
-        runs: by name.
+        runs: by name; runners get numpy arrays, made outside of the clock.
         batches: on the models' device.
         warmup: batches at the beginning that do not count.
 
@@ -202,25 +242,50 @@ def one_at_a_time(models: Mapping[str, nn.Module], images: Tensor, warmup: int =
     return take_turns(models, warm + singles, warmup)
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def _bare(model: Timed) -> nn.Module:
     """A copy of the backbone without hooks."""
     assert isinstance(model, DynamicModel)
     return copy_of(model).unwrap()
 
 
-def _exits(model: nn.Module, batch: Tensor) -> np.ndarray:
+def _exits(model: Timed, batch: Tensor) -> np.ndarray:
     """(B,) where each image leaves; a plain model has one exit, its own head."""
+    if isinstance(model, Runner):
+        return model.predict(_array(batch)).exit
     if isinstance(model, DynamicModel):
         return model.predict(batch).exit.cpu().numpy()
     return np.zeros(len(batch), dtype=np.int64)
 
 
-def _timed(run: Callable[[Tensor], Any], batch: Tensor) -> float:
+def _timed(run: Callable[[Tensor], Any] | Runner, batch: Tensor) -> float:
+    call: Callable[[Any], Any] = run.predict if isinstance(run, Runner) else run
+    given = _array(batch) if isinstance(run, Runner) else batch
     _synchronise(batch.device)
     began = time.perf_counter()
-    run(batch)
+    call(given)
     _synchronise(batch.device)
     return (time.perf_counter() - began) * 1e3
+
+
+def _array(batch: Tensor) -> np.ndarray:
+    return batch.cpu().contiguous().numpy()
+
+
+def _setting(model: Timed) -> dict[str, Any]:
+    if isinstance(model, Runner):
+        engine = model.manifest.engine
+        version = engines.engine(engine).versions().get(engine, "")
+        told = {"engine": f"{engine} {version}".strip(), "threads": model.threads or "one a processor"}
+        return {**told, "dtype": model.manifest.dtype, "folded": True}
+    device = device_of(model)
+    return {
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "dtype": str(_precision(model)).removeprefix("torch."),
+        "channels_last": memory_format(model) is torch.channels_last,
+        "folded": bool(folded_norms(model)),
+    }
 
 
 def _precision(model: nn.Module) -> torch.dtype:
