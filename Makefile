@@ -1,4 +1,4 @@
-# make demo   train and evaluate on the embedded digits, write a report
+# make demo   train and evaluate on the embedded digits, write a report, export
 # make test   the test suite
 # make lint   ruff and mypy
 # make sweep  slow checks over all of timm's architectures, and tables written to runs/
@@ -21,6 +21,7 @@ demo: $(READY)
 	rm -rf $(DEMO)
 	$(BIN)/python -m training.train --recipe models/digits/recipe.yaml --out $(DEMO)
 	$(BIN)/python -m eval.report $(DEMO)
+	$(BIN)/python -m eval.deploy --run $(DEMO) --out $(DEMO)/stages --batch 1 --eager false
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 $(SURVIVE)

@@ -15,22 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 from jsonargparse import ArgumentParser
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from dynnet import create_model
 from dynnet.errors import DataError
-from dynnet.learning.data import load_data
-from dynnet.learning.recipes import read_recipe
 from dynnet.thresholds.answers import Harm, collect
 from dynnet.thresholds.calibration import make_goal
 from dynnet.thresholds.goals import Risk, sequence
 from dynnet.thresholds.table import Table
 from dynnet.thresholds.watch import Watch
-from dynnet.zoo import folder
 from eval.programs import errors_told, write_json
+from eval.runs import open_zoo
 
 STREAMS, AUDITED, BEFORE = 1000, 5000, 500  # streams, answers of each, and those before a change
 _GROWN = 3
@@ -82,10 +78,7 @@ def main(
 
 def _asked(name: str, data: str | None) -> Table:
     """What the exits of a model say of every test image."""
-    model = create_model(name)
-    recipe = read_recipe(folder() / name / "recipe.yaml", [] if data is None else [f"--data.root={data}"])
-    config = timm.get_pretrained_cfg(recipe.backbone.name)
-    loaded = load_data(recipe.data, config.to_dict() if config is not None else None)
+    model, loaded = open_zoo(name, data)
     bar = tqdm(loaded.loader("test", 256), desc=name, leave=False, disable=None)
     answers = collect(model, bar)
     return Table(answers, model.ledger(answers.input_size), model.measure)

@@ -1,4 +1,4 @@
-"""A finished training run, read back: its recipe, its data, its model."""
+"""A finished training run, read back: its recipe, its data, its model; and models of the zoo with their data."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynnet import DynamicModel, load
+from dynnet import DynamicModel, create_model, load
 from dynnet.errors import CheckpointError
 from dynnet.learning.data import Data, load_data
 from dynnet.learning.recipes import Recipe, read_recipe
+from dynnet.zoo import folder
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,31 @@ def open_run(path: Path, data: str | None = None, device: str | None = None) -> 
             f"{str(path)!r} is a run of training.prune, whose model decides nothing by the input; show it beside a run "
             f"of training.train, with --static"
         )
-    config = timm.get_pretrained_cfg(recipe.backbone.name)
-    loaded = load_data(recipe.data, config.to_dict() if config is not None else None)
+    loaded = _data_of(recipe)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Run(path, recipe, loaded, model.to(where), dense.to(where))
+
+
+def open_zoo(name: str, data: str | None = None) -> tuple[DynamicModel, Data]:
+    """A model of the zoo, and the data of its recipe.
+
+    Args:
+        name: in the zoo.
+        data: folder of the dataset, where it is not the recipe's.
+
+    Raises:
+        CheckpointError: no model of this name.
+        DataError: no such dataset.
+    """
+    model = create_model(name)
+    return model, _data_of(
+        read_recipe(folder() / name / "recipe.yaml", [] if data is None else [f"--data.root={data}"])
+    )
+
+
+def _data_of(recipe: Recipe) -> Data:
+    config = timm.get_pretrained_cfg(recipe.backbone.name)
+    return load_data(recipe.data, config.to_dict() if config is not None else None)
 
 
 def test_images(data: Data, count: int) -> tuple[Tensor, Tensor]:
