@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -103,33 +103,63 @@ def beside_pruned(table: Table, results: Mapping[str, Any]) -> Figure:
         axes.plot(100, dense, "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
         axes.axhline(dense, color=DENSE, lw=0.8, ls=":")
         axes.plot(share, 100 * results["accuracy"], "o", color=DYNAMIC, ms=10, label="this model", zorder=4)
-    looks = itertools.product(("s", "^", "v", "D"), PALETTE)
-    # Of one method and as many epochs of training: budgets that can be joined by a line.
-    for method, epochs in dict.fromkeys((row["method"], row["epochs"]) for row in static):
-        rows = [row for row in static if (row["method"], row["epochs"]) == (method, epochs)]
-        rows.sort(key=lambda row: row["macs_share"])
-        marker, colour = ("P", DYNAMIC) if rows[0]["dynamic"] else next(looks)
+    for rows, look in _joined(static, "macs_share"):
         accuracies = [100 * row["accuracy"] for row in rows]
-        for axes, along in (
-            (panels[0], [100 * row["macs_share"] for row in rows]),
-            (panels[1], [100 / row["speedup"] for row in rows]),
-        ):
-            axes.plot(
-                along,
-                accuracies,
-                marker + "-",
-                color=colour,
-                ms=6,
-                lw=0.7,
-                alpha=0.9,
-                label=f"{method}, {epochs} epochs",
-            )
+        panels[0].plot([100 * row["macs_share"] for row in rows], accuracies, **look)
+        panels[1].plot([100 / row["speedup"] for row in rows], accuracies, **look)
     panels[0].set(xlabel="mean MACs (% of the bare backbone's)", ylabel="accuracy (%)", title="Accuracy and compute")
     panels[1].set(xlabel="mean time of one image (% of the bare backbone's)", title="Accuracy and measured time")
     for axes in panels:  # when all is drawn: it ends the search for limits
         axes.set_xlim(left=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     return figure
+
+
+def in_engine(table: Table, results: Mapping[str, Any]) -> Figure:
+    """Accuracy against the mean time of one image in an engine: this model and its trade-off, the others beside it."""
+    figure, axes = plt.subplots(figsize=(10, 4.6))
+    engine, last = results["engine"], classifiers(table) - 1
+    leaving = np.array(engine["leaving_ms"])
+    if last:
+        anytime = [100 * table[f"correct_{e}"].mean() for e in range(last + 1)]
+        axes.plot(leaving, anytime, "o--", color=MUTED, ms=5, lw=1, label="everybody leaves at one exit")
+        for e, y in enumerate(anytime):
+            axes.annotate(
+                exit_name(table, e), (leaving[e], y), (6, -12), textcoords="offset points", color=MUTED, fontsize=9
+            )
+    points = sorted(
+        (float(leaving[table[f"point{k}_exit"]].mean()), 100 * float(table[f"point{k}_correct"].mean()))
+        for k in operating_points(table)
+        if f"point{k}_exit" in table  # not in tables of before
+    )
+    if len(points) > 1:
+        axes.plot(*zip(*points, strict=True), "-", color=DYNAMIC, lw=2, label="thresholds fitted on held-out images")
+    axes.plot(engine["ms"], 100 * results["accuracy"], "o", color=DYNAMIC, ms=10, label="this model", zorder=4)
+    dense = 100 * results["dense_accuracy"]
+    axes.plot(engine["dense_ms"], dense, "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
+    axes.axhline(dense, color=DENSE, lw=0.8, ls=":")
+    for rows, look in _joined(engine["static"], "ms"):
+        axes.plot([row["ms"] for row in rows], [100 * row["accuracy"] for row in rows], **look)
+    title = f"Accuracy against time in {engine['engine']}, {engine['threads']} thread{'s' * (engine['threads'] > 1)}"
+    axes.set(xlabel="mean milliseconds of one image", ylabel="accuracy (%)", title=title)
+    axes.set_xlim(left=0)
+    figure.legend(loc="outside right center", fontsize=9)
+    return figure
+
+
+def _joined(static: Sequence[Mapping[str, Any]], by: str) -> Iterator[tuple[list[Mapping[str, Any]], dict[str, Any]]]:
+    """Of one method and as many epochs of training: budgets that can be joined by a line, and how that looks.
+
+    Args:
+        static: the other models.
+        by: what they cost.
+    """
+    looks = itertools.product(("s", "^", "v", "D"), PALETTE)
+    for method, epochs in dict.fromkeys((row["method"], row["epochs"]) for row in static):
+        rows = [row for row in static if (row["method"], row["epochs"]) == (method, epochs)]
+        marker, colour = ("P", DYNAMIC) if rows[0]["dynamic"] else next(looks)
+        look = {"marker": marker, "ls": "-", "color": colour, "ms": 6, "lw": 0.7, "alpha": 0.9}
+        yield sorted(rows, key=lambda row: row[by]), {**look, "label": f"{method}, {epochs} epochs"}
 
 
 def operating_line(table: Table) -> np.ndarray:
@@ -259,6 +289,8 @@ def drawable(table: Table, results: Mapping[str, Any]) -> dict[str, Callable[[],
         figures["exits_taken"] = lambda: exits_taken(table)
     if _regions(table):
         figures["gate_map"] = lambda: gate_map(table)
+    if results.get("engine") is not None:
+        figures["in_engine"] = lambda: in_engine(table, results)
     if "static_timing" in results:
         figures["beside_pruned"] = lambda: beside_pruned(table, results)
     return figures

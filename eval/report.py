@@ -5,6 +5,7 @@
     python -m eval.report runs/cifar --static 'runs/cifar-pruned-*'   # pruned backbones beside, from training.prune
     python -m eval.report runs/digits --redraw true        # figures and page again, without the model
 
+Accuracy is also shown against time in the engine that the model would be used in (`--engine null` leaves that out).
 With gates it also shows what every region leaves open, and the control: the same gates frozen at their mean decision on
 the calibration split. What is lost by that is what deciding by the input is worth.
 
@@ -33,6 +34,7 @@ from dynnet.evaluation.threads import fit_threads
 from dynnet.files.bundles import write_atomically
 from dynnet.learning.data import Data
 from eval import figures
+from eval.in_engine import time_in_engine
 from eval.programs import errors_told, write_json
 from eval.results import evaluate
 from eval.runs import Run, open_run, test_images
@@ -49,6 +51,7 @@ def main(
     batch_size: int = 256,
     static: str | None = None,
     device: str | None = None,
+    engine: str | None = "onnxruntime",
     redraw: bool = False,
 ) -> None:
     """Write the report of a finished run.
@@ -61,6 +64,7 @@ def main(
         static: pattern of folders that `training.prune` has finished, to be shown and timed beside; of the same model
             and data. Runs of `training.train` on a pruned backbone that have a report may be among them.
         device: by default a GPU where there is one.
+        engine: in which this model, its bare backbone and `static` are timed too; null for none.
         redraw: draw again from an existing table; without the model, unless others are timed beside it. The galleries
             stay as they are.
     """
@@ -75,11 +79,18 @@ def main(
         else:
             results = read_report(out / "results.json")
         table = read_table(out / "table.csv")
-        if static is not None and opened is not None:
-            rows = read_static(static, results)
-            print(f"timed beside: {fit_threads(opened.model, opened.data.input_size, 1)}", flush=True)
-            results["static_timing"] = time_beside(rows, opened.model, test_images(opened.data, latency_samples)[1])
-            results["static"] = beside(rows, table)
+        rows = None if static is None or opened is None else read_static(static, results)
+        if opened is not None:
+            told = fit_threads(opened.model, opened.data.input_size, 1)
+            images = test_images(opened.data, latency_samples)[1]
+            if rows is not None:
+                print(f"timed beside: {told}", flush=True)
+                results["static_timing"] = time_beside(rows, opened.model, images)
+                results["static"] = beside(rows, table)
+            if engine is not None:
+                print(f"timed in {engine}: {told}", flush=True)
+                results |= time_in_engine(opened.model, images, rows or (), engine)
+                print(_engine_told(results), flush=True)
             write_json(results, out / "results.json")
         _draw(table, results, out)
     print(f"report: {out / 'index.html'}")
@@ -93,6 +104,14 @@ def _measure(run: Run, out: Path, latency_samples: int, batch_size: int) -> dict
     write_json(results, out / "results.json")
     _galleries(table, run.data, out)
     return results
+
+
+def _engine_told(results: dict[str, Any]) -> str:
+    found = results["engine"]
+    if found is None:
+        return f"no times in an engine: {results['engine_reason']}"
+    faster = found["dense_ms"] / found["ms"]
+    return f"  {found['ms']:.3f} ms an image, the bare backbone {found['dense_ms']:.3f}: {faster:.2f} times as fast"
 
 
 def _draw(table: figures.Table, results: dict[str, Any], out: Path) -> None:

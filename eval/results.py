@@ -78,6 +78,7 @@ def _operating_points(model: DynamicModel, measured: Measurement, held_out: Answ
         taken = measured.answers.route(points[i].thresholds)
         running = model.measure.running(points[i].thresholds)
         columns[f"point{k}_macs"] = measured.answers.bills(measured.ledger, running)[every, taken]
+        columns[f"point{k}_exit"] = taken
         columns[f"point{k}_correct"] = measured.answers.correct[every, taken].astype(int)
     return columns
 

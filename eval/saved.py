@@ -146,6 +146,32 @@ class Beside(TypedDict):
     dense_ms: float
 
 
+class OtherInEngine(TypedDict):
+    """A pruned model, exported too."""
+
+    name: str
+    method: str
+    accuracy: float
+    epochs: int
+    dynamic: bool
+    ms: float
+
+
+class InEngine(TypedDict):
+    """As `eval.in_engine` finds it."""
+
+    engine: str
+    threads: int
+    calls: int
+    dense_ms: float
+    ms: float
+    leaving_ms: list[float]
+    switched_off: list[str]
+    static: list[OtherInEngine]
+    left_out: list[str]
+    notes: list[str]
+
+
 class Report(Subject):
     """What `eval.report` found, from which its page is drawn again."""
 
@@ -169,6 +195,8 @@ class Report(Subject):
     gates: NotRequired[Gated | None]
     static: NotRequired[list[Row]]
     static_timing: NotRequired[Beside]
+    engine: NotRequired[InEngine | None]
+    engine_reason: NotRequired[str]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -223,11 +251,15 @@ def read_report(path: Path) -> dict[str, Any]:
         ("ledger.segments", ledger["segments"], exits + 1),
         ("ledger.heads", ledger["heads"], exits),
     ]
+    engine = found.get("engine")
+    rows += [] if engine is None else [("engine.leaving_ms", engine["leaving_ms"], exits + 1)]
     for name, values, count in rows:
         if len(values) != count:
             raise CheckpointError(f"{str(path)!r} is damaged: {name} has {len(values)} entries for {exits} exits")
     timed = [found["static_timing"]["speedup"]] if "static_timing" in found else []
-    if (timed and not static) or min([found["dense_macs"], *timed, *(row["speedup"] for row in static)]) <= 0:
+    timed += [] if engine is None else [engine["dense_ms"], engine["ms"], *(row["ms"] for row in engine["static"])]
+    lonely = "static_timing" in found and not static
+    if lonely or min([found["dense_macs"], *timed, *(row["speedup"] for row in static)]) <= 0:
         raise CheckpointError(f"{str(path)!r} is damaged: what it was compared with costs nothing, or is not there")
     return cast(dict[str, Any], found)
 

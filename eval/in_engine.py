@@ -1,0 +1,105 @@
+"""A dynamic model, its bare backbone and pruned models beside it, timed in the engine that they would be used in.
+
+All are exported, and take turns on the same images, one at a time. What leaving at each exit takes is timed apart, on a
+copy that has a stage for every exit, where all images are told to leave there: from that follows the time of any
+thresholds. The model itself runs as it is exported, without the exits that are switched off.
+
+M images, E exits
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynnet import DynamicModel, export, load
+from dynnet.deploy import Runner, engines
+from dynnet.errors import ExportError
+from dynnet.evaluation.timing import take_turns
+from eval.exported import Exported
+
+_WARMUP = 10  # images
+
+
+def time_in_engine(
+    model: DynamicModel, images: Tensor, static: Sequence[Mapping[str, Any]] = (), engine: str = "onnxruntime"
+) -> dict[str, Any]:
+    """Time them.
+
+    Args:
+        model: in eval mode, with thresholds set.
+        images: (M, C, H, W) test images.
+        static: from `eval.static.read_static`; what cannot be exported, as PyTorch's int8, is left out, and named.
+        engine: as for `dynnet.export`.
+
+    Returns:
+        "engine": as `eval.saved.InEngine` says; or None, and in "engine_reason" why there is nothing to be shown. Times
+        are typical ones of an image, in milliseconds: medians by exit taken, weighed by how many of the M took it.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as told:
+            found = _timed(model, images, static, engine, Path(folder))
+    except ExportError as error:
+        return {"engine": None, "engine_reason": str(error)}
+    notes = dict.fromkeys(str(warning.message) for warning in told)
+    return {"engine": {**found, "notes": list(notes)}}
+
+
+def _timed(
+    model: DynamicModel, images: Tensor, static: Sequence[Mapping[str, Any]], engine: str, folder: Path
+) -> dict[str, Any]:
+    exported, threads = Exported(model, engine, folder), torch.get_num_threads()
+    runs = {"dense": exported.dense(), "dynamic": exported.dynamic()}
+    runs |= {f"leave {exit}": runner for exit, runner in enumerate(_leaving(exported.every_exit()))}
+    left_out: list[str] = []
+    for number, row in enumerate(static):
+        place = folder / f"static_{number}"
+        try:
+            export(load(row["file"]), place, engine=engine, input_size=model.input_size)
+            runs[f"static {number}"] = Runner(place, threads)
+        except ExportError as error:
+            left_out.append(f"{row['name']}, {row['method']}: {error}")
+    singles = [images[i : i + 1] for i in range(len(images))]
+    warm = [singles[i % len(singles)] for i in range(_WARMUP)]
+    times = take_turns(runs, warm + singles, _WARMUP)
+    taken = {name: np.concatenate([run.predict(one.numpy()).exit for one in singles]) for name, run in runs.items()}
+    typical = {name: _typical(times[name], taken[name]) for name in runs}
+    keys = ("name", "method", "accuracy", "epochs", "dynamic")
+    return {
+        "engine": f"{engine} {engines.engine(engine).versions().get(engine, '')}".strip(),
+        "threads": threads,
+        "calls": len(singles),
+        "dense_ms": typical["dense"],
+        "ms": typical["dynamic"],
+        "leaving_ms": [typical[f"leave {exit}"] for exit in range(len(model.exits) + 1)],
+        "switched_off": [name for name, on in zip(model.exits, model.running, strict=True) if not on],
+        "static": [
+            {**{key: row[key] for key in keys}, "ms": typical[f"static {number}"]}
+            for number, row in enumerate(static)
+            if f"static {number}" in runs
+        ],
+        "left_out": left_out,
+    }
+
+
+def _leaving(runner: Runner) -> list[Runner]:
+    """E + 1 runners of the same stages; of each all images leave at one exit, and the heads before it run too."""
+    found = []
+    for exit in range(len(runner.exits) + 1):
+        one = copy.copy(runner)  # the same sessions
+        one.thresholds = [-math.inf if number == exit else math.inf for number in range(len(runner.exits))]
+        found.append(one)
+    return found
+
+
+def _typical(times: np.ndarray, taken: np.ndarray) -> float:
+    return float(sum((taken == exit).mean() * np.median(times[taken == exit]) for exit in np.unique(taken)))
