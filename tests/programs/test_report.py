@@ -17,7 +17,7 @@ from dynnet.evaluation.tables import read_table
 from dynnet.files import bundles as bundle
 from dynnet.gates.plan import GatePlan, Region
 from dynnet.learning.recipes import read_recipe, recipe_to_yaml
-from eval import coverage, report, speed
+from eval import report, speed
 from eval.figures import classifiers
 from eval.results import gate_use
 from eval.static import beside
@@ -55,11 +55,11 @@ def test_the_table_tells_what_each_input_got(reported: Path, run: Path) -> None:
 
 def test_the_page_stands_alone(reported: Path) -> None:
     page = (reported / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 7
+    assert page.count("data:image/png;base64,") == 8
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "MMAC" in page
     assert "MFLOP" in page
-    assert len(list(reported.glob("*.png"))) == 7
+    assert len(list(reported.glob("*.png"))) == 8
 
 
 def test_figures_are_redrawn_from_the_table_alone(reported: Path, run: Path, tmp_path: Path) -> None:
@@ -68,12 +68,12 @@ def test_figures_are_redrawn_from_the_table_alone(reported: Path, run: Path, tmp
     for name in ("table.csv", "results.json", "easiest.png", "hardest.png", "overthought.png"):
         (copy / name).write_bytes((reported / name).read_bytes())
     report.main(tmp_path, redraw=True)
-    for name in ("trade_off", "exits_taken", "latency_by_exit", "compute_by_class"):
+    for name in ("trade_off", "exits_taken", "latency_by_exit", "compute_by_class", "in_engine"):
         assert (copy / f"{name}.png").read_bytes() == (reported / f"{name}.png").read_bytes()
 
 
 def test_a_report_shows_what_gates_do_and_what_deciding_is_worth(gated_run: Path) -> None:
-    report.main(gated_run, latency_samples=20)
+    report.main(gated_run, latency_samples=20, engine=None)
     table = read_table(gated_run / "report" / "table.csv")
     results = json.loads((gated_run / "report" / "results.json").read_text())
     model = dynnet.load(gated_run / "model.safetensors")
@@ -169,25 +169,10 @@ def test_speed_compares_with_the_bare_and_the_cut_backbone(capsys: pytest.Captur
     assert "keep=1.5" in capsys.readouterr().err
 
 
-def test_coverage_examines_and_summarises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "coverage.csv"
-    coverage.main(out, names="test_vit*", real_params=60)
-    coverage.main(out, names="test_v*", real_params=60)
-    text = capsys.readouterr().out
-    rows = read_table(out)
-    assert len(set(rows["name"])) == len(rows["name"]) >= 4
-    assert set(rows["identical"]) == {"True"}
-    count = len(rows["name"])
-    assert f"{count} of {count} architectures take exits at 1/3 and 2/3" in text
-    row = coverage.examine("resnet18", 0)
-    assert 0.47 <= float(row["pruned"]) <= 0.53
-    assert "resnet18: no place" in coverage.summary([row | {"wrapped": "False", "reason": "no place"}])
-
-
 def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copied = tmp_path / "run"
     shutil.copytree(run, copied)
-    report.main(copied, latency_samples=5)
+    report.main(copied, latency_samples=5, engine=None)
     results = json.loads((copied / "report" / "results.json").read_text())
     same = {key: results[key] for key in ("model", "backbone_kwargs", "dataset", "test_images")}
     macs = results["dense_macs"]
@@ -226,6 +211,8 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     assert all(row["p50_ms"] > 0 and row["speedup"] > 0 for row in results["static"])
     assert wide["dynamic_macs_share"] is None  # never as accurate as that
     assert thin["dynamic_macs_share"] is None or 0 < thin["dynamic_macs_share"] <= 1.2
+    assert {row["name"] for row in results["engine"]["static"]} == {"wide", "thin", "two"}
+    assert "thin, l1 + int8: layers in int8 are PyTorch's own" in results["engine"]["left_out"][0]
     assert "l1<small>thin</small>" in (copied / "report" / "index.html").read_text()
     assert (copied / "report" / "beside_pruned.png").is_file()
 
