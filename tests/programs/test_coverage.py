@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dynnet.evaluation.tables import read_table
@@ -17,15 +18,15 @@ from eval.isolated import CutShortError, isolated
 
 def test_coverage_examines_and_summarises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "coverage.csv"
-    coverage.main(out, names="test_vit", real_params=60)
-    coverage.main(out, names="test_vit*", real_params=60)
+    coverage.main(out, names="test_vit3", real_params=60)
+    coverage.main(out, names="test_vit[23]", real_params=60)
     text = capsys.readouterr().out
     rows = read_table(out)
-    assert len(set(rows["name"])) == len(rows["name"]) >= 3
+    assert len(set(rows["name"])) == len(rows["name"]) >= 2
     assert set(rows["identical"]) == {"True"}
     count = len(rows["name"])
     assert f"{count} of {count} architectures take exits at 1/3 and 2/3" in text
-    assert set(rows["exported"]) == {""}  # not asked
+    assert np.isnan(rows["exported"].astype(float)).all()  # not asked
     row = coverage.examine("resnet18", 0)
     assert 0.47 <= float(row["pruned"]) <= 0.53
     assert "resnet18: no place" in coverage.summary([row | {"wrapped": "False", "reason": "no place"}])
