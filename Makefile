@@ -21,7 +21,7 @@ demo: $(READY)
 	rm -rf $(DEMO)
 	$(BIN)/python -m training.train --recipe models/digits/recipe.yaml --out $(DEMO)
 	$(BIN)/python -m eval.report $(DEMO)
-	$(BIN)/python -m eval.deploy --run $(DEMO) --out $(DEMO)/stages --batch 1 --eager false
+	$(BIN)/python -m eval.deploy --run $(DEMO) --out $(DEMO)/stages --eager false
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 $(SURVIVE)

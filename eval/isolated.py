@@ -13,6 +13,7 @@ PRELOADED = ["eval.exportable"]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOADED)
 _GIGABYTE = 2**30
+_FAREWELL = 10  # seconds to end in, once everything was said
 
 
 class CutShortError(Exception):
@@ -39,6 +40,7 @@ def isolated(function: Callable[..., Any], arguments: Sequence[Any], seconds: fl
         if not receiver.poll(seconds):
             raise CutShortError(f"it took more than {seconds:g} s")
         result, told = receiver.recv()
+        process.join(_FAREWELL)
     except EOFError:
         process.join()
         raise CutShortError(f"its process ended with {process.exitcode}, within {gigabytes:g} GB") from None
