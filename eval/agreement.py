@@ -52,8 +52,8 @@ class Agreement:
             told = f"{self.other_exit} left elsewhere, {self.other_class} got another class"
         return (
             f"{self.images} images as the eager model answers them: {self.images - self.near} not within {NEAR:g} of a "
-            f"threshold, {told}; {self.near} within, {self.near_other} of them otherwise; logits differ by "
-            f"{self.logits:.2g} at most"
+            f"threshold{f', {told}' if self.images > self.near else ''}; {self.near} within, of which "
+            f"{self.near_other} left elsewhere or got another class; logits differ by {self.logits:.2g} at most"
         )
 
 
