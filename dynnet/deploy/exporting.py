@@ -23,6 +23,7 @@ from dynnet.deploy import engines
 from dynnet.deploy.folding import fold
 from dynnet.deploy.int8 import int8_layers
 from dynnet.deploy.manifest import Manifest, Part, Port, digest_of_file
+from dynnet.deploy.quantizing import Images, check_loader, in_int8, quantize_
 from dynnet.deploy.stages import Stage, Value, staged
 from dynnet.deploy.whole import Nowhere, Whole, fits_a_graph
 from dynnet.errors import ExportError
@@ -42,6 +43,8 @@ def export(
     engine: str = "onnxruntime",
     exits: Literal["running", "all"] = "running",
     input_size: tuple[int, int, int] | None = None,
+    int8: bool = False,
+    loader: Images | None = None,
 ) -> Manifest:
     """Write a model as stages that an engine runs, each up to the next decision: what a sample skips is not run.
 
@@ -64,16 +67,23 @@ def export(
         exits: "running" leaves out exits that are switched off; "all" gives them stages too, so that they can be
             switched on afterwards. Thresholds of the others can always be changed.
         input_size: (C, H, W) of a plain model's images; by default what it was made for.
+        int8: put the stages into int8, and fit the thresholds again, so that at every exit the same share of the
+            loader's images leaves as before. A certificate does not outlast that. Stages are checked in float first.
+        loader: for int8: batches of (images (B, C, H, W), ...), or of images alone, prepared as the model expects them,
+            in any order; not those that it will be tested on. It is gone through twice.
 
     Returns:
         What the folder says, with the largest differences between the engine's answers and PyTorch's.
 
     Raises:
         ExportError: a folder that is there already, a model that cannot be exported, an engine that is not installed,
-            or that answers otherwise than PyTorch does. Nothing is left behind.
+            or that answers otherwise than PyTorch does; for int8 no loader, or answers that have little to do with
+            those in float. Nothing is left behind.
+        DataError: a loader without images.
     """
     folder = Path(folder)
     chosen = engines.engine(engine)
+    given = check_loader(loader) if int8 else None
     if folder.exists():
         raise ExportError(f"{str(folder)!r} is there already; remove it, or choose another folder")
     whole = _ready(model, exits, input_size)
@@ -89,7 +99,11 @@ def export(
             files.append(part / f"stage_{number}{chosen.SUFFIX}")
             chosen.lower(stage, fed[number], files[-1])
             differences.append(_checked_stage(chosen, files[-1], stage, fed[number], made[number]))
+        in_float = [float(t) for t in (model if isinstance(model, DynamicModel) else whole).thresholds]
+        found = quantize_(chosen, files, stages, whole, in_float, given) if given is not None else None
         manifest = _manifest(model, whole, stages, files, differences, engine)
+        if found:
+            manifest = in_int8(manifest, *found)
         manifest.write(part)
         (part / "README.md").write_text(_readme(manifest))
         part.replace(folder)

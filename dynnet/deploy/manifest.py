@@ -56,6 +56,23 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """What was found when stages were put into int8.
+
+    Attributes:
+        range_images: so many images told the ranges of tensors.
+        images: so many images, those among them, told thresholds and agreement.
+        agreement: share of them that get the same class as in float, each from the exit at which it leaves.
+        float_thresholds: what the thresholds were in float.
+    """
+
+    range_images: Whole
+    images: Whole
+    agreement: float
+    float_thresholds: tuple[float | Literal["inf", "-inf"], ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """An exported model.
 
@@ -74,7 +91,9 @@ class Manifest:
         preparation: of images, and the names of classes.
         calibration: what the thresholds were fitted on and for.
         versions: of what made it.
-        differences: between the engine's answers and PyTorch's, the largest on images of noise, by stage.
+        differences: between the engine's answers and PyTorch's, the largest on images of noise, by stage, in float.
+        precision: of the stages.
+        quantized: of stages in int8, how they differ from float ones.
     """
 
     format: Literal[1]
@@ -93,6 +112,8 @@ class Manifest:
     calibration: dict[str, Plain | tuple[Plain, ...] | dict[str, Plain]] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     differences: tuple[dict[str, float], ...] = ()
+    precision: Literal["float32", "int8"] = "float32"
+    quantized: Quantized | None = None
 
     def write(self, folder: Path) -> None:
         """Write it into a folder, beside its stages."""

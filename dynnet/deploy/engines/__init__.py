@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,10 @@ class Engine(Protocol):
 
     def lower(self, stage: Any, tensors: Sequence[Any], path: Path) -> None:
         """Write a `dynnet.deploy.stages.Stage` to a file; `tensors` are what it takes, of a few samples."""
+
+    def quantize(self, path: Path, batches: Iterable[Sequence[Any]], first: bool) -> None:
+        """Write the file of a stage anew, in int8; `batches` are what it takes, numpy arrays, images if it is the first
+        stage."""
 
     def open_stage(self, path: Path, threads: int | None) -> Session:
         """Read a stage back."""

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,19 @@ def _take_in_blocks(graph: Any) -> None:
         for use in readers:
             use.node.replace_input_with(use.idx, taken)
         graph.insert_before(next(iter(graph)), mean)
+
+
+def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], first: bool) -> None:
+    """Write the file of a stage anew, in int8; see `onnxruntime_int8`.
+
+    Raises:
+        ExportError: it cannot be quantized, or the `onnx` package is not installed.
+    """
+    try:
+        from dynnet.deploy.engines import onnxruntime_int8
+    except ImportError as error:
+        raise ExportError(f"int8 wants more packages ({error}); `pip install dynnet[deploy]`") from error
+    onnxruntime_int8.quantize(path, batches, first)
 
 
 class OnnxSession:

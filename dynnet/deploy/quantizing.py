@@ -1,0 +1,267 @@
+"""Exported stages in int8: ranges measured on what each stage is fed, thresholds fitted on what the stages say then.
+
+A byte is coarser than a float, so an exit is a little less or more sure than it was. What a threshold meant is the
+share of samples that leaves: each exit gets the one at which the same share of those that reach it leaves.
+
+    N images, S stages, K classes, E exits; exit number E is the backbone's own head
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from dynnet.deploy.engines import Engine, Session
+from dynnet.deploy.manifest import Manifest, Quantized
+from dynnet.deploy.stages import Stage
+from dynnet.errors import DataError, ExportError
+from dynnet.exits.rows import leaves, route
+from dynnet.exits.threshold import to_json
+from dynnet.model import DynamicModel
+
+Images = Iterable[Tensor | Sequence[Tensor]]
+
+_RANGES = 256  # images on which ranges are measured, drawn from all of them
+_FEW = 64  # a stage that fewer of them reach is shown the others too
+_AT_ONCE = 32  # images
+_NONSENSE = 0.5  # of the answers are others than the float stages': no rounding
+
+
+class Said(NamedTuple):
+    """What the stages say of images, all of which ran through all of them.
+
+    Attributes:
+        predictions: (N, S) int64.
+        confidences: (N, S) float64.
+    """
+
+    predictions: np.ndarray
+    confidences: np.ndarray
+
+
+def check_loader(loader: Images | None) -> Images:
+    """What ranges are to be measured on.
+
+    Raises:
+        ExportError: there is nothing, or it can be gone through only once.
+    """
+    if loader is None:
+        raise ExportError("int8 measures the range of every tensor; give images like those to come, as loader=")
+    if isinstance(loader, Iterator):
+        raise ExportError("the loader is an iterator, and is gone through twice; give a DataLoader, or a list")
+    return loader
+
+
+def quantize_(
+    engine: Engine,
+    files: Sequence[Path],
+    stages: Sequence[Stage],
+    model: DynamicModel,
+    thresholds: Sequence[float],
+    loader: Images,
+) -> tuple[tuple[float, ...], Quantized]:
+    """Turn the files of stages into int8.
+
+    Args:
+        engine: whose files they are.
+        files: one for each stage; they are written anew.
+        stages: what is in them.
+        model: that they were made of.
+        thresholds: E, with which the float stages run.
+        loader: batches of (images (B, C, H, W), ...), or of images alone, prepared as the model expects them. Ranges
+            are measured on some of the images, drawn from all; thresholds are fitted on all.
+
+    Returns:
+        E thresholds for the int8 stages, and what was found.
+
+    Raises:
+        ExportError: images of another size, an engine that has no int8, or answers that have little to do with those of
+            the float stages.
+        DataError: a loader without images.
+    """
+    exact = _Chain(engine, files, stages)
+    sample = _sample(model, loader)
+    reached = _reached(exact.say(sample).confidences, _on(stages, thresholds))
+    for number, (file, rows) in enumerate(zip(files, reached, strict=True)):
+        engine.quantize(file, _Fed(exact, number, sample[rows]), first=number == 0)
+    coarse = _Chain(engine, files, stages)
+    pairs = [(exact.say(images), coarse.say(images)) for images in _batches(model, loader)]
+    before, after = (Said(*map(np.concatenate, zip(*part, strict=True))) for part in zip(*pairs, strict=True))
+    on = _on(stages, thresholds)
+    # Where votes are counted, there is nothing between one vote and the next: the thresholds stay.
+    fitted = on if model.measure.every_vote else same_shares(before.confidences, after.confidences, on)
+    agreement = float((_answers(before, on) == _answers(after, fitted)).mean())
+    if agreement < _NONSENSE:
+        raise ExportError(
+            f"in int8 only {agreement:.0%} of {len(before.predictions)} images get the class that they get in float; "
+            f"give a loader of images like those to come, prepared as the model expects them, or export it in float32"
+        )
+    found = list(thresholds)
+    for stage, threshold in zip(stages, fitted, strict=False):
+        found[stage.exit] = threshold
+    told = Quantized(len(sample), len(before.predictions), agreement, tuple(to_json(t) for t in thresholds))
+    return tuple(found), told
+
+
+def in_int8(manifest: Manifest, thresholds: Sequence[float], quantized: Quantized) -> Manifest:
+    """What the folder says when its stages are in int8: a certificate, which holds for float32, is none any more."""
+    said = manifest.calibration
+    if said is not None and said.get("certificate") is not None:
+        void = "the certificate was given in float32, with other thresholds; it does not hold in int8"
+        said = {**said, "certificate": None, "void": void}
+    return dataclasses.replace(
+        manifest,
+        precision="int8",
+        thresholds=tuple(to_json(t) for t in thresholds),
+        calibration=said,
+        quantized=quantized,
+    )
+
+
+def same_shares(before: np.ndarray, after: np.ndarray, thresholds: Sequence[float]) -> tuple[float, ...]:
+    """Thresholds at which the same share of the samples that reach an exit leaves there.
+
+    >>> exact, coarse = np.array([[0.9], [0.8], [0.6], [0.3]]), np.array([[0.7], [0.7], [0.5], [0.2]])
+    >>> same_shares(exact, coarse, [0.75])
+    (0.6,)
+
+    Args:
+        before: (N, E) or more columns, confidences that the thresholds were for; NaN never leaves.
+        after: (N, E) or more, the confidences that are there now.
+        thresholds: E; inf and -inf stay as they are, and so does one that no sample reaches.
+    """
+    here, there = np.ones(len(before), bool), np.ones(len(after), bool)
+    found = []
+    for exit, threshold in enumerate(thresholds):
+        gone = here & leaves(before[:, exit], threshold)
+        if math.isfinite(threshold) and here.any() and there.any():
+            wanted = round(gone.sum() / here.sum() * there.sum())
+            threshold = _threshold_for(after[there, exit], int(wanted), threshold)
+        found.append(threshold)
+        here &= ~gone
+        there &= ~leaves(after[:, exit], threshold)
+    return tuple(found)
+
+
+def _threshold_for(confidences: np.ndarray, wanted: int, threshold: float) -> float:
+    """One at which as many samples leave as wanted, or nearly where some are equally sure; between two samples.
+
+    Args:
+        confidences: (n,).
+        wanted: 0 .. n.
+        threshold: what it was, which stays where no sample says anything against it.
+    """
+    steps, counts = np.unique(confidences[~np.isnan(confidences)], return_counts=True)
+    steps, leaving = steps[::-1], np.concatenate([[0], np.cumsum(counts[::-1])])
+    level = int(np.abs(leaving - wanted).argmin())  # so many of the steps leave
+    if level == 0:
+        return max(threshold, math.nextafter(float(steps[0]), math.inf)) if len(steps) else threshold
+    if level == len(steps):
+        return min(threshold, float(steps[-1]))
+    between = float(steps[level - 1] + steps[level]) / 2
+    return between if between > steps[level] else float(steps[level - 1])
+
+
+class _Chain:
+    """Stages, one behind the other, for images that run through all of them."""
+
+    def __init__(self, engine: Engine, files: Sequence[Path], stages: Sequence[Stage]) -> None:
+        self.stages = stages
+        self.sessions: list[Session] = [engine.open_stage(file, None) for file in files]
+
+    def run(self, images: np.ndarray) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+        """What each stage is fed with some images, and what it makes of it."""
+        live = {self.stages[0].takes[0].name: np.ascontiguousarray(images)}
+        for stage, session in zip(self.stages, self.sessions, strict=True):
+            fed = [live[value.name] for value in stage.takes]
+            made = session.run(fed)
+            yield fed, made
+            live.update(zip((value.name for value in stage.gives), made[2:], strict=True))
+
+    def say(self, images: np.ndarray) -> Said:
+        found = []
+        for part in _parts(images):
+            answers = [made[:2] for _, made in self.run(part)]
+            predictions = np.stack([logits.argmax(1) for logits, _ in answers], 1)
+            found.append((predictions, np.stack([said.astype(np.float64) for _, said in answers], 1)))
+        return Said(*map(np.concatenate, zip(*found, strict=True)))
+
+
+@dataclasses.dataclass
+class _Fed:
+    """What a stage is fed with some images, a part of them at a time, as often as one likes."""
+
+    chain: _Chain
+    number: int
+    images: np.ndarray
+
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
+        for part in _parts(self.images):
+            for number, (fed, _) in enumerate(self.chain.run(part)):
+                if number == self.number:
+                    yield fed
+                    break
+
+
+def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(images), _AT_ONCE):
+        yield images[start : start + _AT_ONCE]
+
+
+def _batches(model: DynamicModel, loader: Images) -> Iterator[np.ndarray]:
+    """Batches (B, C, H, W) float32.
+
+    Raises:
+        ExportError: they are of another size, or hold NaN or infinity.
+        DataError: there are none.
+    """
+    wanted, number = model.input_size, -1
+    for number, batch in enumerate(loader):
+        if isinstance(batch, dict):
+            raise DataError(f"batch {number} of the loader is a dictionary; give images, or (images, ...)")
+        tensor = batch if isinstance(batch, Tensor) else batch[0]
+        images = tensor.detach().cpu().numpy().astype(np.float32, copy=False)
+        if images.shape[1:] != wanted or not len(images):
+            raise ExportError(f"images of the loader have shape {images.shape}; give batches (B, C, H, W) of {wanted}")
+        if not np.isfinite(images).all():
+            raise ExportError(f"batch {number} of the loader holds NaN or infinity; check how images are prepared")
+        yield images
+    if number < 0:
+        raise DataError("the loader gave no batches; give it at least one image")
+
+
+def _sample(model: DynamicModel, loader: Images) -> np.ndarray:
+    """(n, C, H, W): some images, each as likely as any other, for loaders may go class by class."""
+    chosen: list[np.ndarray] = []
+    draw, seen = np.random.default_rng(0), 0
+    for images in _batches(model, loader):
+        for image in images:
+            seen += 1
+            if len(chosen) < _RANGES:
+                chosen.append(image.copy())
+            elif (place := int(draw.integers(seen))) < _RANGES:
+                chosen[place] = image.copy()
+    return np.stack(chosen)
+
+
+def _on(stages: Sequence[Stage], thresholds: Sequence[float]) -> list[float]:
+    """The thresholds of the exits that have a stage, in order."""
+    return [thresholds[stage.exit] for stage in stages[:-1]]
+
+
+def _reached(confidences: np.ndarray, thresholds: Sequence[float]) -> list[np.ndarray]:
+    """For each stage the images with which its ranges are measured: those that reach it, if they are not too few."""
+    left = route(confidences, thresholds)
+    reached = [np.flatnonzero(left >= number) for number in range(confidences.shape[1])]
+    return [rows if len(rows) >= _FEW else np.arange(len(left)) for rows in reached]
+
+
+def _answers(said: Said, thresholds: Sequence[float]) -> np.ndarray:
+    """(N,) the class that each image gets."""
+    return said.predictions[np.arange(len(said.predictions)), route(said.confidences, thresholds)]
