@@ -23,7 +23,7 @@ from dynnet.deploy import engines
 from dynnet.deploy.folding import fold
 from dynnet.deploy.int8 import int8_layers
 from dynnet.deploy.manifest import Manifest, Part, Port, digest_of_file
-from dynnet.deploy.quantizing import Images, check_loader, in_int8, quantize_
+from dynnet.deploy.quantizing import Calibrating, Images, in_int8, quantize_
 from dynnet.deploy.stages import Stage, Value, staged
 from dynnet.deploy.whole import Nowhere, Whole, fits_a_graph
 from dynnet.errors import ExportError
@@ -83,10 +83,10 @@ def export(
     """
     folder = Path(folder)
     chosen = engines.engine(engine)
-    given = check_loader(loader) if int8 else None
     if folder.exists():
         raise ExportError(f"{str(folder)!r} is there already; remove it, or choose another folder")
     whole = _ready(model, exits, input_size)
+    calibrating = Calibrating(whole, loader) if int8 else None
     stages = staged(whole, whole.input_size)
     weight = next(whole.parameters())
     images = torch.randn(_SAMPLES, *whole.input_size, generator=torch.Generator().manual_seed(0)).to(weight.device)
@@ -100,7 +100,7 @@ def export(
             chosen.lower(stage, fed[number], files[-1])
             differences.append(_checked_stage(chosen, files[-1], stage, fed[number], made[number]))
         in_float = [float(t) for t in (model if isinstance(model, DynamicModel) else whole).thresholds]
-        found = quantize_(chosen, files, stages, whole, in_float, given) if given is not None else None
+        found = quantize_(chosen, files, stages, in_float, calibrating) if calibrating else None
         manifest = _manifest(model, whole, stages, files, differences, engine)
         if found:
             manifest = in_int8(manifest, *found)

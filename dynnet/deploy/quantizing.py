@@ -45,26 +45,64 @@ class Said(NamedTuple):
     confidences: np.ndarray
 
 
-def check_loader(loader: Images | None) -> Images:
-    """What ranges are to be measured on.
+class Calibrating:
+    """Images that int8 is fitted on; they are read once to draw a sample, and once more for thresholds.
+
+    Args:
+        model: that is exported.
+        loader: batches of (images (B, C, H, W), ...), or of images alone, prepared as the model expects them.
+
+    Attributes:
+        sample: (n, C, H, W), on which ranges are measured, drawn from all images: loaders may go class by class.
+        votes: does the model's confidence count votes?
 
     Raises:
-        ExportError: there is nothing, or it can be gone through only once.
+        ExportError: no loader, one that can be gone through only once, images of another size, NaN or infinity.
+        DataError: there are no images.
     """
-    if loader is None:
-        raise ExportError("int8 measures the range of every tensor; give images like those to come, as loader=")
-    if isinstance(loader, Iterator):
-        raise ExportError("the loader is an iterator, and is gone through twice; give a DataLoader, or a list")
-    return loader
+
+    def __init__(self, model: DynamicModel, loader: Images | None) -> None:
+        if loader is None:
+            raise ExportError("int8 measures the range of every tensor; give images like those to come, as loader=")
+        if isinstance(loader, Iterator):
+            raise ExportError("the loader is an iterator, and is gone through twice; give a DataLoader, or a list")
+        self._loader, self._size, self.votes = loader, tuple(model.input_size), model.measure.every_vote
+        chosen: list[np.ndarray] = []
+        draw, seen = np.random.default_rng(0), 0
+        for images in self.batches():
+            for image in images:
+                seen += 1
+                if len(chosen) < _RANGES:
+                    chosen.append(image.copy())
+                elif (place := int(draw.integers(seen))) < _RANGES:
+                    chosen[place] = image.copy()
+        self.sample = np.stack(chosen)
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """(B, C, H, W) float32."""
+        number = -1
+        for number, batch in enumerate(self._loader):
+            if isinstance(batch, dict):
+                raise DataError(f"batch {number} of the loader is a dictionary; give images, or (images, ...)")
+            tensor = batch if isinstance(batch, Tensor) else batch[0]
+            images = tensor.detach().cpu().numpy().astype(np.float32, copy=False)
+            if images.shape[1:] != self._size or not len(images):
+                raise ExportError(
+                    f"images of the loader have shape {images.shape}; give batches (B, C, H, W) of {self._size}"
+                )
+            if not np.isfinite(images).all():
+                raise ExportError(f"batch {number} of the loader holds NaN or infinity; check how images are prepared")
+            yield images
+        if number < 0:
+            raise DataError("the loader gave no batches; give it at least one image")
 
 
 def quantize_(
     engine: Engine,
     files: Sequence[Path],
     stages: Sequence[Stage],
-    model: DynamicModel,
     thresholds: Sequence[float],
-    loader: Images,
+    calibrating: Calibrating,
 ) -> tuple[tuple[float, ...], Quantized]:
     """Turn the files of stages into int8.
 
@@ -72,30 +110,26 @@ def quantize_(
         engine: whose files they are.
         files: one for each stage; they are written anew.
         stages: what is in them.
-        model: that they were made of.
         thresholds: E, with which the float stages run.
-        loader: batches of (images (B, C, H, W), ...), or of images alone, prepared as the model expects them. Ranges
-            are measured on some of the images, drawn from all; thresholds are fitted on all.
+        calibrating: ranges are measured on its sample, thresholds are fitted on all of its images.
 
     Returns:
         E thresholds for the int8 stages, and what was found.
 
     Raises:
-        ExportError: images of another size, an engine that has no int8, or answers that have little to do with those of
-            the float stages.
-        DataError: a loader without images.
+        ExportError: the engine cannot quantize a stage, or the answers have little to do with those in float.
     """
     exact = _Chain(engine, files, stages)
-    sample = _sample(model, loader)
+    sample = calibrating.sample
     reached = _reached(exact.say(sample).confidences, _on(stages, thresholds))
     for number, (file, rows) in enumerate(zip(files, reached, strict=True)):
         engine.quantize(file, _Fed(exact, number, sample[rows]), first=number == 0)
     coarse = _Chain(engine, files, stages)
-    pairs = [(exact.say(images), coarse.say(images)) for images in _batches(model, loader)]
+    pairs = [(exact.say(images), coarse.say(images)) for images in calibrating.batches()]
     before, after = (Said(*map(np.concatenate, zip(*part, strict=True))) for part in zip(*pairs, strict=True))
     on = _on(stages, thresholds)
     # Where votes are counted, there is nothing between one vote and the next: the thresholds stay.
-    fitted = on if model.measure.every_vote else same_shares(before.confidences, after.confidences, on)
+    fitted = on if calibrating.votes else same_shares(before.confidences, after.confidences, on)
     agreement = float((_answers(before, on) == _answers(after, fitted)).mean())
     if agreement < _NONSENSE:
         raise ExportError(
@@ -212,42 +246,6 @@ class _Fed:
 def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(images), _AT_ONCE):
         yield images[start : start + _AT_ONCE]
-
-
-def _batches(model: DynamicModel, loader: Images) -> Iterator[np.ndarray]:
-    """Batches (B, C, H, W) float32.
-
-    Raises:
-        ExportError: they are of another size, or hold NaN or infinity.
-        DataError: there are none.
-    """
-    wanted, number = model.input_size, -1
-    for number, batch in enumerate(loader):
-        if isinstance(batch, dict):
-            raise DataError(f"batch {number} of the loader is a dictionary; give images, or (images, ...)")
-        tensor = batch if isinstance(batch, Tensor) else batch[0]
-        images = tensor.detach().cpu().numpy().astype(np.float32, copy=False)
-        if images.shape[1:] != wanted or not len(images):
-            raise ExportError(f"images of the loader have shape {images.shape}; give batches (B, C, H, W) of {wanted}")
-        if not np.isfinite(images).all():
-            raise ExportError(f"batch {number} of the loader holds NaN or infinity; check how images are prepared")
-        yield images
-    if number < 0:
-        raise DataError("the loader gave no batches; give it at least one image")
-
-
-def _sample(model: DynamicModel, loader: Images) -> np.ndarray:
-    """(n, C, H, W): some images, each as likely as any other, for loaders may go class by class."""
-    chosen: list[np.ndarray] = []
-    draw, seen = np.random.default_rng(0), 0
-    for images in _batches(model, loader):
-        for image in images:
-            seen += 1
-            if len(chosen) < _RANGES:
-                chosen.append(image.copy())
-            elif (place := int(draw.integers(seen))) < _RANGES:
-                chosen[place] = image.copy()
-    return np.stack(chosen)
 
 
 def _on(stages: Sequence[Stage], thresholds: Sequence[float]) -> list[float]:
