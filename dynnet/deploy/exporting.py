@@ -63,7 +63,7 @@ def export(
             are zero in an engine, but computed, and billed: a warning says so. A measure of confidence that is Python
             code, which no graph can hold, is left to `Runner(folder, confidence=...)`.
         folder: to be made, with a stage a file, manifest.json and a README.md. It is there when it is whole.
-        engine: "onnxruntime".
+        engine: "onnxruntime", "openvino" or "torch".
         exits: "running" leaves out exits that are switched off; "all" gives them stages too, so that they can be
             switched on afterwards. Thresholds of the others can always be changed.
         input_size: (C, H, W) of a plain model's images; by default what it was made for.
@@ -227,7 +227,7 @@ def _checked_stage(
     Raises:
         ExportError: they are no rounding.
     """
-    session = engine.open_stage(path, 1)
+    session = engine.open_stage(path, 1, stage)
     outputs = [Value("logits", 0, 1), Value("confidence", 0, 1), *stage.gives]
     found = dict.fromkeys((value.name for value in outputs), 0.0)
     for count in (len(made[0]), 1):

@@ -63,7 +63,9 @@ class Runner:
         self._confidence = _checked(confidence, self.manifest)
         self.threads = threads
         chosen = engine(self.manifest.engine)
-        self._sessions = [chosen.open_stage(Path(folder) / stage.file, threads) for stage in self.manifest.stages]
+        self._sessions = [
+            chosen.open_stage(Path(folder) / stage.file, threads, stage) for stage in self.manifest.stages
+        ]
         self._later = later_use(self.manifest.stages)
         self._dtype = np.dtype(self.manifest.dtype)
         self._thresholds = tuple(float(t) for t in self.manifest.thresholds)

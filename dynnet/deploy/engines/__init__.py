@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from dynnet.errors import ExportError, did_you_mean
 
-ENGINES = ("onnxruntime",)
+# By name, what `pip install` makes of it.
+ENGINES = {"onnxruntime": "dynnet[deploy]", "openvino": "dynnet[openvino]", "torch": "dynnet"}
 
 
 class Session(Protocol):
-    """A stage, ready to run."""
+    """A stage, ready to run. Safe in threads."""
 
     def run(self, tensors: Sequence[Any]) -> list[Any]:
         """From what the stage takes to logits (b, K), confidence (b,) and what it gives, numpy arrays all."""
@@ -35,8 +36,8 @@ class Engine(Protocol):
         """Write the file of a stage anew, in int8; `batches` are what it takes, numpy arrays, images if it is the first
         stage."""
 
-    def open_stage(self, path: Path, threads: int | None) -> Session:
-        """Read a stage back."""
+    def open_stage(self, path: Path, threads: int | None, stage: Any) -> Session:
+        """Read a stage back; of `stage`, that Stage or a `dynnet.deploy.manifest.Part`, it may ask `takes` and `gives`."""
 
     def versions(self) -> Mapping[str, str]:
         """Of what it is made of."""
@@ -53,5 +54,5 @@ def engine(name: str) -> Engine:
     try:
         found: Any = importlib.import_module(f"dynnet.deploy.engines.{name}_engine")
     except ImportError as error:
-        raise ExportError(f"engine {name!r} is not installed ({error}); `pip install dynnet[deploy]`") from error
+        raise ExportError(f"engine {name!r} is not installed ({error}); `pip install {ENGINES[name]}`") from error
     return found
