@@ -63,7 +63,8 @@ def export(
             are zero in an engine, but computed, and billed: a warning says so. A measure of confidence that is Python
             code, which no graph can hold, is left to `Runner(folder, confidence=...)`.
         folder: to be made, with a stage a file, manifest.json and a README.md. It is there when it is whole.
-        engine: "onnxruntime", "openvino" or "torch".
+        engine: "onnxruntime", "openvino" or "torch". Stages for "torch" are compiled when they are checked, which takes
+            from seconds to minutes.
         exits: "running" leaves out exits that are switched off; "all" gives them stages too, so that they can be
             switched on afterwards. Thresholds of the others can always be changed.
         input_size: (C, H, W) of a plain model's images; by default what it was made for.
@@ -305,7 +306,7 @@ def _readme(manifest: Manifest) -> str:
 
 {chr(10).join(lines)}
 
-Run it with numpy and {manifest.engine}; neither torch nor timm is needed:
+Run it with {_needed(manifest.engine)}:
 
     from dynnet.deploy import Runner
 
@@ -321,6 +322,10 @@ Images in [0, 1] are prepared as (image - mean) / std a channel, with
 `runner.thresholds` can be changed: a sample leaves at the first exit whose confidence ({manifest.confidence}) reaches
 its threshold. `manifest.json` says everything else.
 """
+
+
+def _needed(engine: str) -> str:
+    return "torch; timm is not needed" if engine == "torch" else f"numpy and {engine}; neither torch nor timm is needed"
 
 
 def _end(part: Part, manifest: Manifest) -> str:

@@ -37,7 +37,8 @@ class Engine(Protocol):
         stage."""
 
     def open_stage(self, path: Path, threads: int | None, stage: Any) -> Session:
-        """Read a stage back; of `stage`, that Stage or a `dynnet.deploy.manifest.Part`, it may ask `takes` and `gives`."""
+        """Read a stage back, with so many threads, or one a processor. `stage` is that Stage, or its Part of a
+        manifest: both say what it takes and gives."""
 
     def versions(self) -> Mapping[str, str]:
         """Of what it is made of."""

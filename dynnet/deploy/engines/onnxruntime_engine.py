@@ -16,6 +16,7 @@ import onnxruntime
 from dynnet.errors import ExportError
 
 SUFFIX = ".onnx"
+_broken: set[str] = set()  # providers that this process cannot load, which are not tried for every stage again
 
 
 def lower(stage: Any, tensors: Sequence[Any], path: Path) -> None:
@@ -94,19 +95,21 @@ class OnnxSession:
         # Every stage has threads of its own, and only one works at a time: they shall not wait at full speed. (One pool
         # for all would do the same, but no other session of the process could have its own any more.)
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        wanted = _providers()
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=_providers())
+            self._session = onnxruntime.InferenceSession(path, options, providers=wanted)
         except Exception as error:  # of its own kinds
             raise ExportError(
                 f"ONNX Runtime cannot read {str(path)!r}: {' '.join(str(error).split())[:300]}"
             ) from error
+        _tell_of(set(wanted) - set(self._session.get_providers()))
         self._names = [given.name for given in self._session.get_inputs()]
 
     def run(self, tensors: Sequence[np.ndarray]) -> list[np.ndarray]:
         return list(self._session.run(None, dict(zip(self._names, tensors, strict=True))))
 
 
-def open_stage(path: Path, threads: int | None) -> OnnxSession:
+def open_stage(path: Path, threads: int | None, stage: Any) -> OnnxSession:
     return OnnxSession(path, threads)
 
 
@@ -119,8 +122,19 @@ def _processors() -> int:
 
 
 def _providers() -> list[str]:
-    there = onnxruntime.get_available_providers()
-    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there]
+    there = set(onnxruntime.get_available_providers())
+    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there - _broken]
+
+
+def _tell_of(missing: set[str]) -> None:
+    """ONNX Runtime itself goes on without, and says so to nobody but stderr."""
+    if missing:
+        _broken.update(missing)
+        warnings.warn(
+            f"ONNX Runtime could not load {', '.join(sorted(missing))}: stages run on the CPU. What it lacks stands on "
+            f"stderr; install that, or `onnxruntime` in place of `onnxruntime-gpu`",
+            stacklevel=5,
+        )
 
 
 @contextlib.contextmanager
