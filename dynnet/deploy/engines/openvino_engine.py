@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: stages as ONNX graphs, compiled for a few numbers of rows.
 
 A graph that is compiled for one number of rows runs faster than one for any, and rows that only fill a batch up cost as
-much as others. So a batch runs in parts of 16, 8, 4, 2 and 1 rows, of which there are never more than five graphs in
+much as others. So a batch runs in parts of 16, 4 and 1 rows, of which there are never more than three graphs in
 memory, whatever sizes come: docs/measured.md.
 """
 
@@ -24,7 +24,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino  # noqa: E402
 
 SUFFIX = ".onnx"
-SIZES = (16, 8, 4, 2, 1)  # rows of a part
+SIZES = (16, 4, 1)  # rows of a part
 
 
 def lower(stage: Any, tensors: Sequence[Any], path: Path) -> None:
