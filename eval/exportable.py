@@ -86,7 +86,10 @@ def _error(
     chosen, paths = engines.engine(engine), [folder / f"stage_{number}" for number in range(len(stages))]
     for path, stage, tensors in zip(paths, stages, fed, strict=True):
         chosen.lower(stage, tensors, path.with_suffix(chosen.SUFFIX))
-    sessions = [chosen.open_stage(path.with_suffix(chosen.SUFFIX), torch.get_num_threads()) for path in paths]
+    sessions = [
+        chosen.open_stage(path.with_suffix(chosen.SUFFIX), torch.get_num_threads(), stage)
+        for path, stage in zip(paths, stages, strict=True)
+    ]
 
     def run(number: int, tensors: Sequence[Tensor]) -> list[Tensor]:
         given = [np.ascontiguousarray(tensor.numpy()) for tensor in tensors]

@@ -87,6 +87,8 @@ def export(
     if folder.exists():
         raise ExportError(f"{str(folder)!r} is there already; remove it, or choose another folder")
     whole = _ready(model, exits, input_size)
+    if int8 and isinstance(whole.measure, Nowhere):
+        raise ExportError("thresholds are fitted again in int8, by a confidence that is Python code; export in float")
     calibrating = Calibrating(whole, loader) if int8 else None
     stages = staged(whole, whole.input_size)
     weight = next(whole.parameters())

@@ -207,7 +207,9 @@ class _Chain:
 
     def __init__(self, engine: Engine, files: Sequence[Path], stages: Sequence[Stage]) -> None:
         self.stages = stages
-        self.sessions: list[Session] = [engine.open_stage(file, None) for file in files]
+        self.sessions: list[Session] = [
+            engine.open_stage(file, None, stage) for file, stage in zip(files, stages, strict=True)
+        ]
 
     def run(self, images: np.ndarray) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
         """What each stage is fed with some images, and what it makes of it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 import dynnet
@@ -199,11 +200,9 @@ def test_a_folder_that_was_changed_is_told(folder: Path, tmp_path: Path, alter: 
 def test_what_cannot_be_exported_is_told_and_leaves_nothing(
     model: dynnet.DynamicModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gated = dynnet.wrap(CASES[0].backbone(), 1, gates="channel", input_size=SIZE)
     wanted: list[tuple[Any, dict[str, Any], str]] = [
         (model, {"engine": "tensorrt"}, "unknown engine 'tensorrt'; choose from onnxruntime"),
         (model, {"exits": "some"}, "exits='some': choose from running, all"),
-        (gated, {}, "gates close other channels for every image"),
         (tiny().half(), {"input_size": SIZE}, "the model is in torch.float16; export it in single precision"),
         (dynnet.quantize(tiny(), [images()], input_size=SIZE), {}, "layers in int8 are PyTorch's own"),
     ]
@@ -231,3 +230,16 @@ def test_files_tell_nothing_of_where_they_were_made(folder: Path) -> None:
 def test_threads_are_a_runners_own(model: dynnet.DynamicModel, folder: Path) -> None:
     for threads in (2, None, 1):
         agree(Runner(folder, threads=threads), model, images())
+
+
+def test_residual_sums_stay_in_blocks_of_channels(tmp_path: Path) -> None:
+    import onnx
+
+    model = dynnet.wrap(timm.create_model("cifar_resnet20"), ["layer2.0"])  # layer2.1 adds what it takes
+    model.thresholds = [0.5]
+    dynnet.export(model, tmp_path / "stages")
+    graph = onnx.load(tmp_path / "stages" / "stage_1.onnx").graph
+    first, taken = graph.node[0], graph.input[0].name
+    assert first.op_type == "AveragePool"
+    assert [node.op_type for node in graph.node if taken in node.input] == ["AveragePool"]
+    assert {node.op_type for node in graph.node if first.output[0] in node.input} == {"Conv", "Add"}

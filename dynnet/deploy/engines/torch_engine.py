@@ -7,7 +7,7 @@ The first batch of a stage compiles it, which takes seconds; one of a single sam
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dynnet.deploy.engines.torch_graphs import read_graph, write_graph
+from dynnet.errors import ExportError
 
 SUFFIX = ".safetensors"
 
@@ -27,6 +28,14 @@ def lower(stage: Any, tensors: Sequence[Any], path: Path) -> None:
         ExportError: it holds an operator that no file may name.
     """
     write_graph(stage.graph, path)
+
+
+def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], first: bool) -> None:
+    """
+    Raises:
+        ExportError: always.
+    """
+    raise ExportError("engine 'torch' has no int8; export for onnxruntime or openvino")
 
 
 class TorchSession:
