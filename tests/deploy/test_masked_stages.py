@@ -17,7 +17,7 @@ from tests.cases import CASES, tiny
 SIZE = (3, 32, 32)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "test_vit"])
+@pytest.mark.parametrize("name", ["cifar_resnet20", pytest.param("test_vit", marks=pytest.mark.sweep)])
 def test_what_gates_close_is_zero_and_costs(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     case = next(case for case in CASES if case.name == name)

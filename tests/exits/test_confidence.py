@@ -14,13 +14,13 @@ from dynnet.errors import DataError, ThresholdError
 from dynnet.exits.confidence import (
     MEASURES,
     Patience,
-    check_thresholds,
     entropy,
     make_measure,
     margin,
     max_probability,
 )
 from dynnet.exits.rows import leaves
+from dynnet.exits.threshold import check_thresholds
 from tests.cases import leave_one_by_one, tiny
 
 SURE, TORN = [9.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]

