@@ -1,8 +1,8 @@
 """OpenVINO on the CPU: stages as ONNX graphs, compiled for a few numbers of rows.
 
-A graph that is compiled for any number of rows is slow for a single one, and rows that only fill a batch up cost as much
-as others. So a batch runs in parts of 16, 4 and 1 rows, of which there are never more than three graphs in
-memory, whatever sizes come: docs/measured.md.
+A graph that is compiled for any number of rows is slow for a single one, and rows that only fill a batch up cost as
+much as others. So a batch runs in parts of 16, 4 and 1 rows, of which there are never more than three graphs in memory,
+whatever sizes come: docs/measured.md.
 """
 
 from __future__ import annotations
