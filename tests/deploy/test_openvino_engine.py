@@ -79,3 +79,22 @@ assert "torch" not in sys.modules and "onnx" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "HOME": str(tmp_path)})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library of Linux")
+def test_handlers_of_signals_keep_their_stack() -> None:
+    program = """
+import ctypes, faulthandler, gc
+from dynnet.deploy.engines.openvino_engine import _core
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+def stack():
+    found = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+    return found.start, found.size
+faulthandler.enable()
+before = stack()
+assert "CPU" in _core().available_devices
+assert stack() == before
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -7,6 +7,7 @@ whatever sizes come: docs/measured.md.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,6 +55,21 @@ def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], first: bool) -
     onnxruntime_engine.quantize(path, batches, first)
 
 
+@functools.cache
+def _core() -> openvino.Core:
+    """One for all stages, which is never given back.
+
+    Its plugin puts a stack of its own, for handlers of signals, in place of that of the thread that loads it, and takes
+    it away when it goes. Where there are several, one that is gone may stay in place, and the next signal ends the
+    process. So it is loaded by a thread that lives for this alone.
+    """
+    core = openvino.Core()
+    loading = threading.Thread(target=core.get_property, args=("CPU", "FULL_DEVICE_NAME"))
+    loading.start()
+    loading.join()
+    return core
+
+
 class OpenVinoSession:
     """A stage in OpenVINO, in single precision; safe in threads, which wait for each other."""
 
@@ -65,7 +81,7 @@ class OpenVinoSession:
         self._config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if threads:
             self._config["INFERENCE_NUM_THREADS"] = threads
-        self._core = openvino.Core()
+        self._core = _core()
         self._requests: dict[int, Any] = {}
         self._lock = threading.Lock()
         try:
