@@ -65,7 +65,8 @@ def test_a_runner_answers_as_the_model_does(model: dynnet.DynamicModel, folder: 
         np.testing.assert_allclose(alone.logits[0], together.logits[i], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["test_vit", pytest.param("crossvit_9_240", marks=pytest.mark.sweep)])
+@pytest.mark.sweep  # test_engines.py has one, in the suite
+@pytest.mark.parametrize("name", ["test_vit", "crossvit_9_240"])
 def test_tokens_and_branches_cross_cuts(name: str, tmp_path: Path) -> None:
     case: Case = next(case for case in CASES if case.name == name)
     model = case.wrapped([0.4])

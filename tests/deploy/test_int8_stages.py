@@ -109,7 +109,8 @@ def test_files_in_int8_tell_nothing_of_where_they_were_made(folder: Path) -> Non
             assert told.encode() not in path.read_bytes(), (path.name, told)
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", pytest.param("test_vit", marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
 def test_families_in_int8(name: str, tmp_path: Path) -> None:
     case = next(case for case in CASES if case.name == name)
     model = case.wrapped([0.4])

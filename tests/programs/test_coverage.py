@@ -32,6 +32,7 @@ def test_coverage_examines_and_summarises(tmp_path: Path, capsys: pytest.Capture
     assert "resnet18: no place" in coverage.summary([row | {"wrapped": "False", "reason": "no place"}])
 
 
+@pytest.mark.sweep
 def test_a_table_is_completed_by_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "coverage.csv"
     out.write_text("name,wrapped,real,reason,seconds\ntest_vit,True,False,,1.5\n")  # of before there were engines
