@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dynnet import fold, wrap
 from dynnet.backbone.input_size import input_size_of
 from dynnet.deploy import engines
-from dynnet.deploy.exporting import check_equal, run_stages
+from dynnet.deploy.checks import check_equal, run_stages
 from dynnet.deploy.stages import Stage, staged
 from dynnet.errors import DynnetError, ExportError
 

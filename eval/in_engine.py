@@ -75,7 +75,7 @@ def _timed(
     typical = {name: _typical(times[name], taken[name]) for name in runs}
     keys = ("name", "method", "accuracy", "epochs", "dynamic")
     return {
-        "engine": f"{engine} {engines.engine(engine).versions().get(engine, '')}".strip(),
+        "engine": engines.named(engine),
         "threads": threads,
         "calls": len(singles),
         "dense_ms": typical["dense"],

@@ -6,26 +6,26 @@ import importlib.metadata
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynnet.backbone.host import preparation_of
 from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.names import title
 from dynnet.backbone.twin import copy_of
 from dynnet.deploy import engines
+from dynnet.deploy.checks import checked_cut, checked_stage
 from dynnet.deploy.folding import fold
 from dynnet.deploy.int8 import int8_layers
-from dynnet.deploy.manifest import Manifest, Part, Port, digest_of_file
+from dynnet.deploy.manifest import Manifest, Part, digest_of_file
 from dynnet.deploy.quantizing import Calibrating, Images, in_int8, quantize_
-from dynnet.deploy.stages import Stage, Value, staged
-from dynnet.deploy.whole import Nowhere, Whole, fits_a_graph
+from dynnet.deploy.stages import Stage, staged
+from dynnet.deploy.whole import Nowhere, fits_a_graph
 from dynnet.errors import ExportError
 from dynnet.exits.confidence import Instant
 from dynnet.exits.threshold import to_json
@@ -33,7 +33,6 @@ from dynnet.model import DynamicModel
 from dynnet.wrapping import wrap
 
 _SAMPLES = 4  # images of noise on which an export is checked
-_ROUNDING = 1e-3  # of the largest number, between PyTorch's kernels and an engine's
 
 
 def export(
@@ -93,7 +92,7 @@ def export(
     stages = staged(whole, whole.input_size)
     weight = next(whole.parameters())
     images = torch.randn(_SAMPLES, *whole.input_size, generator=torch.Generator().manual_seed(0)).to(weight.device)
-    fed, made = _checked_cut(whole, stages, images)
+    fed, made = checked_cut(whole, stages, images)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         part.mkdir(parents=True)
@@ -101,7 +100,7 @@ def export(
         for number, stage in enumerate(stages):
             files.append(part / f"stage_{number}{chosen.SUFFIX}")
             chosen.lower(stage, fed[number], files[-1])
-            differences.append(_checked_stage(chosen, files[-1], stage, fed[number], made[number]))
+            differences.append(checked_stage(chosen, files[-1], stage, fed[number], made[number]))
         in_float = [float(t) for t in (model if isinstance(model, DynamicModel) else whole).thresholds]
         found = quantize_(chosen, files, stages, in_float, calibrating) if calibrating else None
         manifest = _manifest(model, whole, stages, files, differences, engine)
@@ -148,105 +147,6 @@ def _ready(model: nn.Module, exits: str, size: tuple[int, int, int] | None) -> D
     return fold(copy.eval())
 
 
-@torch.no_grad()
-def _checked_cut(
-    model: DynamicModel, stages: Sequence[Stage], images: Tensor
-) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """What each stage is fed and makes of some images, where that is what the model makes of them, bit for bit, and
-    where a sample that stays behind others finds the same.
-
-    Raises:
-        ExportError: it is not.
-    """
-    fed, made = run_stages(stages, images)
-    check_equal(model, stages, images, made)
-    kept = torch.arange(1, len(images), 2, device=images.device)
-    _, fewer = run_stages(stages, images, {0: kept})
-    for stage, outputs, thinned in zip(stages[1:], made[1:], fewer[1:], strict=True):
-        error = float((outputs[0][kept] - thinned[0]).abs().max())
-        if not error <= _ROUNDING * float(outputs[0].abs().max()):
-            raise ExportError(
-                f"when samples have left, the others get another answer at exit {stage.exit}, by {error:.2g}: what "
-                f"crosses a cut is not in the order of the samples; choose other exits"
-            )
-    return fed, made
-
-
-def check_equal(model: DynamicModel, stages: Sequence[Stage], images: Tensor, made: Sequence[Sequence[Tensor]]) -> None:
-    """
-    Args:
-        model: of which the stages were cut.
-        made: by each stage, of the images.
-
-    Raises:
-        ExportError: stages answer otherwise than the model, be it by one bit.
-    """
-    logits = model.forward_exits(images).logits
-    for stage, outputs, (_, confidence) in zip(stages, made, Whole(model)(images), strict=True):
-        wanted = (logits[stage.exit], confidence)
-        if not all(torch.equal(cut, own) for cut, own in zip(outputs, wanted, strict=False)):
-            raise ExportError(f"cut in stages, the model answers otherwise at exit {stage.exit}; choose other exits")
-
-
-Run = Callable[[int, Sequence[Tensor]], Sequence[Tensor]]  # of a stage, by its number, on what it takes
-
-
-def run_stages(
-    stages: Sequence[Stage], images: Tensor, kept: Mapping[int, Tensor] | None = None, run: Run | None = None
-) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """Tensors fed to each stage, contiguous as an engine gets them, and made by it.
-
-    Args:
-        stages: in order.
-        images: (B, C, H, W).
-        kept: by the number of a stage, which of the samples that are here stay behind it; by default all.
-        run: runs a stage; by default its graph.
-    """
-    run = run or (lambda number, tensors: stages[number].graph(*tensors))
-    live, fed, made = {stages[0].takes[0].name: images}, [], []
-    values: dict[str, Value] = {}
-    for number, stage in enumerate(stages):
-        # As the model lays them out: another layout means other kernels, which round otherwise.
-        taken = [live[value.name] for value in stage.takes]
-        fed.append([tensor.contiguous() for tensor in taken])
-        made.append(list(run(number, taken)))
-        live |= {value.name: tensor for value, tensor in zip(stage.gives, made[-1][2:], strict=True)}
-        values |= {value.name: value for value in (*stage.takes, *stage.gives)}
-        if kept is not None and number in kept:
-            live = {name: _rows(tensor, kept[number], values[name]) for name, tensor in live.items()}
-    return fed, made
-
-
-def _rows(tensor: Tensor, kept: Tensor, value: Value) -> Tensor:
-    each = torch.arange(value.per_sample, device=kept.device)
-    return tensor.index_select(value.dim, (kept[:, None] * value.per_sample + each).flatten())
-
-
-def _checked_stage(
-    engine: engines.Engine, path: Path, stage: Stage, fed: Sequence[Tensor], made: Sequence[Tensor]
-) -> dict[str, float]:
-    """The largest differences between what the engine makes and what PyTorch made, for a batch and for one sample.
-
-    Raises:
-        ExportError: they are no rounding.
-    """
-    session = engine.open_stage(path, 1, stage)
-    outputs = [Value("logits", 0, 1), Value("confidence", 0, 1), *stage.gives]
-    found = dict.fromkeys((value.name for value in outputs), 0.0)
-    for count in (len(made[0]), 1):
-        given = [tensor.narrow(v.dim, 0, count * v.per_sample) for v, tensor in zip(stage.takes, fed, strict=True)]
-        answers = session.run([np.ascontiguousarray(tensor.cpu().numpy()) for tensor in given])
-        for value, tensor, answer in zip(outputs, made, answers, strict=True):
-            own = tensor.narrow(value.dim, 0, count * value.per_sample).cpu().double()
-            error = float((own - torch.from_numpy(answer).double()).abs().max())
-            if not error <= _ROUNDING * max(1.0, float(own.abs().max())):
-                raise ExportError(
-                    f"the engine answers otherwise than PyTorch: {value.name} of {path.name} by {error:.2g}"
-                )
-            found[value.name] = max(found[value.name], error)
-    return found
-
-
 def _manifest(
     model: nn.Module,
     whole: DynamicModel,
@@ -261,7 +161,7 @@ def _manifest(
         bill += torch.tensor([sum(each.macs for each in segment.deciders) for segment in ledger.segments]).cumsum(0)
     given = model if isinstance(model, DynamicModel) else whole
     parts = tuple(
-        Part(file.name, digest_of_file(file), _ports(s.takes), _ports(s.gives), s.exit, int(bill[s.exit]))
+        Part(file.name, digest_of_file(file), s.takes, s.gives, s.exit, int(bill[s.exit]))
         for s, file in zip(stages, files, strict=True)
     )
     versions = {"dynnet": _version("dynnet"), "timm": timm.__version__, "torch": torch.__version__.split("+")[0]}
@@ -283,10 +183,6 @@ def _manifest(
         versions={**versions, **engines.engine(engine).versions()},
         differences=tuple(differences),
     )
-
-
-def _ports(values: Sequence[Value]) -> tuple[Port, ...]:
-    return tuple(Port(value.name, value.dim, value.per_sample) for value in values)
 
 
 def _version(package: str) -> str:

@@ -121,7 +121,7 @@ class Runner:
                 break
             live = {name: tensor for name, tensor in live.items() if name in later}
             live.update(zip((port.name for port in stage.gives), given, strict=True))
-            leaving = leaves(confidence.astype(np.float64), thresholds[stage.exit])
+            leaving = leaves(confidence, thresholds[stage.exit])
             count = int(np.count_nonzero(leaving))
             if count == len(leaving):
                 break

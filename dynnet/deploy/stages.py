@@ -19,24 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from dynnet.deploy.manifest import Port
 from dynnet.deploy.whole import Whole
 from dynnet.errors import ExportError
 from dynnet.model import DynamicModel
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor that crosses a cut.
-
-    Attributes:
-        name: in the graph.
-        dim: its dimension of the batch,
-        per_sample: entries of which belong to one sample.
-    """
-
-    name: str
-    dim: int
-    per_sample: int
 
 
 @dataclass(frozen=True)
@@ -51,8 +37,8 @@ class Stage:
     """
 
     graph: fx.GraphModule
-    takes: tuple[Value, ...]
-    gives: tuple[Value, ...]
+    takes: tuple[Port, ...]
+    gives: tuple[Port, ...]
     exit: int
 
 
@@ -161,7 +147,7 @@ class _Cutter:
         module.recompile()
         return Stage(module, values, tuple(self._value(node) for node in gives[2:]), exit)
 
-    def _batch_size(self, graph: fx.Graph, taken: fx.Node, value: Value) -> Any:
+    def _batch_size(self, graph: fx.Graph, taken: fx.Node, value: Port) -> Any:
         """Makes the node of the number of samples, once."""
         found: list[fx.Node] = []
 
@@ -174,7 +160,7 @@ class _Cutter:
 
         return size
 
-    def _value(self, node: fx.Node) -> Value:
+    def _value(self, node: fx.Node) -> Port:
         shape = node.meta["val"].shape
         dims = [dim for dim, length in enumerate(shape) if not isinstance(length, int)]
         if len(dims) != 1:
@@ -182,7 +168,7 @@ class _Cutter:
                 f"{node.name}, of shape {tuple(map(str, shape))}, goes on behind an exit, and has "
                 f"{len(dims) or 'no'} dimensions of the batch: samples cannot leave it one by one; choose other exits"
             )
-        return Value(node.name, dims[0], self._factor(shape[dims[0]]))
+        return Port(node.name, dims[0], self._factor(shape[dims[0]]))
 
     def _factor(self, length: Any) -> int:
         """How many times the number of samples it is."""

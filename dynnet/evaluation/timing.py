@@ -273,9 +273,7 @@ def _array(batch: Tensor) -> np.ndarray:
 
 def _setting(model: Timed) -> dict[str, Any]:
     if isinstance(model, Runner):
-        engine = model.manifest.engine
-        version = engines.engine(engine).versions().get(engine, "")
-        told = {"engine": f"{engine} {version}".strip(), "threads": model.threads or "one a processor"}
+        told = {"engine": engines.named(model.manifest.engine), "threads": model.threads or "one a processor"}
         return {**told, "dtype": model.manifest.dtype, "folded": True}
     device = device_of(model)
     return {

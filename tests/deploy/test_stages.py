@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import dynnet
-from dynnet.deploy.exporting import _checked_cut
+from dynnet.deploy.checks import checked_cut
 from dynnet.deploy.stages import staged
 from dynnet.errors import ExportError
 from tests.cases import CASES, Case, tiny
@@ -28,7 +28,7 @@ def test_a_cut_graph_says_what_the_model_says(case: Case) -> None:
     stages = staged(model, case.size)
     assert [stage.exit for stage in stages] == [0, 1, 2]
     assert all(stage.takes for stage in stages)
-    _checked_cut(model, stages, case.images(4))  # bit for bit, and with rows that have left
+    checked_cut(model, stages, case.images(4))  # bit for bit, and with rows that have left
 
 
 def test_an_exit_that_is_off_makes_no_cut() -> None:
@@ -45,14 +45,14 @@ def test_layouts_cross_a_cut() -> None:
     backbone = timm.create_model("test_efficientnet_ln", num_classes=4).eval()  # its norms leave channels last
     model = dynnet.fold(dynnet.wrap(backbone, ["blocks.0", "blocks.1"], input_size=(3, 64, 64)))
     model.thresholds = [0.5, 0.5]
-    _checked_cut(model, staged(model, (3, 64, 64)), torch.randn(4, 3, 64, 64))
+    checked_cut(model, staged(model, (3, 64, 64)), torch.randn(4, 3, 64, 64))
 
 
 def test_patience_goes_on_from_stage_to_stage() -> None:
     model = dynnet.wrap(tiny(), ["0", "1"], input_size=(3, 32, 32), confidence="patience")
     model.thresholds = [0.9, 0.9]
     stages = staged(model, (3, 32, 32))
-    _checked_cut(model, stages, torch.randn(4, 3, 32, 32))
+    checked_cut(model, stages, torch.randn(4, 3, 32, 32))
     confidence = [stage.graph(*given)[1] for stage, given in zip(stages, _fed(stages), strict=True)]
     assert set(confidence[-1].mul(3).round().tolist()) <= {1.0, 2.0, 3.0}
     for head in model.heads:  # all answer the same then
@@ -90,7 +90,7 @@ def test_what_mixes_samples_behind_an_exit_is_refused() -> None:
     model.thresholds = [0.5]
     model.backbone[1].register_forward_hook(lambda m, a, out: out - out.mean(0))
     with pytest.raises(ExportError, match="get another answer at exit 1|cannot leave it one by one"):
-        _checked_cut(model, staged(model, (3, 32, 32)), torch.randn(4, 3, 32, 32))
+        checked_cut(model, staged(model, (3, 32, 32)), torch.randn(4, 3, 32, 32))
 
 
 def test_what_torch_cannot_export_is_told() -> None:

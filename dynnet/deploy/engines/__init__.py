@@ -44,6 +44,11 @@ class Engine(Protocol):
         """Of what it is made of."""
 
 
+def named(name: str) -> str:
+    """An engine and its version, for people: "onnxruntime 1.32.0"."""
+    return f"{name} {engine(name).versions().get(name, '')}".strip()
+
+
 def engine(name: str) -> Engine:
     """An engine by its name.
 

@@ -34,11 +34,7 @@ def lower(stage: Any, tensors: Sequence[Any], path: Path) -> None:
     Raises:
         ExportError: an operator has no ONNX form, or packages are not installed.
     """
-    try:
-        from dynnet.deploy.engines import onnxruntime_engine
-    except ImportError as error:
-        raise ExportError(f"exporting to ONNX wants more packages ({error}); `pip install dynnet[openvino]`") from error
-    onnxruntime_engine.lower(stage, tensors, path)
+    _writer().lower(stage, tensors, path)
 
 
 def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], first: bool) -> None:
@@ -48,11 +44,16 @@ def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], first: bool) -
     Raises:
         ExportError: it cannot be quantized, or packages are not installed.
     """
+    _writer().quantize(path, batches, first)
+
+
+def _writer() -> Any:
+    """What writes files that OpenVINO reads, and is not needed to run them."""
     try:
         from dynnet.deploy.engines import onnxruntime_engine
     except ImportError as error:
-        raise ExportError(f"int8 wants more packages ({error}); `pip install dynnet[openvino]`") from error
-    onnxruntime_engine.quantize(path, batches, first)
+        raise ExportError(f"exporting to ONNX wants more packages ({error}); `pip install dynnet[openvino]`") from error
+    return onnxruntime_engine
 
 
 @functools.cache
