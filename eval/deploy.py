@@ -197,7 +197,7 @@ def _timed(subject: Subject, exported: Exported, size: int, settings: Settings) 
     """Rows of figures at a batch size: one, or one a scenario."""
     model = subject.model
     told = "" if settings.threads is not None else fit_threads(model, model.input_size, size)
-    print(f"batch {size}: {told or torch.get_num_threads()}", flush=True)
+    print(f"batch {size}: {told or f'{settings.threads} as --threads says'}", flush=True)
     if subject.pictures is not None:
         calls = None if size == 1 else settings.calls  # each image once
         return [_row(subject, exported, subject.pictures, size, calls, settings.eager)]

@@ -26,8 +26,8 @@ class Exported:
         self.model, self.engine, self.folder = model, engine, Path(folder)
         self._there: dict[tuple[bool, ...] | None, Path] = {}
 
-    def dynamic(self, threads: int | None = None) -> Runner:
-        """The model at its present thresholds, in as many threads as PyTorch has, or as are given.
+    def dynamic(self) -> Runner:
+        """The model at its present thresholds, in as many threads as PyTorch has.
 
         Raises:
             ExportError: it cannot be exported.
@@ -35,7 +35,7 @@ class Exported:
         running = self.model.running
         if running not in self._there:
             self.take(self.folder / f"exits_{''.join('01'[on] for on in running)}")
-        runner = Runner(self._there[running], threads or torch.get_num_threads())
+        runner = Runner(self._there[running], torch.get_num_threads())
         runner.thresholds = self.model.thresholds
         return runner
 
@@ -45,18 +45,18 @@ class Exported:
         self._there[self.model.running] = folder
         return manifest
 
-    def every_exit(self, threads: int | None = None) -> Runner:
+    def every_exit(self) -> Runner:
         """The model with a stage for each of its exits, also where they are switched off."""
         every = (True,) * len(self.model.exits)
         if every not in self._there:
             export(self.model, self.folder / "every", engine=self.engine, exits="all")
             self._there[every] = self.folder / "every"
-        return Runner(self._there[every], threads or torch.get_num_threads())
+        return Runner(self._there[every], torch.get_num_threads())
 
-    def dense(self, threads: int | None = None) -> Runner:
+    def dense(self) -> Runner:
         """Its bare backbone."""
         if None not in self._there:
             bare: nn.Module = copy_of(self.model).unwrap()
             export(bare, self.folder / "dense", engine=self.engine, input_size=self.model.input_size)
             self._there[None] = self.folder / "dense"
-        return Runner(self._there[None], threads or torch.get_num_threads())
+        return Runner(self._there[None], torch.get_num_threads())

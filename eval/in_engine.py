@@ -24,10 +24,9 @@ from torch import Tensor
 from dynnet import DynamicModel, export, load
 from dynnet.deploy import Runner, engines
 from dynnet.errors import ExportError
-from dynnet.evaluation.timing import take_turns
+from dynnet.evaluation.timing import one_at_a_time
 from eval.exported import Exported
-
-_WARMUP = 10  # images
+from eval.savings import typical
 
 
 def time_in_engine(
@@ -68,22 +67,22 @@ def _timed(
             runs[f"static {number}"] = Runner(place, threads)
         except ExportError as error:
             left_out.append(f"{row['name']}, {row['method']}: {error}")
-    singles = [images[i : i + 1] for i in range(len(images))]
-    warm = [singles[i % len(singles)] for i in range(_WARMUP)]
-    times = take_turns(runs, warm + singles, _WARMUP)
-    taken = {name: np.concatenate([run.predict(one.numpy()).exit for one in singles]) for name, run in runs.items()}
-    typical = {name: _typical(times[name], taken[name]) for name in runs}
+    times = one_at_a_time(runs, images)
+    taken = {
+        name: np.concatenate([run.predict(one.numpy()).exit for one in images.split(1)]) for name, run in runs.items()
+    }
+    ms = {name: typical(times[name], taken[name]) for name in runs}
     keys = ("name", "method", "accuracy", "epochs", "dynamic")
     return {
         "engine": engines.named(engine),
         "threads": threads,
-        "calls": len(singles),
-        "dense_ms": typical["dense"],
-        "ms": typical["dynamic"],
-        "leaving_ms": [typical[f"leave {exit}"] for exit in range(len(model.exits) + 1)],
+        "calls": len(images),
+        "dense_ms": ms["dense"],
+        "ms": ms["dynamic"],
+        "leaving_ms": [ms[f"leave {exit}"] for exit in range(len(model.exits) + 1)],
         "switched_off": [name for name, on in zip(model.exits, model.running, strict=True) if not on],
         "static": [
-            {**{key: row[key] for key in keys}, "ms": typical[f"static {number}"]}
+            {**{key: row[key] for key in keys}, "ms": ms[f"static {number}"]}
             for number, row in enumerate(static)
             if f"static {number}" in runs
         ],
@@ -99,7 +98,3 @@ def _leaving(runner: Runner) -> list[Runner]:
         one.thresholds = [-math.inf if number == exit else math.inf for number in range(len(runner.exits))]
         found.append(one)
     return found
-
-
-def _typical(times: np.ndarray, taken: np.ndarray) -> float:
-    return float(sum((taken == exit).mean() * np.median(times[taken == exit]) for exit in np.unique(taken)))

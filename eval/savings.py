@@ -28,12 +28,18 @@ def savings(timed: Latency, bill: Sequence[int], dense_macs: int) -> dict[str, A
 
 
 def _time_saved(timed: Latency) -> float:
-    """Of a typical call: medians of the paired ratios by exit taken, weighed by how many took it."""
     ratio = timed.dynamic_ms / timed.dense_ms
-    if timed.batch_size > 1:
-        return 1 - float(np.median(ratio))
-    taken = timed.exits[:, 0]
-    return 1 - sum(float((taken == e).mean() * np.median(ratio[taken == e])) for e in np.unique(taken))
+    return 1 - (float(np.median(ratio)) if timed.batch_size > 1 else typical(ratio, timed.exits[:, 0]))
+
+
+def typical(values: np.ndarray, taken: np.ndarray) -> float:
+    """Medians by exit taken, weighed by how many took it.
+
+    Args:
+        values: (N,) of single images.
+        taken: (N,) the exit of each.
+    """
+    return float(sum((taken == exit).mean() * np.median(values[taken == exit]) for exit in np.unique(taken)))
 
 
 def in_words(saved: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dynnet import DynamicModel, fold, wrap
 from dynnet.backbone.modes import device_of
+from dynnet.thresholds.answers import ask
 from eval.programs import timm_model
 
 
@@ -45,12 +46,12 @@ def scenarios(model: DynamicModel, images: Tensor) -> dict[str, list[float]]:
         model: in eval mode.
         images: (M, C, H, W), of which half shall leave.
     """
-    off, confidences = float("inf"), _confidences(model, images)
+    off, confidences = float("inf"), ask(model, images.to(device_of(model)), None).confidences
     count = len(model.exits)
     found = {"nobody leaves": [2.0] * count}
     for i, name in enumerate(model.exits):
         others = [off] * count
-        found[f"half leaves at {name}"] = [*others[:i], _middle(confidences[i]), *others[i + 1 :]]
+        found[f"half leaves at {name}"] = [*others[:i], _middle(confidences[:, i]), *others[i + 1 :]]
         found[f"all leave at {name}"] = [*others[:i], -off, *others[i + 1 :]]
     return found
 
@@ -59,19 +60,9 @@ def half_at_each(model: DynamicModel, images: Tensor) -> list[float]:
     """Thresholds at which half of those that are still here leave, at each exit."""
     found: list[float] = []
     here = torch.ones(len(images), dtype=torch.bool)
-    for confidence in _confidences(model, images)[: len(model.exits)]:
+    for confidence in ask(model, images.to(device_of(model)), None).confidences[:, : len(model.exits)].T:
         found.append(_middle(confidence[here]) if int(here.sum()) > 1 else float("inf"))
         here &= confidence < found[-1]
-    return found
-
-
-@torch.no_grad()
-def _confidences(model: DynamicModel, images: Tensor) -> list[Tensor]:
-    """Of each exit (M,) float64."""
-    found, memory = [], None
-    for logits in model.forward_exits(images.to(device_of(model))).logits:
-        confidence, memory = model.measure(logits, memory)
-        found.append(confidence.double().cpu())
     return found
 
 

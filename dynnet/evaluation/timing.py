@@ -171,16 +171,13 @@ def latency(
 
 
 @contextlib.contextmanager
-def in_engine(
-    models: Mapping[str, Timed], engine: str, input_size: tuple[int, int, int], threads: int | None = None
-) -> Iterator[dict[str, Timed]]:
-    """Runners of models, exported into a folder for the time.
+def in_engine(models: Mapping[str, Timed], engine: str, input_size: tuple[int, int, int]) -> Iterator[dict[str, Timed]]:
+    """Runners of models, exported into a folder for the time, in as many threads as PyTorch has.
 
     Args:
         models: by name; those that are runners already stay.
         engine: as for `dynnet.export`.
         input_size: (C, H, W) of plain models' images.
-        threads: of each; by default as many as PyTorch has now.
 
     Raises:
         ExportError: one of them cannot be exported, or the engine is not installed.
@@ -190,7 +187,7 @@ def in_engine(
         for number, (name, model) in enumerate(models.items()):
             if isinstance(model, nn.Module):
                 export(model, f"{folder}/{number}", engine=engine, input_size=input_size)
-                model = Runner(f"{folder}/{number}", threads or torch.get_num_threads())
+                model = Runner(f"{folder}/{number}", torch.get_num_threads())
             found[name] = model
         yield found
 
@@ -221,23 +218,24 @@ def take_turns(
     return {name: np.array(times) for name, times in found.items()}
 
 
-def one_at_a_time(models: Mapping[str, nn.Module], images: Tensor, warmup: int = 10) -> dict[str, np.ndarray]:
+def one_at_a_time(models: Mapping[str, Timed], images: Tensor, warmup: int = 10) -> dict[str, np.ndarray]:
     """Time several models on single images, as `take_turns` does.
 
     Args:
-        models: by name, as they run; on one device. Weights are laid out as those of the first, in place.
+        models: by name, as they run; modules on one device, of which weights are laid out as those of the first, in
+            place.
         images: (N, C, H, W).
         warmup: images that are run before any of them counts.
 
     Returns:
         By name, milliseconds (N,).
     """
-    first = next(iter(models.values()))
-    layout = memory_format(first)
-    for model in models.values():
-        model.to(memory_format=layout)
-    device = device_of(first)
-    singles = [images[i : i + 1].to(device).contiguous(memory_format=layout) for i in range(len(images))]
+    singles = list(images.split(1))
+    if modules := [model for model in models.values() if isinstance(model, nn.Module)]:
+        layout, device = memory_format(modules[0]), device_of(modules[0])
+        for module in modules:
+            module.to(memory_format=layout)
+        singles = [single.to(device).contiguous(memory_format=layout) for single in singles]
     warm = [singles[i % len(singles)] for i in range(warmup)]
     return take_turns(models, warm + singles, warmup)
 

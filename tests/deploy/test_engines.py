@@ -18,9 +18,9 @@ import dynnet
 from dynnet.deploy import Runner
 from dynnet.deploy.engines import ENGINES, engine, onnxruntime_engine
 from dynnet.errors import ExportError
-from tests.cases import CASES, leave_one_by_one, tiny
+from tests.cases import CASES, leave_one_by_one
+from tests.exported import SIZE, agree, two_exits
 
-SIZE = (3, 32, 32)
 OTHERS = [name for name in ENGINES if name != "onnxruntime"]  # which test_exporting.py is about
 
 
@@ -33,10 +33,7 @@ def as_it_is() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model() -> dynnet.DynamicModel:
-    torch.manual_seed(0)
-    model = dynnet.wrap(tiny(), ["0", "1"], input_size=SIZE)
-    leave_one_by_one(model, images(21))
-    return model
+    return two_exits(images(21))
 
 
 @pytest.fixture(scope="module", params=OTHERS)
@@ -51,13 +48,6 @@ def folder(request: pytest.FixtureRequest, model: dynnet.DynamicModel, tmp_path_
 
 def images(count: int) -> torch.Tensor:
     return torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(1))
-
-
-def agree(runner: Runner, model: dynnet.DynamicModel, x: torch.Tensor) -> None:
-    ours, theirs = runner.predict(x.numpy()), model.predict(x)
-    assert (ours.exit == theirs.exit.numpy()).all()
-    np.testing.assert_allclose(ours.logits, theirs.logits.numpy(), rtol=0, atol=1e-4)
-    np.testing.assert_allclose(ours.confidence, theirs.confidence.numpy(), rtol=0, atol=1e-4)
 
 
 def test_a_runner_answers_as_the_model_does_in_every_engine(model: dynnet.DynamicModel, folder: Path) -> None:

@@ -19,16 +19,13 @@ from dynnet.deploy import Runner
 from dynnet.deploy.manifest import NAME
 from dynnet.errors import ExportError, InputError, ThresholdError
 from tests.cases import CASES, Case, leave_one_by_one, tiny
-
-SIZE = (3, 32, 32)
+from tests.exported import SIZE, agree, two_exits
 
 
 @pytest.fixture(scope="module")
 def model() -> dynnet.DynamicModel:
-    torch.manual_seed(0)
-    model = dynnet.wrap(tiny(), ["0", "1"], input_size=SIZE)
+    model = two_exits(images())
     model.backbone.pretrained_cfg = {"label_names": ["ant", "bee", "cat", "dog"], "mean": (0.5, 0.5, 0.5)}
-    leave_one_by_one(model, images())
     return model
 
 
@@ -41,14 +38,6 @@ def folder(model: dynnet.DynamicModel, tmp_path_factory: pytest.TempPathFactory)
 
 def images(count: int = 12) -> torch.Tensor:
     return torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(1))
-
-
-def agree(runner: Runner, model: dynnet.DynamicModel, x: torch.Tensor) -> None:
-    ours, theirs = runner.predict(x.numpy()), model.predict(x)
-    assert (ours.exit == theirs.exit.numpy()).all()
-    assert (ours.macs == theirs.macs.numpy()).all()
-    np.testing.assert_allclose(ours.logits, theirs.logits.numpy(), rtol=0, atol=1e-4)
-    np.testing.assert_allclose(ours.confidence, theirs.confidence.numpy(), rtol=0, atol=1e-4)
 
 
 def test_a_runner_answers_as_the_model_does(model: dynnet.DynamicModel, folder: Path) -> None:

@@ -19,8 +19,7 @@ from dynnet.deploy.engines import onnxruntime_int8
 from dynnet.deploy.quantizing import in_int8, same_shares
 from dynnet.errors import DataError, ExportError
 from tests.cases import CASES, leave_one_by_one, tiny
-
-SIZE = (3, 32, 32)
+from tests.exported import SIZE, two_exits
 
 
 def images(count: int, seed: int = 1) -> torch.Tensor:
@@ -36,10 +35,7 @@ def loader() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def model() -> dynnet.DynamicModel:
-    torch.manual_seed(0)
-    model = dynnet.wrap(tiny(), ["0", "1"], input_size=SIZE)
-    leave_one_by_one(model, images(300))
-    return model
+    return two_exits(images(300))
 
 
 @pytest.fixture(scope="module")
