@@ -44,7 +44,7 @@ def test_both_sides_run_in_the_engine(model: dynnet.DynamicModel) -> None:
 
 def test_folders_that_are_there_are_timed(model: dynnet.DynamicModel, tmp_path: Path) -> None:
     exported = Exported(model, "onnxruntime", tmp_path)
-    dynamic, dense = exported.dynamic(1), exported.dense(1)
+    dynamic, dense = exported.dynamic(), exported.dense()
     assert len(dense.manifest.stages) == 1
     timed = dynnet.latency(dynamic, images(), against=dense, batch_size=3, calls=4, warmup=0)
     assert timed.exits.shape == (4, 3)
