@@ -26,7 +26,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
-from dynnet import DynamicModel, latency
+from dynnet import DynamicModel, calibrate, latency
 from dynnet.backbone.modes import device_of
 from dynnet.deploy import engines
 from dynnet.deploy.manifest import Manifest
@@ -83,6 +83,7 @@ def main(
     samples: int = 700,
     calls: int = 30,
     data: str | None = None,
+    fit: float | None = None,
     eager: bool = True,
     device: str = "cpu",
     json: Path | None = None,
@@ -101,6 +102,8 @@ def main(
         samples: test images to time one at a time; p99 needs 662.
         calls: timed calls at other batch sizes; of `model` four times as many at batch size 1.
         data: folder of the dataset, where it is not the recipe's.
+        fit: first fit the thresholds, on the calibration split, for this share of the bare backbone's mean time in the
+            engine, at the first of the batch sizes, as `dynnet.calibrate(latency=)` does.
         eager: also time against the dynamic model in eager PyTorch.
         device: on which that runs.
         json: also write the figures to this file.
@@ -113,6 +116,8 @@ def main(
             )
         subject = _subject(run, zoo, model, exits, data, device, max(samples, *batch))
         settings = Settings(threads, batch, calls, eager)
+        if fit is not None:
+            _fit(subject, fit, engine, settings)
         with tempfile.TemporaryDirectory() as folder:
             exported = Exported(subject.model, engine, folder)
             found = _deployed(subject, exported, out or Path(folder) / "stages", settings)
@@ -134,15 +139,28 @@ def _subject(
     return Subject(name, found.to(device), loaded, test_images(loaded, samples)[1])
 
 
+def _fit(subject: Subject, share: float, engine: str, settings: Settings) -> None:
+    if subject.data is None:
+        raise InputError("--fit wants a trained model and its calibration split; give --run or --zoo")
+    _use_threads(subject.model, settings, settings.batch[0])
+    loader = subject.data.loader("calibration", 256)
+    print(calibrate(subject.model, loader, latency=share, engine=engine, batch_size=settings.batch[0]), flush=True)
+
+
+def _use_threads(model: DynamicModel, settings: Settings, size: int) -> str:
+    """As many as were asked for, or as the model's layers can feed; in words."""
+    if settings.threads is None:
+        return fit_threads(model, model.input_size, size)
+    torch.set_num_threads(settings.threads)
+    return f"{settings.threads} as --threads says"
+
+
 def _deployed(subject: Subject, exported: Exported, out: Path, settings: Settings) -> dict[str, Any]:
     """All figures, told as they come."""
     model = subject.model
     manifest = exported.take(out)
     print(_stages_told(subject, manifest, out), flush=True)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    else:
-        fit_threads(model, model.input_size, 256)
+    _use_threads(model, settings, 256)
     if subject.data is None:
         noise = random_images(model, _VERIFIED)
         before, model.thresholds = model.thresholds, half_at_each(model, noise)
@@ -196,8 +214,7 @@ def _test_batches(data: Data) -> Iterator[Tensor]:
 def _timed(subject: Subject, exported: Exported, size: int, settings: Settings) -> list[dict[str, Any]]:
     """Rows of figures at a batch size: one, or one a scenario."""
     model = subject.model
-    told = "" if settings.threads is not None else fit_threads(model, model.input_size, size)
-    print(f"batch {size}: {told or f'{settings.threads} as --threads says'}", flush=True)
+    print(f"batch {size}: {_use_threads(model, settings, size)}", flush=True)
     if subject.pictures is not None:
         calls = None if size == 1 else settings.calls  # each image once
         return [_row(subject, exported, subject.pictures, size, calls, settings.eager)]

@@ -9,8 +9,6 @@ M images, E exits
 
 from __future__ import annotations
 
-import copy
-import math
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from dynnet import DynamicModel, export, load
 from dynnet.deploy import Runner, engines
+from dynnet.deploy.stage_times import leaving_at
 from dynnet.errors import ExportError
 from dynnet.evaluation.timing import one_at_a_time
 from eval.exported import Exported
@@ -58,7 +57,8 @@ def _timed(
 ) -> dict[str, Any]:
     exported, threads = Exported(model, engine, folder), torch.get_num_threads()
     runs = {"dense": exported.dense(), "dynamic": exported.dynamic()}
-    runs |= {f"leave {exit}": runner for exit, runner in enumerate(_leaving(exported.every_exit()))}
+    every = exported.every_exit()
+    runs |= {f"leave {exit}": leaving_at(every, exit) for exit in range(len(model.exits) + 1)}
     left_out: list[str] = []
     for number, row in enumerate(static):
         place = folder / f"static_{number}"
@@ -88,13 +88,3 @@ def _timed(
         ],
         "left_out": left_out,
     }
-
-
-def _leaving(runner: Runner) -> list[Runner]:
-    """E + 1 runners of the same stages; of each all images leave at one exit, and the heads before it run too."""
-    found = []
-    for exit in range(len(runner.exits) + 1):
-        one = copy.copy(runner)  # the same sessions
-        one.thresholds = [-math.inf if number == exit else math.inf for number in range(len(runner.exits))]
-        found.append(one)
-    return found

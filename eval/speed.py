@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from dynnet import DynamicModel, GateConfig, fold, prune, wrap
 from dynnet.backbone.dry_run import trace
+from dynnet.deploy.turns import take_turns
 from dynnet.errors import DynnetError, GateError
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.evaluation.threads import fit_threads
-from dynnet.evaluation.timing import take_turns
 from dynnet.gates.freezing import cut_frozen_
 from dynnet.pruning import make_permanent_, sparsify_
 from eval.programs import errors_told, timm_model, write_json

@@ -5,6 +5,7 @@ B batch, b samples that are still here, K classes, E exits; exit number E is the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -98,6 +99,12 @@ class Runner:
                     f"export with exits='all'"
                 )
         self._thresholds = checked
+
+    def at(self, thresholds: Sequence[float]) -> Runner:
+        """A runner of the same stages, which are not opened again, with other thresholds."""
+        other = copy.copy(self)
+        other.thresholds = thresholds
+        return other
 
     def predict(self, images: np.ndarray) -> Prediction:
         """Answer a batch.

@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from dynnet.deploy import engines
 from dynnet.deploy.exporting import export
 from dynnet.deploy.folding import folded_norms
 from dynnet.deploy.runner import Runner
+from dynnet.deploy.turns import as_array, take_turns
 from dynnet.errors import InputError
 from dynnet.model import DynamicModel
 
@@ -192,32 +192,6 @@ def in_engine(models: Mapping[str, Timed], engine: str, input_size: tuple[int, i
         yield found
 
 
-@torch.no_grad()
-def take_turns(
-    runs: Mapping[str, Callable[[Tensor], Any] | Runner], batches: Iterable[Tensor], warmup: int = 3
-) -> dict[str, np.ndarray]:
-    """Time several models on the same batches, each batch through all of them, so that whatever else the machine does
-    hits all alike.
-
-    Args:
-        runs: by name; runners get numpy arrays, made outside of the clock.
-        batches: on the models' device.
-        warmup: batches at the beginning that do not count.
-
-    Returns:
-        By name, milliseconds (N,) of every call.
-    """
-    names = list(runs)
-    found: dict[str, list[float]] = {name: [] for name in names}
-    for i, batch in enumerate(batches):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            elapsed = _timed(runs[name], batch)
-            if i >= warmup:
-                found[name].append(elapsed)
-    return {name: np.array(times) for name, times in found.items()}
-
-
 def one_at_a_time(models: Mapping[str, Timed], images: Tensor, warmup: int = 10) -> dict[str, np.ndarray]:
     """Time several models on single images, as `take_turns` does.
 
@@ -249,24 +223,10 @@ def _bare(model: Timed) -> nn.Module:
 def _exits(model: Timed, batch: Tensor) -> np.ndarray:
     """(B,) where each image leaves; a plain model has one exit, its own head."""
     if isinstance(model, Runner):
-        return model.predict(_array(batch)).exit
+        return model.predict(as_array(batch)).exit
     if isinstance(model, DynamicModel):
         return model.predict(batch).exit.cpu().numpy()
     return np.zeros(len(batch), dtype=np.int64)
-
-
-def _timed(run: Callable[[Tensor], Any] | Runner, batch: Tensor) -> float:
-    call: Callable[[Any], Any] = run.predict if isinstance(run, Runner) else run
-    given = _array(batch) if isinstance(run, Runner) else batch
-    _synchronise(batch.device)
-    began = time.perf_counter()
-    call(given)
-    _synchronise(batch.device)
-    return (time.perf_counter() - began) * 1e3
-
-
-def _array(batch: Tensor) -> np.ndarray:
-    return batch.cpu().contiguous().numpy()
 
 
 def _setting(model: Timed) -> dict[str, Any]:
@@ -288,11 +248,6 @@ def _precision(model: nn.Module) -> torch.dtype:
     """Of the weights: int8 where layers were quantized, also beside others that keep their floats."""
     quantized = any(buffer.dtype is torch.int8 for buffer in model.buffers())
     return torch.int8 if quantized else next((p.dtype for p in model.parameters()), torch.float32)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def memory_format(model: nn.Module) -> torch.memory_format:

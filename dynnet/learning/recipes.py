@@ -80,10 +80,13 @@ class CalibrationConfig:
     """What thresholds are fitted for: one goal, by default an accuracy drop of 0.005. See `dynnet.calibrate`."""
 
     budget: float | None = None
+    latency: float | None = None
     accuracy_drop: float | None = None
     risk: float | None = None
     delta: float = 0.05
     of: Harm = "disagreement"
+    engine: str = "onnxruntime"
+    batch_size: int = 1
 
     def goal(self) -> dict[str, Any]:
         """The keywords for `dynnet.calibrate`.
@@ -91,11 +94,12 @@ class CalibrationConfig:
         Raises:
             RecipeError: several goals are given.
         """
-        goals = {key: getattr(self, key) for key in ("budget", "accuracy_drop", "risk")}
+        goals = {key: getattr(self, key) for key in ("budget", "latency", "accuracy_drop", "risk")}
         given = {key: value for key, value in goals.items() if value is not None}
         if len(given) > 1:
-            raise RecipeError(f"calibration has {given}; give one of budget, accuracy_drop and risk")
-        return {**(given or {"accuracy_drop": 0.005}), "delta": self.delta, "of": self.of}
+            raise RecipeError(f"calibration has {given}; give one of budget, latency, accuracy_drop and risk")
+        beside = {key: getattr(self, key) for key in ("delta", "of", "engine", "batch_size")}
+        return {**(given or {"accuracy_drop": 0.005}), **beside}
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,41 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+from dynnet.backbone.modes import evaluating
 from dynnet.backbone.names import title
 from dynnet.errors import CalibrationError
 from dynnet.exits.threshold import to_json
 from dynnet.model import DynamicModel
 from dynnet.thresholds.answers import Harm, collect
 from dynnet.thresholds.certified import Certificate, subject_of
-from dynnet.thresholds.goals import AccuracyDrop, Budget, Choice, Goal, Risk
+from dynnet.thresholds.goals import AccuracyDrop, Budget, Choice, Goal, Latency, Risk
 from dynnet.thresholds.table import Table
+
+
+@dataclass(frozen=True)
+class Clocked:
+    """Time that thresholds were fitted for.
+
+    Attributes:
+        engine: and its version.
+        threads: of the engine.
+        batch_size: B.
+        dense_ms: milliseconds of a batch through the bare backbone,
+        ms: and through the model, in the mean.
+    """
+
+    engine: str
+    threads: int
+    batch_size: int
+    dense_ms: float
+    ms: float
+
+    def __str__(self) -> str:
+        several = f" a batch of {self.batch_size}" if self.batch_size > 1 else ""
+        return (
+            f"{self.ms:.3g} of {self.dense_ms:.3g} ms{several} ({self.ms / self.dense_ms:.1%}; {self.engine}, "
+            f"{self.threads} thread{'s' * (self.threads > 1)})"
+        )
 
 
 @dataclass(frozen=True)
@@ -22,7 +49,7 @@ class Calibration:
     """What `calibrate` did. Saved with the model.
 
     Attributes:
-        goal: "budget", "accuracy_drop" or "risk".
+        goal: "budget", "latency", "accuracy_drop" or "risk".
         value: what was asked for.
         thresholds: what was found, infinite ones as "inf" and "-inf".
         samples: how many it was fitted on.
@@ -35,6 +62,7 @@ class Calibration:
         rates: share of the samples that leaves at each exit and at the end.
         certificate: what was shown of a risk, with its condition; None for a budget, and where nothing was.
         needed: samples that may certify the risk where these did not; 0 where no number will.
+        clocked: the time in the engine, where that was asked for.
     """
 
     goal: str
@@ -51,6 +79,7 @@ class Calibration:
     rates: tuple[float, ...]
     certificate: Certificate | None = None
     needed: int | None = None
+    clocked: Clocked | None = None
 
     def __str__(self) -> str:
         rates = " / ".join(f"{rate:.0%}" for rate in self.rates)
@@ -60,8 +89,8 @@ class Calibration:
         return (
             f"calibrated for {self.goal}={self.value:g} on {self.samples} samples: {right}"
             f"{self.macs / self.dense_macs:.1%} of the MACs "
-            f"({self.macs / 1e6:.2f} of {self.dense_macs / 1e6:.2f} MMAC, {2 * self.macs / 1e6:.2f} MFLOP); "
-            f"exits taken {rates}{self._shown()}"
+            f"({self.macs / 1e6:.2f} of {self.dense_macs / 1e6:.2f} MMAC, {2 * self.macs / 1e6:.2f} MFLOP)"
+            f"{f', {self.clocked}' if self.clocked else ''}; exits taken {rates}{self._shown()}"
         )
 
     def _new(self) -> str:
@@ -71,6 +100,9 @@ class Calibration:
         return f", {abs(self.drop):.2%} ± {self.drop_error:.2%} {side} expected on new samples"
 
     def _shown(self) -> str:
+        if self.clocked is not None:
+            off = sum(threshold == "inf" for threshold in self.thresholds)
+            return f"; {off} switched off, whose heads take more time than they save" if off else ""
         if self.certificate is not None:
             return f"; {self.certificate}"
         if self.needed is None:
@@ -84,10 +116,13 @@ def calibrate(
     loader: Iterable[Tensor | Sequence[Tensor]],
     *,
     budget: float | None = None,
+    latency: float | None = None,
     accuracy_drop: float | None = None,
     risk: float | None = None,
     delta: float = 0.05,
     of: Harm = "disagreement",
+    engine: str = "onnxruntime",
+    batch_size: int = 1,
 ) -> Calibration:
     """Fit `model.thresholds` on held-out data. Never use the test split.
 
@@ -103,6 +138,10 @@ def calibrate(
         loader: batches of (images, labels, ...) that were not trained on; of images alone where `of` needs no labels.
         budget: mean MACs per sample, as a share of the bare backbone's. The best accuracy within it is taken; where the
             samples cannot tell the difference, within two standard errors, the thresholds that spend more.
+        latency: the same for the mean time of a batch in an engine, as a share of the bare backbone's there. Both are
+            exported for the time and measured, on this machine, in as many threads as PyTorch has, with one exit on
+            after the other and at last with those that are chosen, which takes from half a minute on. An exit whose
+            head takes more time than it saves is switched off.
         accuracy_drop: how far accuracy may fall below never exiting on new samples, 0.005 for half a point: as `risk`
             with of="lost", for accuracy falls by no more than right answers are lost.
         risk: the share of new samples that may be harmed, with a confidence of 1 - delta. Thresholds are tried from
@@ -112,12 +151,17 @@ def calibrate(
         delta: the probability, over the samples given, that the risk is larger after all.
         of: what counts as harm: "disagreement": the early answer differs from the full model's, which needs no labels;
             "lost": it is wrong where the full model's is right.
+        engine, batch_size: for `latency`; the engine as for `dynnet.export`.
 
     Raises:
         CalibrationError: not exactly one goal, one that cannot be reached, or a model without exits.
         DataError, NonFiniteError: the loader or the model's answers are no basis; thresholds are left as they were.
+        ExportError: for `latency`, a model that cannot be exported, or an engine that is not installed.
     """
-    goal = make_goal(budget=budget, accuracy_drop=accuracy_drop, risk=risk, delta=delta, of=of)
+    goal = make_goal(
+        budget=budget, latency=latency, accuracy_drop=accuracy_drop, risk=risk, delta=delta, of=of, engine=engine,
+        batch_size=batch_size,
+    )  # fmt: skip
     if not isinstance(model, DynamicModel):
         raise CalibrationError(
             f"{title(model)} is a plain model: it has no exits, and no thresholds to fit; call dynnet.wrap first"
@@ -127,7 +171,9 @@ def calibrate(
     goal.check(model)
     answers = collect(model, loader)
     table = Table(answers, model.ledger(answers.input_size), model.measure)
-    choice = goal.choose(table)
+    with evaluating(model):
+        goal = goal.prepared(model)
+        choice = goal.choose(table)
     model.thresholds = choice.point.thresholds
     calibration = _record(goal, table, choice, model)
     model.calibration = asdict(calibration)
@@ -137,10 +183,13 @@ def calibrate(
 def make_goal(
     *,
     budget: float | None = None,
+    latency: float | None = None,
     accuracy_drop: float | None = None,
     risk: float | None = None,
     delta: float = 0.05,
     of: Harm = "disagreement",
+    engine: str = "onnxruntime",
+    batch_size: int = 1,
 ) -> Goal:
     """The one goal that is given, with the arguments of `calibrate`.
 
@@ -150,24 +199,30 @@ def make_goal(
     goals: dict[str, Goal] = {}
     if budget is not None:
         goals["budget"] = Budget(budget)
+    if latency is not None:
+        goals["latency"] = Latency(latency, engine, batch_size)
     if accuracy_drop is not None:
         goals["accuracy_drop"] = AccuracyDrop(accuracy_drop, delta)
     if risk is not None:
         goals["risk"] = Risk(risk, delta, of)
     if len(goals) != 1:
         told = " and ".join(f"{name}={goal.value}" for name, goal in goals.items()) or "no goal"
-        raise CalibrationError(f"got {told}; give exactly one of budget=, accuracy_drop= and risk=")
+        raise CalibrationError(f"got {told}; give exactly one of budget=, latency=, accuracy_drop= and risk=")
     return next(iter(goals.values()))
 
 
 def _record(goal: Goal, table: Table, choice: Choice, model: DynamicModel) -> Calibration:
-    point, drop, verdict = choice
+    point, drop, verdict, ms = choice
     answers = table.answers
     taken = answers.route(point.thresholds)
     certificate = None
     if isinstance(goal, Risk) and verdict is not None and verdict.needed is None:
         shown = (goal.of, goal.value, goal.delta, verdict.failures, verdict.samples)
         certificate = Certificate(*shown, *subject_of(model))
+    clocked = None
+    if isinstance(goal, Latency) and goal.times is not None and ms is not None:
+        times = goal.times
+        clocked = Clocked(times.engine, times.threads, times.batch_size, float(times.dense[-1]), ms)
     return Calibration(
         goal=goal.name,
         value=goal.value,
@@ -183,4 +238,5 @@ def _record(goal: Goal, table: Table, choice: Choice, model: DynamicModel) -> Ca
         rates=tuple(float((taken == e).mean()) for e in range(table.exits + 1)),
         certificate=certificate,
         needed=None if verdict is None else verdict.needed,
+        clocked=clocked,
     )

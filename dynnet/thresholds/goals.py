@@ -8,13 +8,17 @@ other samples: a budget by cross-validation, a risk by a test on one half of a s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, get_args
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple, Self, get_args
 
 import numpy as np
 
+from dynnet.deploy import engines
+from dynnet.deploy.stage_times import StageTimes
+from dynnet.deploy.whole import fits_a_graph
 from dynnet.errors import CalibrationError
 from dynnet.model import DynamicModel
 from dynnet.thresholds.answers import Harm
@@ -47,12 +51,19 @@ class Verdict(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a goal has picked, what it will lose on new samples (None where samples are too few to tell), and the
-    verdict that it rests on."""
+    """What a goal has picked.
+
+    Attributes:
+        point: the thresholds, and what they give.
+        drop: what they will lose on new samples; None where samples are too few to tell.
+        verdict: that a risk rests on.
+        ms: milliseconds of a batch in the mean, where the goal is one of time.
+    """
 
     point: OperatingPoint
     drop: Drop | None
     verdict: Verdict | None = None
+    ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,10 @@ class Goal(ABC):
         Raises:
             CalibrationError: it is out of range, or below what the cheapest sample costs.
         """
+
+    def prepared(self, model: DynamicModel) -> Self:
+        """This goal, when it knows what it needs to know of a model."""
+        return self
 
     @abstractmethod
     def choose(self, table: Table) -> Choice:
@@ -111,6 +126,72 @@ class Budget(Goal):
             )
         point = _spending(table, within)
         return Choice(point, _expected_drop(table, point.macs))
+
+
+@dataclass(frozen=True)
+class Latency(Goal):
+    """Mean time of a batch in an engine, as a share of the bare backbone's there. The best accuracy within it is taken,
+    as with a budget; an exit whose head takes more time than it saves is switched off.
+
+    Attributes:
+        engine: as for `dynnet.export`.
+        batch_size: B.
+        times: of the model's stages there.
+    """
+
+    engine: str = "onnxruntime"
+    batch_size: int = 1
+    times: StageTimes | None = field(default=None, compare=False)
+    name = "latency"
+
+    def check(self, model: DynamicModel) -> None:
+        if not (0 < self.value < math.inf and self.batch_size >= 1):
+            raise CalibrationError(
+                f"latency={self.value} in batches of {self.batch_size}: give a share of the bare backbone's time, such "
+                f"as 0.5, and at least one image"
+            )
+        engines.engine(self.engine)
+        if not fits_a_graph(model.measure, model.num_classes):
+            raise CalibrationError(
+                f"the measure {model.measure.name!r} is Python code, which no engine runs, and its time is not told; "
+                f"give budget=, or a measure that torch.export takes"
+            )
+
+    def prepared(self, model: DynamicModel) -> Self:
+        return replace(self, times=StageTimes.of(model, self.engine, self.batch_size))
+
+    def choose(self, table: Table) -> Choice:
+        assert self.times is not None
+        # Gates close channels in PyTorch; in an engine they only cost what stands in the stages' times.
+        timed = replace(table, ledger=self.times.ledger(), answers=replace(table.answers, gated=None))
+        found = [point.thresholds for point in explore(timed)]
+        while True:
+            point = self._best(timed, found)
+            running = tuple(table.measure.running(point.thresholds))
+            if running in self.times.measured or not any(running):
+                break
+            self.times.learn(running)  # what is chosen was measured
+        drop = _expected_drop(timed, point.macs)
+        return Choice(table.point(point.thresholds), drop, ms=self._ms(timed, point.thresholds))
+
+    def _best(self, timed: Table, found: Sequence[tuple[float, ...]]) -> OperatingPoint:
+        """Of some thresholds those for this goal, with nanoseconds of a sample in place of MACs."""
+        assert self.times is not None
+        each = 1e6 / self.batch_size
+        points = [replace(timed.point(t), macs=self._ms(timed, t) * each) for t in found]
+        dense = float(self.times.dense[-1]) * each
+        within = [point for point in points if point.macs <= self.value * dense]
+        if not within:
+            least = min(point.macs for point in points) / dense
+            raise CalibrationError(
+                f"{self.value} of the bare backbone's time in {self.times.engine} cannot be met on these samples: the "
+                f"least is {least:.3f}; put an exit earlier"
+            )
+        return _spending(timed, within)
+
+    def _ms(self, timed: Table, thresholds: tuple[float, ...]) -> float:
+        assert self.times is not None
+        return self.times.mean(tuple(timed.measure.running(thresholds)), timed.answers.route(thresholds))
 
 
 @dataclass(frozen=True)
