@@ -19,8 +19,9 @@ from jsonargparse import ArgumentParser
 from scipy.stats import binomtest
 from tqdm import tqdm
 
+from dynnet.certificate import Harm
 from dynnet.errors import DataError
-from dynnet.thresholds.answers import Harm, collect
+from dynnet.thresholds.answers import collect
 from dynnet.thresholds.calibration import make_goal
 from dynnet.thresholds.goals import Risk, sequence
 from dynnet.thresholds.table import Table

@@ -18,6 +18,7 @@ from dynnet.backbone.host import preparation_of
 from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.names import title
 from dynnet.backbone.twin import copy_of
+from dynnet.certificate import void_certificate
 from dynnet.deploy import engines
 from dynnet.deploy.checks import checked_cut, checked_stage
 from dynnet.deploy.folding import fold
@@ -104,6 +105,9 @@ def export(
         in_float = [float(t) for t in (model if isinstance(model, DynamicModel) else whole).thresholds]
         found = quantize_(chosen, files, stages, in_float, calibrating) if calibrating else None
         manifest = _manifest(model, whole, stages, files, differences, engine)
+        if void := void_certificate(model) if isinstance(model, DynamicModel) else None:
+            warnings.warn(f"the model's certificate is void: {void}; call dynnet.calibrate again", stacklevel=3)
+            manifest = manifest.voided(void)
         if found:
             manifest = in_int8(manifest, *found)
         manifest.write(part)

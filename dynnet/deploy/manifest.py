@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -114,6 +114,13 @@ class Manifest:
     differences: tuple[dict[str, float], ...] = ()
     precision: Literal["float32", "int8"] = "float32"
     quantized: Quantized | None = None
+
+    def voided(self, why: str) -> Manifest:
+        """The same without the certificate of its thresholds, if it has one, and with the reason in words."""
+        said = self.calibration
+        if said is None or said.get("certificate") is None:
+            return self
+        return replace(self, calibration={**said, "certificate": None, "void": why})
 
     def write(self, folder: Path) -> None:
         """Write it into a folder, beside its stages."""

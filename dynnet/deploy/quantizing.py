@@ -145,15 +145,11 @@ def quantize_(
 
 def in_int8(manifest: Manifest, thresholds: Sequence[float], quantized: Quantized) -> Manifest:
     """What the folder says when its stages are in int8: a certificate, which holds for float32, is none any more."""
-    said = manifest.calibration
-    if said is not None and said.get("certificate") is not None:
-        void = "the certificate was given in float32, with other thresholds; it does not hold in int8"
-        said = {**said, "certificate": None, "void": void}
+    manifest = manifest.voided("the certificate was given in float32, with other thresholds; it does not hold in int8")
     return dataclasses.replace(
         manifest,
         precision="int8",
         thresholds=tuple(to_json(t) for t in thresholds),
-        calibration=said,
         quantized=quantized,
     )
 

@@ -16,7 +16,7 @@ from dynnet.deploy.engines import engine
 from dynnet.deploy.manifest import Manifest, Port, later_use, read_manifest
 from dynnet.errors import InputError, ThresholdError
 from dynnet.exits.rows import Rows, leaves
-from dynnet.exits.threshold import check_thresholds
+from dynnet.exits.threshold import check_thresholds, to_json
 
 
 class Prediction(NamedTuple):
@@ -83,6 +83,18 @@ class Runner:
         return tuple(str(name) for name in names) if isinstance(names, tuple) else None
 
     @property
+    def void(self) -> str | None:
+        """Why the certificate of the thresholds (`manifest.calibration["certificate"]`) does not hold, in words; None
+        where it does, or where there is none. It was given for the model in PyTorch, from which the engine's answers
+        differ by rounding."""
+        said = self.manifest.calibration or {}
+        if isinstance(void := said.get("void"), str):
+            return void
+        if said.get("certificate") is not None and said.get("thresholds") != tuple(map(to_json, self.thresholds)):
+            return "it was given for other thresholds"
+        return None
+
+    @property
     def thresholds(self) -> tuple[float, ...]:
         """One for each exit: a sample leaves where its confidence >= the threshold; inf never, -inf always. An exit
         that was switched off when the model was exported has no stage, and stays off."""
@@ -116,7 +128,35 @@ class Runner:
             InputError: they are something else.
         """
         self._check(images)
-        thresholds, rows = self._thresholds, Rows(len(images))
+        return self._run(images, self._thresholds)
+
+    def audit(
+        self, images: np.ndarray, prediction: Prediction, share: float, generator: np.random.Generator
+    ) -> list[bool]:
+        """Audit some answers, for a `dynnet.thresholds.watch.Watch`: those of early exits are compared with the full
+        model's.
+
+        Args:
+            images: (B, C, H, W).
+            prediction: what `predict` gave for them.
+            share: of the answers, each drawn by itself; what the audit costs is this share of the full model, for those
+                that left early.
+            generator: of the draws.
+
+        Returns:
+            For each answer that was drawn: does the full model disagree?
+        """
+        self._check(images)
+        drawn = generator.random(len(images)) < share
+        early = drawn & (prediction.exit < len(self.exits))
+        disagree = np.zeros(len(images), dtype=bool)
+        if early.any():
+            full = self._run(images[early], (np.inf,) * len(self.exits)).logits.argmax(1)
+            disagree[early] = full != prediction.logits[early].argmax(1)
+        return list(map(bool, disagree[drawn]))
+
+    def _run(self, images: np.ndarray, thresholds: tuple[float, ...]) -> Prediction:
+        rows = Rows(len(images))
         stages = self.manifest.stages
         live: dict[str, np.ndarray] = {stages[0].takes[0].name: np.ascontiguousarray(images)}
         answers: list[tuple[np.ndarray, np.ndarray]] = []

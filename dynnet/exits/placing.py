@@ -90,7 +90,7 @@ def _between(places: Places, after: Boundary | None, before: Boundary | None) ->
 def _check_fractions(fractions: Sequence[float], after: Boundary | None, before: Boundary | None) -> None:
     for fraction in fractions:
         if not 0 < fraction < 1:
-            raise ExitError(f"exit {fraction}: a fraction of the MACs lies strictly between 0 and 1")
+            raise ExitError(f"exit {fraction}: a fraction lies strictly between 0 and 1")
         named = after if after and fraction <= after.macs_share else None
         named = named or (before if before and fraction >= before.macs_share else None)
         if named is not None:

@@ -17,6 +17,7 @@ from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.masks import not_plain
 from dynnet.backbone.names import title
 from dynnet.backbone.twin import meta_twin
+from dynnet.certificate import void_certificate
 from dynnet.deploy.folding import fold_again_, folded_norms
 from dynnet.deploy.int8 import int8_layers, put_int8_
 from dynnet.errors import CheckpointError, DynnetError, PruneError, SchemaError
@@ -31,7 +32,6 @@ from dynnet.files.packed import outline, pack, unpack
 from dynnet.files.weights import check_weights, load_weights_, unlike
 from dynnet.model import STATE, DynamicModel
 from dynnet.pruning.shape import Shape, bring_into_shape_, shape_of
-from dynnet.thresholds.certified import void_certificate
 from dynnet.wrapping import wrap
 
 

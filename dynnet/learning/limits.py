@@ -59,6 +59,8 @@ LIMITS: dict[str, Limit] = {
     "budget.sharpness": _POSITIVE,
     "budget.quiet": _SHARE,
     "calibration.budget": Limit(0, math.inf, open_low=True),
+    "calibration.latency": Limit(0, math.inf, open_low=True),
+    "calibration.batch_size": Limit(1, 2**20, whole=True),
     "calibration.accuracy_drop": Limit(high=0.999999, open_low=True),
     "calibration.risk": Limit(high=0.999999, open_low=True),
     "calibration.delta": Limit(high=0.999999, open_low=True),

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import yaml
 
+from dynnet.certificate import Harm
 from dynnet.errors import RecipeError
 from dynnet.learning.data import DataConfig
 from dynnet.learning.limits import check_limits
@@ -21,7 +22,6 @@ from dynnet.learning.ranges import check_range
 from dynnet.model import WrapConfig
 from dynnet.pruning.config import CutConfig
 from dynnet.schema import flat, shown, typed
-from dynnet.thresholds.answers import Harm
 
 Plain = int | float | str | bool | None
 STAGES = ("dense", "heads", "joint", "finetune")

@@ -8,19 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dynnet.backbone.modes import device_of, evaluating
+from dynnet.certificate import Harm
 from dynnet.cost.ledger import Ledger
 from dynnet.errors import DataError, NonFiniteError
 from dynnet.exits.rows import route
 from dynnet.model import DynamicModel
-
-Harm = Literal["disagreement", "lost"]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dynnet.backbone.modes import evaluating
 from dynnet.backbone.names import title
+from dynnet.certificate import Certificate, Harm, subject_of
 from dynnet.errors import CalibrationError
 from dynnet.exits.threshold import to_json
 from dynnet.model import DynamicModel
-from dynnet.thresholds.answers import Harm, collect
-from dynnet.thresholds.certified import Certificate, subject_of
+from dynnet.thresholds.answers import collect
 from dynnet.thresholds.goals import AccuracyDrop, Budget, Choice, Goal, Latency, Risk
 from dynnet.thresholds.table import Table
 

@@ -16,12 +16,12 @@ from typing import ClassVar, NamedTuple, Self, get_args
 
 import numpy as np
 
+from dynnet.certificate import Harm
 from dynnet.deploy import engines
 from dynnet.deploy.stage_times import StageTimes
 from dynnet.deploy.whole import fits_a_graph
 from dynnet.errors import CalibrationError
 from dynnet.model import DynamicModel
-from dynnet.thresholds.answers import Harm
 from dynnet.thresholds.certified import safe_steps, samples_needed
 from dynnet.thresholds.search import explore, frontier, trade_off
 from dynnet.thresholds.table import OperatingPoint, Table

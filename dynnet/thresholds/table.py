@@ -12,9 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
+from dynnet.certificate import Harm
 from dynnet.cost.ledger import Ledger
 from dynnet.exits.confidence import Measure
-from dynnet.thresholds.answers import Answers, Harm
+from dynnet.thresholds.answers import Answers
 
 
 @dataclass(frozen=True)

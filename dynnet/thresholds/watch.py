@@ -5,18 +5,15 @@ be one of many fair bets, of which at most a share of delta ever reaches 1 / del
 inequality; Ramdas et al., "Game-theoretic statistics and safe anytime-valid inference",
 https://arxiv.org/abs/2210.01948). It bets on a few larger risks at once, and on their beginning now as well as on
 their having been there from the start.
+
+What is audited is told by `dynnet.thresholds.auditing.audited` or, of an exported model, by `Runner.audit`. No torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
-
 from dynnet.errors import CalibrationError
-from dynnet.model import DynamicModel
-from dynnet.outputs import Prediction
 
 _BETS = {1.5: 0.25, 3.0: 0.5, 6.0: 0.25}  # risks in multiples of alpha, and what is put on each
 _FIRST = 0.5  # what is put on the very beginning
@@ -70,37 +67,3 @@ class Watch:
             if self.alarm:
                 break
         return self.alarm
-
-
-def audited(
-    model: DynamicModel, images: Tensor, prediction: Prediction, share: float, generator: torch.Generator
-) -> list[bool]:
-    """Audit some answers: those of early exits are compared with the full model's. B batch.
-
-    >>> import timm, dynnet
-    >>> model = dynnet.wrap(timm.create_model("cifar_resnet20"), exits=["layer1"]).eval()
-    >>> model.thresholds, watch = [0.0], Watch(risk=0.01)
-    >>> images = torch.randn(8, 3, 32, 32)
-    >>> disagree = audited(model, images, model.predict(images), 1.0, torch.Generator().manual_seed(0))
-    >>> alarm = watch.see(disagree)
-
-    Args:
-        model: in eval mode.
-        images: (B, C, H, W).
-        prediction: what `model.predict` gave for them.
-        share: of the answers, each drawn by itself; what the audit costs is this share of the full model, for those
-            that left early.
-        generator: of the draws.
-
-    Returns:
-        For each answer that was drawn: does the full model disagree?
-    """
-    drawn = torch.rand(len(images), generator=generator) < share
-    early = drawn & (prediction.exit.cpu() < len(model.exits))
-    disagree = torch.zeros(len(images), dtype=torch.bool)
-    if early.any():
-        rows = early.to(images.device)
-        with torch.no_grad():
-            full = model.forward_exits(images[rows]).logits[-1].argmax(1)
-        disagree[early] = (full != prediction.logits[rows].argmax(1)).cpu()
-    return disagree[drawn].tolist()

@@ -53,7 +53,7 @@ def test_proposals_are_blocks_and_stages() -> None:
         (["layer1", "layer1"], "exit 'layer1' stands twice"),
         ([0.5, 0.5], "list fractions in rising order, each once"),
         ([0.7, 0.3], "list fractions in rising order"),
-        ([0.0], "exit 0.0: a fraction of the MACs lies strictly between 0 and 1"),
+        ([0.0], "exit 0.0: a fraction lies strictly between 0 and 1"),
         ([1.0], "exit 1.0: a fraction"),
         ([-0.5], "strictly between"),
         ([1], "exit 1: give a module name, or a fraction"),

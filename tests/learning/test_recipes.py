@@ -72,7 +72,7 @@ def test_the_zoos_recipes_are_valid(path: Path) -> None:
         ("backbone: {kwargs: {'a b': 1}}", [], "backbone.kwargs has the key 'a b'; give names of arguments"),
         ("joint: {opt: sgdd}", [], "joint.opt='sgdd': timm has no such optimiser; did you mean 'sgd'"),
         ("heads: {sched: cosin}", [], "heads.sched='cosin': timm has no such schedule; did you mean 'cosine'"),
-        ("calibration: {budget: 1, risk: 0.1}", [], "give one of budget, accuracy_drop and risk"),
+        ("calibration: {budget: 1, risk: 0.1}", [], "give one of budget, latency, accuracy_drop and risk"),
         ("calibration: {risk: 0}", [], "calibration.risk is 0.0; give a finite number above 0"),
         ("", ["--joint.epoch=1"], "unknown key 'joint.epoch'; did you mean 'joint.epochs'"),
         ("", ["--seed=x"], "seed is 'x'; expected a whole number"),

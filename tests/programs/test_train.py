@@ -202,7 +202,7 @@ def test_a_non_finite_loss_says_where_and_keeps_the_last_checkpoint(
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--wrap.exits=[layer9]"], "no boundary 'layer9'"),
         (
             ["--out", "{tmp}/x", "--recipe", "{recipe}", "--calibration.budget=1", "--calibration.accuracy_drop=0.1"],
-            "give one of budget, accuracy_drop and risk",
+            "give one of budget, latency, accuracy_drop and risk",
         ),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--calibration.budget=0.01"], "a budget of 0.01 .* costs 0."),
         (["--out", "{tmp}/x", "--recipe", "{recipe}", "--joint.batch_size=5000"], "batch size 5000 exceeds the 1222"),

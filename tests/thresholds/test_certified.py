@@ -143,7 +143,7 @@ def test_exits_that_do_harm_are_told() -> None:
         ({"risk": math.nan}, "risk=nan: give a share"),
         ({"risk": 0.1, "delta": 0.0}, "delta=0.0: give a probability"),
         ({"risk": 0.1, "of": "harm"}, "of='harm': choose from disagreement, lost"),
-        ({"risk": 0.1, "budget": 0.5}, "give exactly one of budget=, accuracy_drop= and risk="),
+        ({"risk": 0.1, "budget": 0.5}, "give exactly one of budget=, latency=, accuracy_drop= and risk="),
     ],
 )
 def test_what_is_no_risk_is_refused(arguments: dict[str, float], match: str) -> None:

@@ -10,7 +10,8 @@ import torch
 
 import dynnet
 from dynnet.errors import CalibrationError
-from dynnet.thresholds.watch import Watch, audited
+from dynnet.thresholds.auditing import audited
+from dynnet.thresholds.watch import Watch
 from tests.cases import leave_one_by_one, tiny
 
 
