@@ -7,10 +7,14 @@
 Of a run or a model of the zoo: with its thresholds, on its test images, drawn at random for every batch. Of a model of
 timm's, which is not trained: on noise, with exits that nobody takes, and where half or all of a batch leaves.
 
+Exits of a model of timm's are spread over its MACs, or with --by time over the time that the engine takes.
+
 Verified: every stage on noise, as it is exported; then whole images against the eager model: the same exit and class
 for all that are not within 1e-5 of a threshold. Timed: the dynamic model against its bare backbone, both exported and
 in the same engine, in turns on the same images; then against itself in eager PyTorch. Time saved is of a typical call:
-1 - the median ratio of paired times; at batch size 1 the medians by exit taken, weighed by how many took it.
+1 - the median ratio of paired times; at batch size 1 the medians by exit taken, weighed by how many took it. For a
+model of timm's, what stands behind an exit is also exported and timed alone: nobody could save more by leaving there.
+Memory is that of a process that runs nothing but the stages, at its peak.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -30,13 +34,16 @@ from dynnet import DynamicModel, calibrate, latency
 from dynnet.backbone.modes import device_of
 from dynnet.deploy import engines
 from dynnet.deploy.manifest import Manifest
+from dynnet.deploy.time_shares import exits_by_time
 from dynnet.errors import InputError
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.evaluation.threads import fit_threads
 from dynnet.learning.data import Data
 from eval.agreement import agreement
+from eval.bare_parts import rests
 from eval.exported import Exported
-from eval.programs import errors_told, write_json
+from eval.memory import peak_memory
+from eval.programs import errors_told, timm_model, write_json
 from eval.runs import open_run, open_zoo, test_images
 from eval.savings import in_words, percentiles, savings
 from eval.scenarios import half_at_each, random_images, ready, scenarios, untrained
@@ -76,6 +83,7 @@ def main(
     zoo: str | None = None,
     model: str | None = None,
     exits: int = 2,
+    by: Literal["macs", "time"] = "macs",
     engine: str = "onnxruntime",
     out: Path | None = None,
     threads: int | None = None,
@@ -94,7 +102,8 @@ def main(
         run: folder of a finished run.
         zoo: in its place, name of a model of the zoo.
         model: or timm's name of a model, with random weights and images.
-        exits: number of exits of `model`.
+        exits: number of exits of `model`,
+        by: spread over its MACs, or over its time in the engine.
         engine: in which the stages run.
         out: folder to be made for them; by default they are not kept.
         threads: of the engine and of PyTorch; by default as many as the model's layers can feed, for each batch size.
@@ -114,7 +123,11 @@ def main(
             raise InputError(
                 "give one of --run, a finished run, --zoo, a name of the zoo, and --model, a name of timm's"
             )
-        subject = _subject(run, zoo, model, exits, data, device, max(samples, *batch))
+        places: int | list[str] = exits
+        if model is not None and by == "time":
+            places = list(exits_by_time(timm_model(model), exits, engine=engine))
+            print(f"exits by time: {', '.join(places)}", flush=True)
+        subject = _subject(run, zoo, model, places, data, device, max(samples, *batch))
         settings = Settings(threads, batch, calls, eager)
         if fit is not None:
             _fit(subject, fit, engine, settings)
@@ -126,7 +139,13 @@ def main(
 
 
 def _subject(
-    run: Path | None, zoo: str | None, model: str | None, exits: int, data: str | None, device: str, samples: int
+    run: Path | None,
+    zoo: str | None,
+    model: str | None,
+    exits: int | list[str],
+    data: str | None,
+    device: str,
+    samples: int,
 ) -> Subject:
     if model is not None:
         return Subject(model, untrained(model, exits).to(device))
@@ -220,11 +239,14 @@ def _timed(subject: Subject, exported: Exported, size: int, settings: Settings) 
         return [_row(subject, exported, subject.pictures, size, calls, settings.eager)]
     images, found = random_images(model, size), []
     before = model.thresholds
-    for scenario, thresholds in scenarios(model, images).items():
+    some, calls = (images, 4 * settings.calls) if size == 1 else (images[:size], settings.calls)
+    behind = [share for whole, half in rests(model, exported.dense(), size, calls) for share in (whole - half, whole)]
+    for (scenario, thresholds), most in zip(scenarios(model, images).items(), [0.0, *behind], strict=True):
         model.thresholds = thresholds
-        some, calls = (images, 4 * settings.calls) if size == 1 else (images[:size], settings.calls)
         row = _row(subject, exported, some, size, calls, settings.eager, scenario)
-        found.append({"scenario": scenario, **row})
+        found.append({"scenario": scenario, "most_time_saved": most, **row})
+        if most:
+            print(f"  what would have run behind it, exported alone: {most:.1%} of the time", flush=True)
     model.thresholds = before
     return found
 
@@ -236,8 +258,10 @@ def _row(
     timed = latency(runner, images, against=exported.dense(), batch_size=size, calls=calls)
     ledger = model.ledger()
     saved = savings(timed, ledger.bill(model.running).tolist(), ledger.dense)
-    row = {**saved, **timed.summary()}
+    bare, cut = (peak_memory(folder, torch.get_num_threads(), size) for folder in exported.folders())
+    row = {**saved, **timed.summary(), "peak_mib": {"dense": bare, "dynamic": cut}}
     line = f"{', '.join(filter(None, [f'batch {size}', scenario]))}: {percentiles(timed, 'dense')}; {in_words(saved)}"
+    line += f"; {cut:.0f} MiB ({bare:.0f})"
     if eager:
         # Apart, as PyTorch's threads spin for a while when they have worked, and would disturb the engine's.
         slow = ready(model, channels_last=subject.data is None, device=str(device_of(model)))

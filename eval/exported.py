@@ -53,6 +53,11 @@ class Exported:
             self._there[every] = self.folder / "every"
         return Runner(self._there[every], torch.get_num_threads())
 
+    def folders(self) -> tuple[Path, Path]:
+        """Of its bare backbone, and of the model at its present thresholds."""
+        self.dense(), self.dynamic()
+        return self._there[None], self._there[self.model.running]
+
     def dense(self) -> Runner:
         """Its bare backbone."""
         if None not in self._there:

@@ -11,8 +11,8 @@ from dynnet.thresholds.answers import ask
 from eval.programs import timm_model
 
 
-def untrained(name: str, exits: int) -> DynamicModel:
-    """A model of timm's with random weights and this many exits, which nobody takes.
+def untrained(name: str, exits: int | list[str]) -> DynamicModel:
+    """A model of timm's with random weights and exits, so many or by name, which nobody takes.
 
     Raises:
         InputError: timm has no model of this name.

@@ -71,7 +71,7 @@ def time_shares(
     """
     size = input_size or input_size_of(backbone)
     names = [boundary.name for boundary in Places(backbone, size).candidates]
-    model = wrap(copy_of(backbone).eval(), names, heads=_Peek, input_size=size)
+    model = wrap(copy_of(backbone).eval(), names, heads=Peek, input_size=size)
     everywhere = (True,) * len(names)
     threads = torch.get_num_threads()
     times = measure_times(model, [everywhere], engine=engine, threads=threads, rows=[batch_size])[everywhere]
@@ -79,8 +79,13 @@ def time_shares(
     return dict(zip(names, (leaving[:-1] / leaving[-1]).tolist(), strict=True))
 
 
-class _Peek(nn.Module):
-    """Stands where a head would, and takes no time: its logits are the first numbers of the features."""
+class Peek(nn.Module):
+    """Stands where a head would, and takes no time: its logits are the first numbers of the features.
+
+    Args:
+        boundary: where it stands.
+        num_classes: K.
+    """
 
     def __init__(self, boundary: Boundary, num_classes: int) -> None:
         super().__init__()
