@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from dynnet import pruning as pruning
     from dynnet.deploy.exporting import export
     from dynnet.deploy.folding import fold
-    from dynnet.deploy.int8 import quantize
     from dynnet.evaluation.measurement import measure
     from dynnet.evaluation.timing import latency
     from dynnet.evaluation.verification import verify
@@ -48,7 +47,6 @@ __all__ = [
     "measure",
     "prune",
     "pruning",
-    "quantize",
     "save",
     "verify",
     "wrap",
@@ -69,7 +67,6 @@ _HOMES = {
     "loss": "learning.losses",
     "measure": "evaluation.measurement",
     "prune": "pruning.channels",
-    "quantize": "deploy.int8",
     "save": "files.checkpoints",
     "verify": "evaluation.verification",
     "wrap": "wrapping",
@@ -84,6 +81,7 @@ _RENAMED = {
     "Measurement": "dynnet.evaluation.measurement.Measurement",
     "backbones": 'timm.create_model("cifar_resnet20")',
     "load_backbone": "dynnet.load, which gives whatever the file holds",
+    "quantize": "dynnet.export(model, folder, int8=True, loader=loader)",
     "unwrap": "model.unwrap()",
 }
 

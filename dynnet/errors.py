@@ -34,10 +34,6 @@ class PruneError(DynnetError, ValueError):
     """Nothing to prune, or a target that cannot be met."""
 
 
-class QuantizeError(DynnetError, ValueError):
-    """A model that cannot be brought to int8."""
-
-
 class ExportError(DynnetError, ValueError):
     """A model that cannot be exported in stages."""
 

@@ -104,9 +104,9 @@ def beside_pruned(table: Table, results: Mapping[str, Any]) -> Figure:
         axes.axhline(dense, color=DENSE, lw=0.8, ls=":")
         axes.plot(share, 100 * results["accuracy"], "o", color=DYNAMIC, ms=10, label="this model", zorder=4)
     for rows, look in _joined(static, "macs_share"):
-        accuracies = [100 * row["accuracy"] for row in rows]
-        panels[0].plot([100 * row["macs_share"] for row in rows], accuracies, **look)
-        panels[1].plot([100 / row["speedup"] for row in rows], accuracies, **look)
+        panels[0].plot([100 * row["macs_share"] for row in rows], [100 * row["accuracy"] for row in rows], **look)
+        timed = [row for row in rows if row["speedup"] is not None]
+        panels[1].plot([100 / row["speedup"] for row in timed], [100 * row["accuracy"] for row in timed], **look)
     panels[0].set(xlabel="mean MACs (% of the bare backbone's)", ylabel="accuracy (%)", title="Accuracy and compute")
     panels[1].set(xlabel="mean time of one image (% of the bare backbone's)", title="Accuracy and measured time")
     for axes in panels:  # when all is drawn: it ends the search for limits

@@ -36,7 +36,7 @@ def time_in_engine(
     Args:
         model: in eval mode, with thresholds set.
         images: (M, C, H, W) test images.
-        static: from `eval.static.read_static`; what cannot be exported, as PyTorch's int8, is left out, and named.
+        static: from `eval.static.read_static`; what cannot be exported is left out, and named.
         engine: as for `dynnet.export`.
 
     Returns:
@@ -63,7 +63,10 @@ def _timed(
     for number, row in enumerate(static):
         place = folder / f"static_{number}"
         try:
-            export(load(row["file"]), place, engine=engine, input_size=model.input_size)
+            if Path(row["file"]).is_dir():
+                place = Path(row["file"])  # exported already, in int8
+            else:
+                export(load(row["file"]), place, engine=engine, input_size=model.input_size)
             runs[f"static {number}"] = Runner(place, threads)
         except ExportError as error:
             left_out.append(f"{row['name']}, {row['method']}: {error}")

@@ -93,10 +93,18 @@ class OfExit(TypedDict):
     p50_ms: float
 
 
+class Clocked(TypedDict):
+    """Of a calibration for a time."""
+
+    engine: str
+    batch_size: int
+
+
 class Calibrated(TypedDict):
     goal: str
     value: float
     samples: int
+    clocked: NotRequired[Clocked | None]
 
 
 class Prices(TypedDict):
@@ -134,8 +142,8 @@ class Row(TypedDict):
     size_bytes: int
     epochs: int
     dynamic: bool
-    p50_ms: float
-    speedup: float
+    p50_ms: float | None
+    speedup: float | None
     dynamic_accuracy: float | None
     dynamic_macs_share: float | None
 
@@ -257,9 +265,10 @@ def read_report(path: Path) -> dict[str, Any]:
         if len(values) != count:
             raise CheckpointError(f"{str(path)!r} is damaged: {name} has {len(values)} entries for {exits} exits")
     timed = [found["static_timing"]["speedup"]] if "static_timing" in found else []
+    timed += [row["speedup"] for row in static if row["speedup"] is not None]
     timed += [] if engine is None else [engine["dense_ms"], engine["ms"], *(row["ms"] for row in engine["static"])]
     lonely = "static_timing" in found and not static
-    if lonely or min([found["dense_macs"], *timed, *(row["speedup"] for row in static)]) <= 0:
+    if lonely or min([found["dense_macs"], *timed]) <= 0:
         raise CheckpointError(f"{str(path)!r} is damaged: what it was compared with costs nothing, or is not there")
     return cast(dict[str, Any], found)
 

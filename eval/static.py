@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dynnet import DynamicModel, fold, load
 from dynnet.backbone.modes import device_of
-from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError
 from dynnet.evaluation.timing import one_at_a_time
 from dynnet.learning.recipes import read_recipe
 from eval.figures import Table, operating_line
 from eval.saved import Epochs, Hybrid, Pruned, Subject, checked, read_json
 
-_PRUNED = ("model.safetensors", "int8.safetensors")  # files of a pruning run
+_PRUNED = "model.safetensors"  # of a pruning run,
+_INT8 = "int8"  # which may have this folder
 _REPEATS = 3  # calls on one image, of which the median counts: a total is at the mercy of the slowest ones
 
 
@@ -72,9 +71,9 @@ def _pruned(path: Path, found: Pruned, dense_macs: float) -> list[dict[str, Any]
     settings = found["pruning"]
     method = settings["method"] + f" in {settings['steps']} steps" * (settings["steps"] > 1)
     method += " + distillation" * bool(settings["distill"])
-    kinds = [(method, _PRUNED[0], found["pruned"])]
+    kinds = [(method, _PRUNED, found["pruned"])]
     if "int8" in found:
-        kinds.append((f"{method} + int8", _PRUNED[1], found["int8"]))
+        kinds.append((f"{method} + int8", _INT8, found["int8"]))
     return [
         {
             "name": path.name,
@@ -119,7 +118,7 @@ def _epochs_before(path: Path) -> int:
         path = weights.parent
         results = path / "results.json"
         # A pruning run also keeps the dense model; and no run is its own beginning, whatever its recipe says.
-        if weights.name not in _PRUNED or not results.is_file() or path in seen:
+        if weights.name != _PRUNED or not results.is_file() or path in seen:
             return epochs
         epochs += checked(Epochs, read_json(results), results)["epochs"]
 
@@ -128,25 +127,25 @@ def time_beside(rows: Sequence[dict[str, Any]], model: DynamicModel, images: Ten
     """Time the dynamic model, its bare backbone and all others in turns, one image at a time, batch norms folded.
 
     Args:
-        rows: from `read_static`; each gets "p50_ms" and "speedup" over the bare backbone, by total time.
-        model: in eval mode, with thresholds set. With int8 models among the rows all run on the CPU.
+        rows: from `read_static`; each gets "p50_ms" and "speedup" over the bare backbone, by total time; None where it
+            is exported, and does not run in PyTorch.
+        model: in eval mode, with thresholds set.
         images: (M, C, H, W) test images.
 
     Returns:
         The same two figures of the dynamic model, as "p50_ms" and "speedup", and "dense_ms": the p50 of its backbone.
     """
-    others = [load(row["file"]) for row in rows]
-    device = torch.device("cpu") if any(int8_layers(other) for other in others) else device_of(model)
+    device, size = device_of(model), model.input_size
     runs = {"dense": copy.deepcopy(model).unwrap(), "dynamic": model}
-    runs |= {str(number): other for number, other in enumerate(others)}
-    size = model.input_size
+    runs |= {str(number): load(row["file"]) for number, row in enumerate(rows) if not Path(row["file"]).is_dir()}
     runs = {name: fold(run, size).to(device) for name, run in runs.items()}
     times = {
         name: np.median(calls.reshape(_REPEATS, -1), axis=0)
         for name, calls in one_at_a_time(runs, images.repeat(_REPEATS, 1, 1, 1)).items()
     }
     for number, row in enumerate(rows):
-        row |= _told(times[str(number)], times["dense"])
+        here = str(number) in times
+        row |= _told(times[str(number)], times["dense"]) if here else {"p50_ms": None, "speedup": None}
     return {**_told(times["dynamic"], times["dense"]), "dense_ms": float(np.median(times["dense"]))}
 
 

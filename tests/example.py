@@ -40,8 +40,8 @@ def use(model: DynamicModel, images: Tensor) -> None:
         print(dynnet.load("model.safetensors").exits)
     except dynnet.errors.DynnetError as error:
         print(error)
-    small: nn.Module = dynnet.quantize(model.unwrap(), batches())
-    print(type(small), dynnet.list_models(), dynnet.create_model("digits").thresholds)
+    manifest = dynnet.export(model, "stages", int8=True, loader=batches())
+    print(manifest.precision, dynnet.list_models(), dynnet.create_model("digits").thresholds)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,8 @@ VERBS: dict[str, Callable[[nn.Module], object]] = {
     "sparsify_n_m_": lambda m: sparsify_n_m_(m),
     "recalibrate_": lambda m: recalibrate_(m, BATCHES),
     "fold": lambda m: dynnet.fold(m, CASE.size),
-    "quantize": lambda m: dynnet.quantize(m, BATCHES, input_size=CASE.size),
 }
-IN_EVAL_MODE = {"fold", "quantize"}
+IN_EVAL_MODE = {"fold"}
 
 
 def modes(model: nn.Module) -> dict[str, bool]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import math
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,7 @@ from torch.nn import functional as F
 
 from dynnet.backbone.dry_run import trace
 from dynnet.backbone.masks import is_masked
-from dynnet.deploy.int8 import quantize
+from dynnet.deploy.exporting import export
 from dynnet.errors import RecipeError
 from dynnet.files.bundles import write_bundle
 from dynnet.files.checkpoints import load, save
@@ -101,7 +104,8 @@ class Pipeline:
             if step.epochs:
                 make_tools(model, self.config(step), step.name, self.recipe, self.data, self.here)
         if self.recipe.pruning.int8:
-            quantize(copy.deepcopy(model).cpu(), self.data.sample_loader(2, seed=0), batches=1, input_size=self.size)
+            with tempfile.TemporaryDirectory() as folder:
+                export(copy.deepcopy(model).cpu(), Path(folder) / "stages", input_size=self.size)
         self.cuts.rehearse(model)
 
     def _check_method(self) -> None:
@@ -256,15 +260,11 @@ class Pipeline:
         save(model, self.out / "model.safetensors", self.create, sparse=sparse)
         paths = {"dense": self.out / "backbone.safetensors", "pruned": self.out / "model.safetensors"}
         models = {"dense": self._teacher, "pruned": model}
-        if config.int8:
-            models["int8"] = quantize(
-                copy.deepcopy(model).cpu(),
-                self.cuts.sample(),
-                batches=config.batches,
-                input_size=self.size,
-            )
-            paths["int8"] = self.out / "int8.safetensors"
-            save(models["int8"], paths["int8"], self.create, sparse=sparse)
+        small = self.out / "int8" if config.int8 else None
+        if small is not None:
+            shutil.rmtree(small, ignore_errors=True)  # of an end that was cut short
+            images = list(itertools.islice(self.cuts.sample(), config.batches))
+            export(copy.deepcopy(model).cpu(), small, int8=True, loader=images, input_size=self.size)
         return {
             "model": self.recipe.backbone.name,
             "backbone_kwargs": self.recipe.backbone.kwargs,
@@ -272,5 +272,5 @@ class Pipeline:
             "test_images": len(self.data.test),
             "pruning": dataclasses.asdict(config),
             "epochs": sum(step.epochs for step in self.steps if step.name != "dense"),
-            **compare(models, paths, self.data),
+            **compare(models, paths, self.data, small),
         }

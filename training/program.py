@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dynnet.deploy.folding import folded_norms
-from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
 from dynnet.files.bundles import is_bundle
 from dynnet.files.checkpoints import load
@@ -107,8 +106,8 @@ def make_backbone(config: BackboneConfig, create: dict[str, Any], state: State |
         backbone = load(config.weights, backbone)
         if isinstance(backbone, DynamicModel):
             raise CheckpointError(f"{config.weights!r} holds a wrapped model; give the backbone that it was made from")
-        if folded_norms(backbone) or int8_layers(backbone):
-            raise CheckpointError(f"{config.weights!r} is folded or in int8, for inference; give what it was made from")
+        if folded_norms(backbone):
+            raise CheckpointError(f"{config.weights!r} is folded, for inference; give what it was made from")
     elif config.weights:
         load_weights_(backbone, _read_weights(config.weights), config.weights)
     return backbone

@@ -6,7 +6,8 @@
 
 Begins with the recipe's backbone, trained by its dense stage or from the weights that it names. The folder of a run
 holds recipe.yaml (resolved), log.jsonl, state.safetensors (for --resume), backbone.safetensors (dense) and, at the end,
-model.safetensors (`dynnet.load` reads it), with --pruning.int8 true also int8.safetensors, and results.json.
+model.safetensors (`dynnet.load` reads it) and results.json, with --pruning.int8 true also int8, a folder for
+`dynnet.deploy.Runner`.
 """
 
 from __future__ import annotations

@@ -52,6 +52,6 @@ def somebodys_forward(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model is; in int8 it may have no parameters."""
+    """Where a model is."""
     first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device

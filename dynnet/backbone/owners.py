@@ -1,6 +1,6 @@
 """Weights that more than their own layer uses.
 
-A layer may be narrowed, folded or brought to int8 where all that depends on its weights is its own forward. Two layers
+A layer may be narrowed or folded where all that depends on its weights is its own forward. Two layers
 may share one, though, and a forward may multiply by the weight of a layer that it does not call. The first can be seen
 on the modules; the second shows in a dry run, in which an operator reads a layer's tensor while that layer is not
 running.

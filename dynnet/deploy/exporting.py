@@ -22,7 +22,6 @@ from dynnet.certificate import void_certificate
 from dynnet.deploy import engines
 from dynnet.deploy.checks import checked_cut, checked_stage
 from dynnet.deploy.folding import fold
-from dynnet.deploy.int8 import int8_layers
 from dynnet.deploy.manifest import Manifest, Part, digest_of_file
 from dynnet.deploy.quantizing import Calibrating, Images, in_int8, quantize_
 from dynnet.deploy.stages import Stage, staged
@@ -124,8 +123,6 @@ def _ready(model: nn.Module, exits: str, size: tuple[int, int, int] | None) -> D
     """A copy to be exported: wrapped, folded, in eval mode, with all exits on that get a stage."""
     if exits not in ("running", "all"):
         raise ExportError(f"exits={exits!r}: choose from running, all")
-    if int8_layers(model):
-        raise ExportError("layers in int8 are PyTorch's own; export the model that was quantized")
     weight = next(model.parameters(), torch.zeros(()))
     if weight.dtype != torch.float32:
         raise ExportError(f"the model is in {weight.dtype}; export it in single precision, with .float()")

@@ -238,16 +238,10 @@ def _setting(model: Timed) -> dict[str, Any]:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
-        "dtype": str(_precision(model)).removeprefix("torch."),
+        "dtype": str(next((p.dtype for p in model.parameters()), torch.float32)).removeprefix("torch."),
         "channels_last": memory_format(model) is torch.channels_last,
         "folded": bool(folded_norms(model)),
     }
-
-
-def _precision(model: nn.Module) -> torch.dtype:
-    """Of the weights: int8 where layers were quantized, also beside others that keep their floats."""
-    quantized = any(buffer.dtype is torch.int8 for buffer in model.buffers())
-    return torch.int8 if quantized else next((p.dtype for p in model.parameters()), torch.float32)
 
 
 def memory_format(model: nn.Module) -> torch.memory_format:

@@ -11,7 +11,6 @@ from dynnet.backbone.counting import flop_counter
 from dynnet.backbone.modes import device_of, evaluating
 from dynnet.backbone.names import title
 from dynnet.backbone.twin import copy_of
-from dynnet.deploy.int8 import int8_layers
 from dynnet.errors import InputError, VerificationError
 from dynnet.exits.confidence import Measure
 from dynnet.model import DynamicModel
@@ -64,8 +63,7 @@ def verify(model: DynamicModel, images: Tensor) -> Verification:
 
     - Never exiting equals the backbone, bit for bit.
     - A sample gets the same answer alone as in a batch from which others leave, at whichever exit.
-    - A sample's bill equals what PyTorch's counter sees when it runs alone; of int8 layers it sees nothing, and this
-      is left out.
+    - A sample's bill equals what PyTorch's counter sees when it runs alone.
 
     >>> import torch, dynnet
     >>> print(str(verify(dynnet.create_model("digits"), torch.randn(4, 1, 8, 8)))[:50])
@@ -91,10 +89,7 @@ def verify(model: DynamicModel, images: Tensor) -> Verification:
     twin.thresholds = [1.0] * len(model.exits)
     twin.execution = "sparse"  # of which the bill is
     with evaluating(twin):
-        checks = [_as_the_backbone(twin, images), _alone(twin, images)]
-        # What int8 layers multiply, PyTorch's counter does not see.
-        checks += [] if int8_layers(twin) else [_bill(twin, images)]
-        found = Verification(tuple(checks))
+        found = Verification((_as_the_backbone(twin, images), _alone(twin, images), _bill(twin, images)))
     broken = [check for check in found.checks if not check.kept]
     if broken:
         raise VerificationError(f"the wrapped {title(model.backbone)} does not keep what it promises:\n{found}")

@@ -19,7 +19,6 @@ from dynnet.backbone.names import title
 from dynnet.backbone.twin import meta_twin
 from dynnet.certificate import void_certificate
 from dynnet.deploy.folding import fold_again_, folded_norms
-from dynnet.deploy.int8 import int8_layers, put_int8_
 from dynnet.errors import CheckpointError, DynnetError, PruneError, SchemaError
 from dynnet.exits.confidence import MEASURES
 from dynnet.exits.heads import ExitHead, HeadFactory
@@ -50,7 +49,7 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
     Args:
         model: a wrapped model, with its configuration, its thresholds and what they were fitted on (its heads must be
             dynnet's own if the file is to be loaded without further arguments); or a plain one. Either may be pruned,
-            folded, or in int8.
+            or folded.
         path: of the file to write, usually named *.safetensors.
         create: arguments of `timm.create_model` that make the architecture; by default its name, with the tag of its
             pretrained weights, and its number of classes. A warning says so where these make a model of other parts,
@@ -84,7 +83,6 @@ def _describe(model: nn.Module, backbone: nn.Module, create: dict[str, Any]) -> 
         backbone=title(backbone),
         shape=Shape() if fresh is None else shape_of(backbone, fresh),
         folded=tuple(folded_norms(backbone)),
-        int8=tuple(int8_layers(backbone)),
         preparation=Preparation(**preparation_of(backbone)),
         versions={"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
     )
@@ -103,7 +101,6 @@ def _describe(model: nn.Module, backbone: nn.Module, create: dict[str, Any]) -> 
         plain,
         kind="model",
         folded=tuple(folded_norms(model)),
-        int8=tuple(int8_layers(model)),
         wrap=Wrapping(**{f.name: getattr(model.config, f.name) for f in fields(Wrapping)}),
         own_heads=not all(isinstance(head, ExitHead) for head in model.heads),
         thresholds=tuple(to_json(t) for t in model.thresholds),
@@ -236,14 +233,13 @@ def _created(file: _File) -> nn.Module:
         ) from error
     prefix = "" if file.about.wrap is None else "backbone."
     tensors = {n.removeprefix(prefix): t for n, t in file.outline.items() if n.startswith(prefix)}
-    folded, int8 = ({n.removeprefix(prefix) for n in names} for names in (file.about.folded, file.about.int8))
+    folded = {n.removeprefix(prefix) for n in file.about.folded}
     _shaped(file, backbone)
     for name, parameter in backbone.named_parameters():
-        layer, _, kind = name.rpartition(".")
-        there = tensors.get(f"{layer}.weight_int8" if layer in int8 and kind == "weight" else name)
-        own = parameter if there is None or layer not in int8 else parameter.to(there.dtype)
-        told = None if there is None else unlike(name, there, own)
-        if told or (there is None and layer not in folded | int8):
+        layer = name.rpartition(".")[0]
+        there = tensors.get(name)
+        told = None if there is None else unlike(name, there, parameter)
+        if told or (there is None and layer not in folded):
             raise CheckpointError(f"{file.path!r} is of another model: {told or f'it lacks {name!r}'}")
     give_memory_(backbone, tensors)
     return backbone
@@ -302,14 +298,13 @@ def _wrapped(file: _File, backbone: nn.Module, own: _Own) -> nn.Module:
 
 
 def _as_saved(model: nn.Module, file: _File) -> None:
-    """Fold what was folded, and make int8 what was, in place; then the weights fit."""
+    """Fold what was folded, in place; then the weights fit."""
     about = file.about
     try:
         fold_again_(model, about.folded, file.outline.keys())
-        put_int8_(model, dict.fromkeys(about.int8, (0.0, 1.0)))
     except CheckpointError as error:
         raise CheckpointError(
-            f"{file.path!r} was saved folded or in int8, which this {about.backbone} cannot be: {error}; it was saved "
+            f"{file.path!r} was saved folded, which this {about.backbone} cannot be: {error}; it was saved "
             f"with {about.versions}"
         ) from error
     check_weights(model, file.outline, file.path)

@@ -38,7 +38,7 @@ class Description:
         create: what `timm.create_model` is called with; without a name where that makes another model.
         backbone: what it is called.
         shape: what pruning had made of the backbone.
-        folded, int8: names of batch norms that are folded away, and of layers in int8.
+        folded: names of batch norms that are folded away.
         packed: shapes of the tensors that are written as bits and values.
         preparation: of images.
         versions: of the libraries that wrote the file.
@@ -54,7 +54,6 @@ class Description:
     backbone: str = "backbone"
     shape: Shape = field(default_factory=Shape)
     folded: tuple[str, ...] = ()
-    int8: tuple[str, ...] = ()
     packed: dict[str, tuple[Annotated[int, between(0, 2**40)], ...]] = field(default_factory=dict)
     preparation: Preparation = field(default_factory=Preparation)
     versions: dict[str, str] = field(default_factory=dict)
@@ -89,6 +88,11 @@ def description_of(about: dict[str, Any], path: str | Path) -> Description:
         raise CheckpointError(f"{str(path)!r} holds a {kind}, not a model")
     if "create" not in about:
         raise CheckpointError(f"{str(path)!r} does not say how to build its backbone; save it again with dynnet.save")
+    if about.get("int8"):
+        raise CheckpointError(
+            f"{str(path)!r} holds layers in int8, which are no longer read; export what it was made from: "
+            f"dynnet.export(model, folder, int8=True, loader=loader)"
+        )
     try:
         return _read(_of_today(about))
     except SchemaError as error:
@@ -112,7 +116,8 @@ def _read(about: Any) -> Description:
 
 
 def _of_today(about: dict[str, Any]) -> dict[str, Any]:
-    """What files of dynnet 0.1 said, as it is said now."""
+    """What files of earlier versions said, as it is said now."""
+    about = {key: value for key, value in about.items() if key != "int8"}
     wrap = about.get("wrap")
     if not isinstance(wrap, dict) or "heads" not in wrap:
         return about

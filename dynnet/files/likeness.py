@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from dynnet.backbone.modes import device_of, evaluating, somebodys_forward
 from dynnet.backbone.names import is_inside
 from dynnet.deploy.folding import FoldedNorm
-from dynnet.deploy.int8 import Int8Layer
 from dynnet.errors import ForwardError, PruneError
 from dynnet.pruning.shape import Shape, bring_into_shape_
 
@@ -21,7 +20,7 @@ _SETTINGS = (
 
 
 def other_parts(model: nn.Module, fresh: nn.Module, shape: Shape) -> str | None:
-    """Where a model is not the pruned, folded or int8 form of a fresh one, in words; None where it is, or was only
+    """Where a model is not the pruned or folded form of a fresh one, in words; None where it is, or was only
     trained with other dropout.
 
     Args:
@@ -34,7 +33,7 @@ def other_parts(model: nn.Module, fresh: nn.Module, shape: Shape) -> str | None:
     except PruneError as error:
         return str(error)
     mine, theirs = (dict(m.named_modules()) for m in (model, fresh))
-    replaced = [name for name, module in mine.items() if isinstance(module, (FoldedNorm, Int8Layer))]
+    replaced = [name for name, module in mine.items() if isinstance(module, FoldedNorm)]
     for name in [*theirs, *(name for name in mine if name not in theirs)]:
         if is_inside(name, replaced):
             continue

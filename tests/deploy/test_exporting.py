@@ -194,7 +194,6 @@ def test_what_cannot_be_exported_is_told_and_leaves_nothing(
         (model, {"engine": "tensorrt"}, "unknown engine 'tensorrt'; choose from onnxruntime"),
         (model, {"exits": "some"}, "exits='some': choose from running, all"),
         (tiny().half(), {"input_size": SIZE}, "the model is in torch.float16; export it in single precision"),
-        (dynnet.quantize(tiny(), [images()], input_size=SIZE), {}, "layers in int8 are PyTorch's own"),
     ]
     for other, arguments, message in wanted:
         with pytest.raises(ExportError, match=message):

@@ -65,12 +65,6 @@ def test_images_that_do_not_fit_and_plain_models_are_refused() -> None:
         dynnet.verify(FEW[0].backbone(), FEW[0].images(4))
 
 
-def test_int8_is_verified_but_for_what_no_counter_sees() -> None:
-    model = FEW[0].wrapped()
-    found = dynnet.verify(dynnet.quantize(model, [FEW[0].images(4)]), FEW[0].images(4))
-    assert len(found.checks) == 2
-
-
 def test_one_image_is_too_few() -> None:
     with pytest.raises(InputError, match="got 1 images; give at least two"):
         dynnet.verify(FEW[0].wrapped(), FEW[0].images(1))

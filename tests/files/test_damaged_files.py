@@ -32,7 +32,6 @@ def kinds(folder: Path) -> dict[str, Path]:
     """Small files of every kind that `save` writes."""
     plain = CASE.backbone()
     thin = dynnet.prune(plain, macs=0.5, criterion="l2", multiple=1, input_size=CASE.size)
-    images = [CASE.images()]
     create = {"model_name": CASE.name, "num_classes": CLASSES}
     models: dict[str, nn.Module] = {
         "plain": plain,
@@ -40,7 +39,6 @@ def kinds(folder: Path) -> dict[str, Path]:
         "gated": dynnet.wrap(CASE.backbone(), 1, gates="channel", input_size=CASE.size),
         "thin": thin,
         "folded": dynnet.fold(CASE.wrapped()),
-        "int8": dynnet.quantize(thin, images, input_size=CASE.size),
     }
     for name, model in models.items():
         dynnet.save(model, folder / name, create, sparse=name == "thin")

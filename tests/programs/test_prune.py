@@ -11,7 +11,7 @@ import torch
 
 import dynnet
 from dynnet.backbone.dry_run import trace
-from dynnet.deploy.int8 import int8_layers
+from dynnet.deploy import Runner
 from dynnet.files.bundles import read_bundle
 from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe
@@ -99,16 +99,17 @@ def test_what_is_looked_at_is_shuffled(
     seen: dict[str, list[int]] = {}
 
     def looking(name: str, call: Any) -> Any:
-        def looked(model: Any, loader: Any = (), *args: Any, **kwargs: Any) -> Any:
-            seen[name] = [row for batch in loader for row in batch.ids.tolist()]
-            return call(model, loader, *args, **kwargs)
+        def looked(model: Any, *args: Any, loader: Any = None, **kwargs: Any) -> Any:
+            images = args[0] if loader is None and name != "export" else loader or ()
+            seen[name] = [row for batch in images for row in batch.ids.tolist()]
+            return call(model, *args, **kwargs, **({} if loader is None else {"loader": loader}))
 
         return looked
 
-    for module, name in ((cuts, "prune"), (cuts, "recalibrate_"), (pipeline, "quantize")):
+    for module, name in ((cuts, "prune"), (cuts, "recalibrate_"), (pipeline, "export")):
         monkeypatch.setattr(module, name, looking(name, getattr(module, name)))
     pruned(dense, tmp_path / "run", "--method", method, "--pruning.int8=true")
-    assert seen.keys() == {"prune", "recalibrate_", "quantize"}
+    assert seen.keys() == {"prune", "recalibrate_", "export"}
     assert all(len(rows) > 500 and rows != sorted(rows) for rows in seen.values())
 
 
@@ -212,12 +213,11 @@ def test_the_dense_model_teaches(dense: tuple[Path, str], tmp_path: Path) -> Non
 def test_an_int8_copy_comes_along(dense: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     results = pruned(dense, out, "--method=l1", "--macs=0.6", "--pruning.int8=true")
-    small = dynnet.load(out / "int8.safetensors")
-    assert int8_layers(small)
+    assert Runner(out / "int8").manifest.precision == "int8"
+    assert results["engine"].startswith("onnxruntime ")
     assert results["int8"]["accuracy"] > results["pruned"]["accuracy"] - 0.02
     assert results["int8"]["macs"] == results["pruned"]["macs"]
     assert results["int8"]["size_bytes"] < results["pruned"]["size_bytes"]
-    assert results["int8"]["parameters"] < results["pruned"]["parameters"]  # norms are folded
 
 
 def test_a_target_in_time(dense: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_a_target_in_time(dense: tuple[Path, str], tmp_path: Path, monkeypatch: 
 def test_exits_are_trained_on_what_is_left(
     dense: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pruned(dense, tmp_path / "thin", "--method=l1", "--pruning.int8=true", "--finetune.epochs=0")
+    pruned(dense, tmp_path / "thin", "--method=l1", "--finetune.epochs=0")
     thin = tmp_path / "thin" / "model.safetensors"
     argv = ["--recipe", str(dense[0]), "--dense.epochs=0", "--wrap.exits=[layer1]", "--joint.epochs=2"]
     assert train.main([*argv, "--out", str(tmp_path / "whole"), f"--backbone.weights={thin}"]) == 0
@@ -258,13 +258,16 @@ def test_exits_are_trained_on_what_is_left(
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_nothing_is_trained_on_an_int8_copy(
+def test_nothing_is_trained_on_a_folded_copy(
     dense: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pruned(dense, tmp_path / "thin", "--method=l1", "--pruning.int8=true", "--finetune.epochs=0")
-    weights = f"--backbone.weights={tmp_path / 'thin' / 'int8.safetensors'}"
-    assert prune.main(["--recipe", str(dense[0]), "--out", str(tmp_path / "run"), weights]) == 2
-    assert "is folded or in int8, for inference" in capsys.readouterr().err
+    pruned(dense, tmp_path / "thin", "--method=l1", "--finetune.epochs=0")
+    path = tmp_path / "folded.safetensors"
+    model = dynnet.load(tmp_path / "thin" / "model.safetensors")
+    dynnet.save(dynnet.fold(model, SIZE), path, read_bundle(tmp_path / "thin" / "model.safetensors")[1]["create"])
+    argv = ["--recipe", str(dense[0]), "--out", str(tmp_path / "run"), f"--backbone.weights={path}"]
+    assert prune.main(argv) == 2
+    assert "is folded, for inference" in capsys.readouterr().err
 
 
 class Killed(BaseException):

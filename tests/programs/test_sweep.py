@@ -109,10 +109,8 @@ def test_a_pruned_file_answers_the_same_in_a_new_process(name: str, tmp_path: Pa
     enliven(model)
     images = torch.randn(2, *input_size_of(model))
     pruned = dynnet.prune(model, macs=0.5, criterion="l1")
-    small = dynnet.quantize(pruned, [images])
-    save_file({"images": images, "pruned": pruned(images), "int8": small(images)}, tmp_path / "expected.safetensors")
+    save_file({"images": images, "pruned": pruned(images)}, tmp_path / "expected.safetensors")
     dynnet.save(pruned, tmp_path / "pruned.safetensors")
-    dynnet.save(small, tmp_path / "int8.safetensors")
     code = (
         "import sys, torch, dynnet\n"
         "from pathlib import Path\n"
@@ -120,8 +118,7 @@ def test_a_pruned_file_answers_the_same_in_a_new_process(name: str, tmp_path: Pa
         "here = Path(sys.argv[1])\n"
         "expected = load_file(here / 'expected.safetensors')\n"
         "with torch.no_grad():\n"
-        "    for kind in ('pruned', 'int8'):\n"
-        "        found = dynnet.load(here / f'{kind}.safetensors')(expected['images'])\n"
-        "        assert torch.equal(found, expected[kind]), kind\n"
+        "    found = dynnet.load(here / 'pruned.safetensors')(expected['images'])\n"
+        "assert torch.equal(found, expected['pruned'])\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

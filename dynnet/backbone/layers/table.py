@@ -90,7 +90,7 @@ def cut_(layer: nn.Module, reads: Subset | None, makes: Subset | None) -> None:
 def stated_widths(module: nn.Module) -> tuple[int, int] | None:
     """Channels that a module makes and reads; None where it says nothing of them.
 
-    What stands in a known layer's place, a folded norm or an int8 layer, states the same as that did.
+    What stands in a known layer's place, a folded norm, states the same as that did.
     """
     kind = kind_of(module)
     if kind is not None:
