@@ -13,6 +13,7 @@ from dynnet import registration
 if TYPE_CHECKING:
     from dynnet import errors as errors
     from dynnet import pruning as pruning
+    from dynnet.cascading import cascade
     from dynnet.deploy.exporting import export
     from dynnet.deploy.folding import fold
     from dynnet.evaluation.measurement import measure
@@ -36,6 +37,7 @@ __all__ = [
     "Prediction",
     "WrapConfig",
     "calibrate",
+    "cascade",
     "create_model",
     "errors",
     "export",
@@ -58,6 +60,7 @@ _HOMES = {
     "Prediction": "outputs",
     "WrapConfig": "model",
     "calibrate": "thresholds.calibration",
+    "cascade": "cascading",
     "create_model": "zoo",
     "export": "deploy.exporting",
     "fold": "deploy.folding",

@@ -30,6 +30,10 @@ class GateError(DynnetError, ValueError):
     """Gates that cannot stand where they were asked for."""
 
 
+class CascadeError(DynnetError, ValueError):
+    """Models that cannot stand in a row."""
+
+
 class PruneError(DynnetError, ValueError):
     """Nothing to prune, or a target that cannot be met."""
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from dynnet.backbone.chain import exits_before
 from dynnet.backbone.dry_run import BATCH, Trace, trace
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.backbone.host import Hosted, Preparation, preparation_of, prepare_
@@ -225,7 +226,7 @@ class DynamicModel(Hosted):
         """Know images of a size from a dry run in which all heads answered, and where sizes of the batch were noted."""
         plan = None if self.gates is None else self.gates.plan
         gated = ((), ()) if plan is None else (plan.switches(), plan.deciders())
-        found = Size(price(seen, self.exits, *gated), noted)
+        found = Size(price(seen, self.exits, *gated, exits_before(self.backbone, self.exits)), noted)
         self._sizes.put(size, found)
         return found
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dynnet import DynamicModel, export
-from dynnet.backbone.twin import copy_of
+from dynnet.backbone.chain import bare_of
 from dynnet.deploy import Runner
 from dynnet.deploy.manifest import Manifest
 
@@ -61,7 +60,6 @@ class Exported:
     def dense(self) -> Runner:
         """Its bare backbone."""
         if None not in self._there:
-            bare: nn.Module = copy_of(self.model).unwrap()
-            export(bare, self.folder / "dense", engine=self.engine, input_size=self.model.input_size)
+            export(bare_of(self.model), self.folder / "dense", engine=self.engine, input_size=self.model.input_size)
             self._there[None] = self.folder / "dense"
         return Runner(self._there[None], torch.get_num_threads())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from dynnet import DynamicModel, fold, load
+from dynnet.backbone.chain import bare_of
 from dynnet.backbone.modes import device_of
 from dynnet.errors import CheckpointError
 from dynnet.evaluation.timing import one_at_a_time
@@ -136,7 +136,7 @@ def time_beside(rows: Sequence[dict[str, Any]], model: DynamicModel, images: Ten
         The same two figures of the dynamic model, as "p50_ms" and "speedup", and "dense_ms": the p50 of its backbone.
     """
     device, size = device_of(model), model.input_size
-    runs = {"dense": copy.deepcopy(model).unwrap(), "dynamic": model}
+    runs = {"dense": bare_of(model), "dynamic": model}
     runs |= {str(number): load(row["file"]) for number, row in enumerate(rows) if not Path(row["file"]).is_dir()}
     runs = {name: fold(run, size).to(device) for name, run in runs.items()}
     times = {

@@ -66,15 +66,17 @@ class Ledger:
         segments: up to the first exit, between exits, and after the last: E + 1.
         unpriced: ops that do arithmetic nobody has told the price of, each with the modules in which it runs. Where
             there are any, every figure is a lower bound.
+        first: the segment with which the network begins that the model is compared with; of a cascade, its last member.
     """
 
     segments: tuple[Segment, ...]
     unpriced: dict[str, tuple[str, ...]]
+    first: int = 0
 
     @property
     def dense(self) -> int:
-        """MACs of the bare backbone."""
-        return sum(segment.macs for segment in self.segments)
+        """MACs of the bare backbone; of a cascade, of its last member alone."""
+        return sum(segment.macs for segment in self.segments[self.first :])
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -95,7 +97,7 @@ class Ledger:
 
 
 def price(
-    seen: Trace, exits: Sequence[str], switches: Sequence[Switch] = (), deciders: Sequence[Decider] = ()
+    seen: Trace, exits: Sequence[str], switches: Sequence[Switch] = (), deciders: Sequence[Decider] = (), first: int = 0
 ) -> Ledger:
     """The prices of a model whose `backbone` has boundaries `exits`, where its `heads` answer.
 
@@ -103,6 +105,7 @@ def price(
         seen: a dry run of the model in which all heads answered and nothing was gated.
         exits: module names.
         switches, deciders: of the model's gates.
+        first: as in `Ledger`.
     """
     calls = {call.name: call for call in seen.calls}
     heads = [_below(seen, f"heads.{i}") for i in range(len(exits))]
@@ -122,7 +125,7 @@ def price(
         )
         for number, (start, end, head) in enumerate(zip([0, *ends], ends, [*heads, 0], strict=False))
     ]
-    return Ledger(tuple(segments), {op: tuple(sorted(names)) for op, names in seen.unpriced.items()})
+    return Ledger(tuple(segments), {op: tuple(sorted(names)) for op, names in seen.unpriced.items()}, first)
 
 
 def _below(seen: Trace, module: str) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynnet.backbone.chain import bare_of, exits_before
 from dynnet.backbone.twin import copy_of
 from dynnet.cost.ledger import Ledger, Segment
 from dynnet.deploy import engines
@@ -68,8 +69,7 @@ def measure_times(
     count = len(model.exits)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "gates close other channels")  # told when it is exported to be used
-        bare = copy_of(model).unwrap()
-        export(bare, f"{folder}/dense", engine=engine, input_size=model.input_size)
+        export(bare_of(model), f"{folder}/dense", engine=engine, input_size=model.input_size)
         runs: dict[str, Runner] = {"dense": Runner(f"{folder}/dense", threads)}
         for number, running in enumerate(sets):
             one = copy_of(model)
@@ -119,7 +119,8 @@ class StageTimes:
 
     Args:
         measure: of sets of exits, as `measure_times` does at `rows`.
-        sets: that are measured at once: one for each exit, or one with all, where all run if any does.
+        sets: that are measured at once: one for each exit, or one with all, where all run if any does; of a cascade
+            also that of none, for its whole backbone is not what it is compared with.
         rows: (S,) numbers of rows, rising, up to the batch size.
         engine: and its version, in words.
         threads: of it.
@@ -127,6 +128,7 @@ class StageTimes:
     Attributes:
         measured: by sets of exits.
         dense: (S,) milliseconds of the bare backbone.
+        whole: (S,) and of what runs where no exit does: the same, but for cascades.
     """
 
     def __init__(
@@ -136,15 +138,17 @@ class StageTimes:
         self.measured: dict[Running, Times] = dict(measure(sets))
         self.exits = len(sets[0])
         self.dense = np.mean([self.measured[running].dense for running in sets], 0)
+        nobody = (False,) * self.exits
+        self.whole = self.leaving(nobody)[-1] if nobody in self.measured else self.dense
         ends, heads = [], []
         for exit in range(self.exits):
             alone = next((running for running in sets if running[exit] and sum(running) == 1), None)
             leaving = self.leaving(alone or sets[0])
-            # Where nobody leaves, what is more than dense is the head, its stage, and what crosses to the next one.
-            heads.append(np.maximum(leaving[-1] - self.dense, 0) if alone else np.zeros(len(rows)))
+            # Where nobody leaves, what is more than without exits is the head, its stage, and what crosses the cut.
+            heads.append(np.maximum(leaving[-1] - self.whole, 0) if alone else np.zeros(len(rows)))
             ends.append(leaving[exit] - heads[-1])
         self._heads = np.array(heads).reshape(self.exits, len(rows))
-        self._ends = np.maximum.accumulate(np.array([*np.minimum(ends, self.dense), self.dense]), 0)
+        self._ends = np.maximum.accumulate(np.array([*np.minimum(ends, self.whole), self.whole]), 0)
 
     @classmethod
     def of(cls, model: DynamicModel, engine: str, batch_size: int) -> StageTimes:
@@ -159,6 +163,8 @@ class StageTimes:
         measure = partial(measure_times, model, engine=engine, threads=threads, rows=rows)
         alone = [[0.0 if e == exit else math.inf for e in range(len(model.exits))] for exit in range(len(model.exits))]
         sets = dict.fromkeys(tuple(model.measure.running(thresholds)) for thresholds in alone)
+        if exits_before(model.backbone, model.exits):
+            sets[(False,) * len(model.exits)] = None
         return cls(measure, list(sets), rows, engines.named(engine), threads)
 
     @property
@@ -186,7 +192,7 @@ class StageTimes:
             taken: (N,) where samples leave.
         """
         if not any(running):
-            return float(self.dense[-1])
+            return float(self.whole[-1])
         total, leaving = 0.0, self.leaving(running)
         for before, exit in itertools.pairwise([-1, *_ends(running)]):
             stage = np.maximum(leaving[exit] - (leaving[before] if before >= 0 else 0), 0)

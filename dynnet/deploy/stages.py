@@ -102,7 +102,8 @@ class _Cutter:
         stages = []
         for number, (exit, pair) in enumerate(zip(exits, pairs, strict=True)):
             later = {node for read in reads[number + 1 :] for node in read}
-            gives = [node for node in self.from_images if node in later and self.stage[node] == number]
+            # Images are there already, for whoever takes them later, as a cascade does.
+            gives = [n for n in self.from_images if n in later and self.stage[n] == number and n is not self.images]
             gives.sort(key=lambda node: place.get(node, -1))
             stages.append(self._stage(number, exit, reads[number], [*pair, *gives]))
         return stages

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynnet.backbone.chain import bare_of
 from dynnet.backbone.modes import device_of, evaluating
-from dynnet.backbone.twin import copy_of
 from dynnet.deploy import engines
 from dynnet.deploy.exporting import export
 from dynnet.deploy.folding import folded_norms
@@ -217,7 +217,7 @@ def one_at_a_time(models: Mapping[str, Timed], images: Tensor, warmup: int = 10)
 def _bare(model: Timed) -> nn.Module:
     """A copy of the backbone without hooks."""
     assert isinstance(model, DynamicModel)
-    return copy_of(model).unwrap()
+    return bare_of(model)
 
 
 def _exits(model: Timed, batch: Tensor) -> np.ndarray:
