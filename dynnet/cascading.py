@@ -10,7 +10,7 @@ https://arxiv.org/abs/2012.01988)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -25,6 +25,7 @@ from dynnet.backbone.twin import copy_of
 from dynnet.errors import CascadeError
 from dynnet.exits.boundaries import Boundary, Places
 from dynnet.exits.confidence import MEASURES
+from dynnet.exits.heads import HeadFactory
 from dynnet.gates.plan import GateConfig
 from dynnet.model import DynamicModel, WrapConfig
 from dynnet.wrapping import is_wrapped, wrap
@@ -81,7 +82,9 @@ def cascade(
     last = taken[-1]
     preparation = {**preparation_of(last.backbone), "input_size": size, **_names(taken)}
     entries = [_between(one, last, size) for one in taken]
-    chain = Chain([one.backbone for one in taken], entries, combine, preparation)
+    sizes = [one.size for one in taken]
+    wraps = [None if one.wrapped is None else one.wrapped.config for one in taken]
+    chain = Chain([one.backbone for one in taken], entries, combine, preparation, sizes, wraps)
     thresholds: dict[str, float] = {}
     heads: dict[str, nn.Module] = {}
     for number, one in enumerate(taken):
@@ -90,15 +93,53 @@ def cascade(
         if one is not last:
             heads[chain.end(number)], thresholds[chain.end(number)] = Said(), float("inf")
 
-    def build(boundary: Boundary, num_classes: int) -> nn.Module:
-        return heads[boundary.name]
-
     measure = _measure(taken, confidence)
     config = WrapConfig(exits=tuple(heads), gates=_gates(taken), confidence=measure, input_size=size)
-    model = wrap(chain, config, heads=build)
+    model = wrap(chain, config, heads=_heads(heads))
     _carry_gates(model, taken)
     model.thresholds = list(thresholds.values())
     return model
+
+
+def members_of(model: DynamicModel) -> list[nn.Module]:
+    """The members of a cascade as `cascade` takes them: copies, plain or wrapped, with their thresholds."""
+    twin = copy_of(model)
+    chain = twin.unwrap()
+    assert isinstance(chain, Chain)
+    networks = (
+        {}
+        if twin.gates is None
+        else {
+            region.layer: network for region, network in zip(twin.gates.plan.regions, twin.gates.networks, strict=True)
+        }
+    )
+    found: list[nn.Module] = []
+    for number, (member, config) in enumerate(zip(chain.members, chain.wraps, strict=True)):
+        prefix = f"members.{number}."
+        inside = {
+            name.removeprefix(prefix): (head, threshold)
+            for name, head, threshold in zip(twin.exits, twin.heads, twin.thresholds, strict=True)
+            if name.startswith(prefix)
+        }
+        if config is not None:
+            plain = replace(config, confidence=WrapConfig().confidence)  # which is the cascade's to say
+            again = wrap(member, plain, heads=_heads({name: head for name, (head, _) in inside.items()}))
+            again.thresholds = [threshold for _, threshold in inside.values()]
+            if again.gates is not None:
+                for region, network in zip(again.gates.plan.regions, again.gates.networks, strict=True):
+                    network.load_state_dict(networks[f"{prefix}{region.layer}"].state_dict())
+            member = again
+        found.append(member)
+    return found
+
+
+def _heads(there: Mapping[str, nn.Module]) -> HeadFactory:
+    """Gives heads that are there already, by the names of their boundaries."""
+
+    def build(boundary: Boundary, num_classes: int) -> nn.Module:
+        return there[boundary.name]
+
+    return build
 
 
 class Said(nn.Module):

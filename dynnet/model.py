@@ -226,7 +226,7 @@ class DynamicModel(Hosted):
         """Know images of a size from a dry run in which all heads answered, and where sizes of the batch were noted."""
         plan = None if self.gates is None else self.gates.plan
         gated = ((), ()) if plan is None else (plan.switches(), plan.deciders())
-        found = Size(price(seen, self.exits, *gated, exits_before(self.backbone, self.exits)), noted)
+        found = Size(price(seen, self.exits, *gated, first=exits_before(self.backbone, self.exits)), noted)
         self._sizes.put(size, found)
         return found
 

@@ -69,7 +69,11 @@ class Chain(nn.Module):
         members: plain models from images to (B, K) logits.
         entries: what brings the chain's images to each.
         joins: what joins the answer of each but the first to those before; none where the last answer counts.
-        num_classes: K.
+        sizes: (C, H, W) of each member's images.
+        wraps: how each was wrapped, a `WrapConfig`; None where it was plain.
+
+    Args:
+        preparation: of the chain's images, as in timm's `pretrained_cfg`.
     """
 
     def __init__(
@@ -78,11 +82,13 @@ class Chain(nn.Module):
         entries: Sequence[nn.Module],
         combine: Combine,
         preparation: Mapping[str, Any],
+        sizes: Sequence[tuple[int, int, int]],
+        wraps: Sequence[Any],
     ) -> None:
         super().__init__()
         self.members, self.entries = nn.ModuleList(members), nn.ModuleList(entries)
         self.joins = nn.ModuleList(Join(number + 1) for number in range((len(members) - 1) * (combine == "mean")))
-        self.combine = combine
+        self.combine, self.sizes, self.wraps = combine, tuple(sizes), tuple(wraps)
         names = " then ".join(title(member) for member in members)
         prepare_(self, {"architecture": names, **preparation})
         self.training = any(member.training for member in members)
@@ -104,7 +110,9 @@ class Chain(nn.Module):
 
     def alone(self) -> Chain:
         """The last member by itself, with what brings images to it; its modules stay this chain's as well."""
-        return Chain([self.members[-1]], [self.entries[-1]], "last", preparation_of(self))
+        return Chain(
+            [self.members[-1]], [self.entries[-1]], "last", preparation_of(self), self.sizes[-1:], self.wraps[-1:]
+        )
 
 
 def bare_of(model: Any) -> nn.Module:

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import timm
-import torch
 from torch import Tensor, nn
 
-from dynnet.backbone.host import Preparation, preparation_of, prepare_
-from dynnet.backbone.input_size import input_size_of
+from dynnet.backbone.chain import Chain
 from dynnet.backbone.masks import not_plain
-from dynnet.backbone.names import title
-from dynnet.backbone.twin import meta_twin
-from dynnet.certificate import void_certificate
-from dynnet.deploy.folding import fold_again_, folded_norms
-from dynnet.errors import CheckpointError, DynnetError, PruneError, SchemaError
-from dynnet.exits.confidence import MEASURES
-from dynnet.exits.heads import ExitHead, HeadFactory
+from dynnet.cascading import cascade, members_of
+from dynnet.errors import CheckpointError, DynnetError
+from dynnet.exits.heads import HeadFactory
 from dynnet.exits.threshold import to_json
+from dynnet.files.building import File, Own, check_confidence, describe, loaded, tell_void
 from dynnet.files.bundles import read_bundle, write_bundle
-from dynnet.files.creation import Most, fresh_of, give_memory_, hollow, not_architecture, timm_name
-from dynnet.files.description import Description, Wrapping, description_of
-from dynnet.files.likeness import other_answer, other_parts
-from dynnet.files.packed import outline, pack, unpack
-from dynnet.files.weights import check_weights, load_weights_, unlike
+from dynnet.files.creation import not_architecture, timm_name
+from dynnet.files.description import Description, Row, description_of, row_of
+from dynnet.files.packed import outline, pack
 from dynnet.model import STATE, DynamicModel
-from dynnet.pruning.shape import Shape, bring_into_shape_, shape_of
-from dynnet.wrapping import wrap
 
 
-def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = None, *, sparse: bool = False) -> None:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    create: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    *,
+    sparse: bool = False,
+) -> None:
     """Save a model: weights, and all that is needed to build it again.
 
     >>> import timm, torch, tempfile
@@ -53,7 +48,8 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
         path: of the file to write, usually named *.safetensors.
         create: arguments of `timm.create_model` that make the architecture; by default its name, with the tag of its
             pretrained weights, and its number of classes. A warning says so where these make a model of other parts,
-            settings or widths, or one that answers an image otherwise: the model is built from them to compare.
+            settings or widths, or one that answers an image otherwise: the model is built from them to compare. Of a
+            cascade, a list of them, for each member.
         sparse: write tensors with many zeros as bits and values; reading takes no option.
 
     Raises:
@@ -62,62 +58,54 @@ def save(model: nn.Module, path: str | Path, create: Mapping[str, Any] | None = 
     """
     if told := not_plain(model):
         raise CheckpointError(told)
+    if isinstance(model, DynamicModel) and isinstance(model.backbone, Chain):
+        row, tensors = _row_of(model, create, sparse)
+        write_bundle(path, tensors, row.to_json())
+        return
+    if create is not None and not isinstance(create, Mapping):
+        raise CheckpointError(f"create={create!r}: give the arguments of one architecture; several are a cascade's")
+    description, tensors = _part_of(model, create, sparse)
+    write_bundle(path, tensors, description.to_json())
+
+
+def _part_of(
+    model: nn.Module, create: Mapping[str, Any] | None, sparse: bool
+) -> tuple[Description, Mapping[str, Tensor]]:
+    """What a file says of one model, and its tensors as they are written."""
     backbone = model.backbone if isinstance(model, DynamicModel) else model
     made = dict(create or {"model_name": timm_name(backbone), "num_classes": getattr(model, "num_classes", None)})
     if create is not None and (told := not_architecture(made)):
         raise CheckpointError(f"create={made}: {told}; give what makes the architecture")
-    description = _describe(model, backbone, made)
+    description = describe(model, backbone, made)
     tensors: Mapping[str, Tensor] = {k: t for k, t in model.state_dict().items() if k != STATE}
     if sparse:
         tensors, packed = pack(tensors)
         description = replace(description, packed=packed)
-    write_bundle(path, tensors, description.to_json())
+    return description, tensors
 
 
-def _describe(model: nn.Module, backbone: nn.Module, create: dict[str, Any]) -> Description:
-    """What a file will say of a model; without a name where timm would make another backbone of it, with a warning."""
-    fresh = fresh_of(create)
-    plain = Description(
-        kind="backbone",
-        create=create,
-        backbone=title(backbone),
-        shape=Shape() if fresh is None else shape_of(backbone, fresh),
-        folded=tuple(folded_norms(backbone)),
-        preparation=Preparation(**preparation_of(backbone)),
-        versions={"timm": timm.__version__, "torch": torch.__version__.split("+")[0]},
-    )
-    if fresh is None:
-        plain = replace(plain, create={"model_name": None})
-    elif other := other_parts(backbone, fresh, plain.shape) or _other_answer(model, backbone, plain):
-        warnings.warn(
-            f"timm.create_model(**{create}) makes another model than this {title(backbone)}: {other}. Save it with "
-            f"create=, the arguments that make it, or load it with backbone=",
-            stacklevel=3,
+def _row_of(
+    model: DynamicModel, create: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, sparse: bool
+) -> tuple[Row, Mapping[str, Tensor]]:
+    """The same of a cascade: of each member in its turn, and of all together."""
+    chain, members = model.backbone, members_of(model)
+    assert isinstance(chain, Chain)
+    given = [None] * len(members) if create is None else create
+    if isinstance(given, Mapping) or len(given) != len(members):
+        raise CheckpointError(
+            f"create={create!r}: a cascade of {len(members)} wants arguments for each member, in a list"
         )
-        plain = replace(plain, create={"model_name": None})
-    if not isinstance(model, DynamicModel):
-        return plain
-    return replace(
-        plain,
-        kind="model",
-        folded=tuple(folded_norms(model)),
-        wrap=Wrapping(**{f.name: getattr(model.config, f.name) for f in fields(Wrapping)}),
-        own_heads=not all(isinstance(head, ExitHead) for head in model.heads),
+    parts = [_part_of(member, made, sparse) for member, made in zip(members, given, strict=True)]
+    row = Row(
+        kind="cascade",
+        members=tuple(description for description, _ in parts),
+        combine=chain.combine,
+        confidence=model.config.confidence,
+        input_sizes=chain.sizes,
         thresholds=tuple(to_json(t) for t in model.thresholds),
         calibration=model.calibration,
-        regions=_regions(model),
     )
-
-
-def _other_answer(model: nn.Module, backbone: nn.Module, description: Description) -> str | None:
-    """Where a backbone answers otherwise than what its description makes of the same tensors, in words."""
-    tensors = {name: tensor.cpu() for name, tensor in backbone.state_dict().items()}
-    try:
-        again = _loaded(_File(description.backbone, tensors, tensors, description), None, _Own(None, None))
-    except CheckpointError as error:
-        return str(error)
-    size = model.input_size if isinstance(model, DynamicModel) else input_size_of(backbone)
-    return other_answer(backbone, again, size)
+    return row, {f"members.{i}.{name}": t for i, (_, tensors) in enumerate(parts) for name, t in tensors.items()}
 
 
 def load(
@@ -152,171 +140,42 @@ def load(
     Raises:
         CheckpointError: the file is missing, damaged, or of another model.
     """
-    model = _loaded(_read(path), backbone, _Own(heads, confidence))
-    return model.eval()
-
-
-class _File(NamedTuple):
-    """What was read.
-
-    Attributes:
-        path: of the file.
-        packed: tensors as they are written.
-        outline: all tensors, those that are packed without numbers.
-        about: what the file says besides.
-    """
-
-    path: str
-    packed: Mapping[str, Tensor]
-    outline: Mapping[str, Tensor]
-    about: Description
-
-
-class _Own(NamedTuple):
-    """What only its user knows of a model."""
-
-    heads: HeadFactory | None
-    confidence: Callable[[Tensor], Tensor] | None
-
-
-def _read(path: str | Path) -> _File:
     tensors, said = read_bundle(path)
-    about = description_of(said, path)
+    own = Own(heads, confidence)
+    if said.get("kind") == "cascade":
+        if backbone is not None:
+            raise CheckpointError(
+                f"{str(path)!r} holds a cascade, which has no backbone of one piece; leave out backbone="
+            )
+        return _in_a_row(row_of(said, path), tensors, path, own).eval()
+    return loaded(_outlined(tensors, description_of(said, path), path), backbone, own).eval()
+
+
+def _outlined(tensors: Mapping[str, Tensor], about: Description, path: str | Path) -> File:
     try:
-        return _File(str(path), tensors, outline(tensors, about.packed), about)
+        return File(str(path), tensors, outline(tensors, about.packed), about)
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r} is damaged: {error}; take another copy") from error
 
 
-def _loaded(file: _File, backbone: nn.Module | None, own: _Own) -> nn.Module:
-    """The model of a file, as `load` gives it, but for its mode."""
-    about = file.about
-    build = _plain if about.wrap is None else _wrapped
-    if backbone is None:
-        model = build(file, _created(file), own)
-        _retype(model, file.outline)
-    else:
-        # On a copy without numbers: a backbone that does not fit is left untouched.
-        build(file, _shaped(file, meta_twin(backbone)), own)
-        model = build(file, _shaped(file, backbone), own)
-    load_weights_(model, unpack(file.packed, about.packed), file.path)
-    prepare_(model.backbone if isinstance(model, DynamicModel) else model, about.preparation.known())
-    if isinstance(model, DynamicModel):
-        model.thresholds = [float(t) for t in about.thresholds]
-        model.calibration = about.calibration
-        _tell_void(file, model)
-    return model
-
-
-def _tell_void(file: _File, model: DynamicModel) -> None:
-    """Warn where the file has a certificate that does not hold for its model."""
+def _in_a_row(row: Row, tensors: Mapping[str, Tensor], path: str | Path, own: Own) -> DynamicModel:
+    """The cascade of a file."""
+    members = []
+    for number, about in enumerate(row.members):
+        prefix = f"members.{number}."
+        mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        members.append(loaded(_outlined(mine, about, f"{path}, member {number}"), None, own).eval())
+    check_confidence(row.confidence, own, path)
     try:
-        void = void_certificate(model)
-    except SchemaError as error:
-        raise CheckpointError(f"{file.path!r} says of its thresholds what cannot be: {error}") from error
-    if void:
-        told = f"the certificate of {file.path!r} is void: {void}; call dynnet.calibrate again"
-        warnings.warn(told, stacklevel=4)
-
-
-def _created(file: _File) -> nn.Module:
-    """The backbone of a file as timm makes it, in shape, with weights of no meaning. Memory is there for what the file
-    has numbers for, and for no more."""
-    create = file.about.create
-    try:
-        if create.get("model_name") is None:
-            raise ValueError("timm has no such model")
-        backbone = hollow(create, Most.beside(file.outline))
-    except ValueError as error:
-        raise CheckpointError(
-            f"timm cannot create the backbone of {file.path!r}, {create}: {error}; pass it as backbone="
-        ) from error
-    prefix = "" if file.about.wrap is None else "backbone."
-    tensors = {n.removeprefix(prefix): t for n, t in file.outline.items() if n.startswith(prefix)}
-    folded = {n.removeprefix(prefix) for n in file.about.folded}
-    _shaped(file, backbone)
-    for name, parameter in backbone.named_parameters():
-        layer = name.rpartition(".")[0]
-        there = tensors.get(name)
-        told = None if there is None else unlike(name, there, parameter)
-        if told or (there is None and layer not in folded):
-            raise CheckpointError(f"{file.path!r} is of another model: {told or f'it lacks {name!r}'}")
-    give_memory_(backbone, tensors)
-    return backbone
-
-
-def _shaped(file: _File, backbone: nn.Module) -> nn.Module:
-    """A backbone, brought into the shape of a file's, in place; errors as for `load`."""
-    about = file.about
-    if told := not_plain(backbone):
-        raise CheckpointError(f"{file.path!r} cannot be loaded into the given backbone: {told}")
-    try:
-        bring_into_shape_(backbone, about.shape)
-    except PruneError as error:
-        raise CheckpointError(
-            f"{file.path!r} holds a pruned {about.backbone}, and this backbone cannot be brought into its shape: "
-            f"{error}; it was saved with {about.versions}, this is timm {timm.__version__}"
-        ) from error
-    return backbone
-
-
-def _plain(file: _File, backbone: nn.Module, own: _Own) -> nn.Module:
-    """The plain model of a file, ready for its weights; errors as for `load`."""
-    _as_saved(backbone, file)
-    return backbone
-
-
-def _wrapped(file: _File, backbone: nn.Module, own: _Own) -> nn.Module:
-    """The wrapped model of a file, ready for its weights; errors as for `load`."""
-    about, settings = file.about, file.about.wrap
-    assert settings is not None
-    if about.own_heads and own.heads is None:
-        raise CheckpointError(f"{file.path!r} has heads of its own making; pass the factory as heads=")
-    if settings.confidence not in MEASURES and own.confidence is None:
-        raise CheckpointError(
-            f"{file.path!r} has a confidence measure of its own, {settings.confidence!r}; pass it as confidence="
+        model = cascade(
+            members,
+            combine=row.combine,
+            confidence=own.confidence or row.confidence,
+            input_sizes=row.input_sizes,
         )
-    given = {f.name: getattr(settings, f.name) for f in fields(Wrapping)}
-    given["confidence"] = own.confidence or settings.confidence
-    try:
-        model = wrap(backbone, heads=own.heads, **given)
+        model.thresholds = [float(t) for t in row.thresholds]
     except DynnetError as error:
-        raise CheckpointError(
-            f"{file.path!r} was saved for {about.backbone}, which does not fit the given backbone: {error}"
-        ) from error
-    try:
-        if about.regions not in (None, _regions(model)):
-            raise CheckpointError(
-                f"{file.path!r} has gates for regions {about.regions}, here they would be {_regions(model)}; it was "
-                f"saved with {about.versions}"
-            )
-        _as_saved(model, file)
-    except CheckpointError:
-        model.unwrap()
-        raise
+        raise CheckpointError(f"{str(path)!r} holds models that cannot stand in a row: {error}") from error
+    model.calibration = row.calibration
+    tell_void(model, path)
     return model
-
-
-def _as_saved(model: nn.Module, file: _File) -> None:
-    """Fold what was folded, in place; then the weights fit."""
-    about = file.about
-    try:
-        fold_again_(model, about.folded, file.outline.keys())
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{file.path!r} was saved folded, which this {about.backbone} cannot be: {error}; it was saved "
-            f"with {about.versions}"
-        ) from error
-    check_weights(model, file.outline, file.path)
-
-
-def _retype(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a model's tensors the types of those that it will be given."""
-    for name, own in model.state_dict(keep_vars=True).items():
-        if name in tensors:
-            own.data = own.data.to(tensors[name].dtype)
-
-
-def _regions(model: DynamicModel) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """What each gate network decides."""
-    return () if model.gates is None else tuple((r.layer, tuple(r.groups)) for r in model.gates.plan.regions)

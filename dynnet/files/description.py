@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from dynnet.backbone.chain import Combine
 from dynnet.backbone.host import Preparation
 from dynnet.belongings import Threshold, Told
 from dynnet.errors import CheckpointError, SchemaError
@@ -16,6 +17,7 @@ from dynnet.pruning.shape import Shape
 from dynnet.schema import between, typed
 
 Side = Annotated[int, between(1, 2**14)]
+_LONGEST = 16  # members of a cascade
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,54 @@ class Description:
         except (SchemaError, TypeError, ValueError) as error:
             raise CheckpointError(f"a file cannot say this of a model: {error}") from error
         return told
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a file says of a cascade.
+
+    Attributes:
+        members: what it would say of each, in order; the tensors of number i are named "members.i. ...".
+        combine, confidence, input_sizes: as for `dynnet.cascade`.
+        thresholds, calibration: of all exits.
+    """
+
+    kind: Literal["cascade"]
+    members: tuple[Description, ...]
+    combine: Combine
+    confidence: str
+    input_sizes: tuple[tuple[Side, Side, Side], ...]
+    thresholds: tuple[Threshold, ...]
+    calibration: Told | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `row_of` reads back; errors as for `Description.to_json`."""
+        return {**asdict(self), "members": [member.to_json() for member in self.members]}
+
+
+def row_of(about: dict[str, Any], path: str | Path) -> Row:
+    """What a file says of its cascade.
+
+    Raises:
+        CheckpointError: it has another form.
+    """
+    members = about.get("members")
+    if not isinstance(members, list) or not 2 <= len(members) <= _LONGEST or not all(map(_is_mapping, members)):
+        raise CheckpointError(
+            f"{str(path)!r} holds a cascade that is none of 2 to {_LONGEST} models; take another copy"
+        )
+    read = tuple(description_of(member, f"{path}, member {number}") for number, member in enumerate(members))
+    try:
+        found: Row = typed(Row, {**about, "members": []})
+        if len(found.input_sizes) != len(read):
+            raise SchemaError(f"it has {len(found.input_sizes)} sizes for {len(read)} members")
+    except SchemaError as error:
+        raise CheckpointError(f"{str(path)!r} says of its model what cannot be: {error}; take another copy") from error
+    return replace(found, members=read)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def description_of(about: dict[str, Any], path: str | Path) -> Description:
