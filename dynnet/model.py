@@ -225,8 +225,9 @@ class DynamicModel(Hosted):
     def learn_size(self, size: tuple[int, ...], seen: Trace, noted: frozenset[Line]) -> Size:
         """Know images of a size from a dry run in which all heads answered, and where sizes of the batch were noted."""
         plan = None if self.gates is None else self.gates.plan
-        gated = ((), ()) if plan is None else (plan.switches(), plan.deciders())
-        found = Size(price(seen, self.exits, *gated, first=exits_before(self.backbone, self.exits)), noted)
+        switches, deciders = ((), ()) if plan is None else (plan.switches(), plan.deciders())
+        first = exits_before(self.backbone, self.exits)
+        found = Size(price(seen, self.exits, switches, deciders, first), noted)
         self._sizes.put(size, found)
         return found
 
