@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from dynnet.backbone.chain import Chain, Combine, Entry
+from dynnet.backbone.chain import Chain, Combine, Entry, Join
 from dynnet.backbone.host import preparation_of
 from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.names import title
@@ -55,7 +55,7 @@ def cascade(
         members: two or more, the cheapest first: plain or pruned timm models, or wrapped ones with exits, gates or
             both. They are copied, and left as they are. The same model may come twice, at two sizes.
         combine: "last": the answer of the last member asked counts; "mean": the mean of the probabilities of all that
-            were asked.
+            were asked, also at exits inside of members.
         confidence: as for `dynnet.wrap`; by default what wrapped members have, else "max_probability".
         input_sizes: (C, H, W) of each member's images; by default what it was made for. An image comes in once, at the
             largest size, prepared as for the last member, and is resized inside.
@@ -66,18 +66,13 @@ def cascade(
         compared.
 
     Raises:
-        CascadeError: fewer than two members, one that is a cascade or in train mode, classes, channels, confidences or
-            kinds of gates that differ, exits inside of later members where answers are joined.
+        CascadeError: fewer than two members, one that is a cascade or in train mode, or classes, channels, confidences
+            or kinds of gates that differ.
         ExitError: a member that cannot run on its size.
     """
     if combine not in get_args(Combine):
         raise CascadeError(f"combine={combine!r}: choose from {', '.join(get_args(Combine))}")
     taken = _taken(members, input_sizes)
-    if combine == "mean" and any(one.exits for one in taken[1:]):
-        raise CascadeError(
-            "combine='mean' joins whole answers, but a member after the first has exits of its own; give its backbone "
-            "without exits (unwrap()), or combine='last'"
-        )
     size = max((one.size for one in taken), key=lambda size: size[1] * size[2])
     last = taken[-1]
     preparation = {**preparation_of(last.backbone), "input_size": size, **_names(taken)}
@@ -88,8 +83,10 @@ def cascade(
     thresholds: dict[str, float] = {}
     heads: dict[str, nn.Module] = {}
     for number, one in enumerate(taken):
+        before = len(heads) - 1  # where the member before has answered
         for name, head, threshold in one.exits:
-            heads[f"members.{number}.{name}"], thresholds[f"members.{number}.{name}"] = head, threshold
+            joined = head if combine == "last" or number == 0 else JoinedHead(head, before, number)
+            heads[f"members.{number}.{name}"], thresholds[f"members.{number}.{name}"] = joined, threshold
         if one is not last:
             heads[chain.end(number)], thresholds[chain.end(number)] = Said(), float("inf")
 
@@ -117,7 +114,7 @@ def members_of(model: DynamicModel) -> list[nn.Module]:
     for number, (member, config) in enumerate(zip(chain.members, chain.wraps, strict=True)):
         prefix = f"members.{number}."
         inside = {
-            name.removeprefix(prefix): (head, threshold)
+            name.removeprefix(prefix): (head.head if isinstance(head, JoinedHead) else head, threshold)
             for name, head, threshold in zip(twin.exits, twin.heads, twin.thresholds, strict=True)
             if name.startswith(prefix)
         }
@@ -140,6 +137,28 @@ def _heads(there: Mapping[str, nn.Module]) -> HeadFactory:
         return there[boundary.name]
 
     return build
+
+
+class JoinedHead(nn.Module):
+    """An exit inside of a member, of which the answer is joined to those of the members before.
+
+    Attributes:
+        joins: the number of the exit at which these have answered.
+
+    Args:
+        head: of the exit.
+        joins: as above.
+        number: of the members before.
+    """
+
+    def __init__(self, head: nn.Module, joins: int, number: int) -> None:
+        super().__init__()
+        self.head, self.joins, self.join = head, joins, Join(number)
+
+    def forward(self, output: Any, before: Tensor) -> Tensor:
+        """The boundary's output, and (B, K) of those before, to (B, K)."""
+        joined: Tensor = self.join(before, self.head(output))
+        return joined
 
 
 class Said(nn.Module):

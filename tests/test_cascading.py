@@ -107,6 +107,31 @@ def test_exits_and_gates_of_members_go_on_deciding(gates: str | None) -> None:
 
 
 @torch.no_grad()
+def test_answers_inside_of_members_are_joined_too() -> None:
+    small, member, x = alive(SMALL, 0), wrapped(), images()
+    model = dynnet.cascade([small, member], combine="mean")
+    first = small(x).softmax(1)
+    alone = [logits.softmax(1) for logits in member.forward_exits(x).logits]
+    expected = [first, *((first + one) / 2 for one in alone)]
+    found = [logits.softmax(1) for logits in model.forward_exits(x).logits]
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+    taken = leave_one_by_one(model, x)
+    answers = model.predict(x)
+    assert answers.exit.tolist() == taken.tolist()
+    assert set(taken.tolist()) == {0, 1, 2, 3}
+    right = torch.stack(expected)[taken, torch.arange(len(x))]
+    torch.testing.assert_close(answers.logits.softmax(1), right, atol=1e-5, rtol=0)
+    # Where nobody leaves at the end of the first member, its answer is there all the same.
+    model.thresholds = [float("inf"), *model.thresholds[1:]]
+    late = model.predict(x)
+    assert set(late.exit.tolist()) <= {1, 2, 3}
+    right = torch.stack(expected)[late.exit, torch.arange(len(x))]
+    torch.testing.assert_close(late.logits.softmax(1), right, atol=1e-5, rtol=0)
+    assert all(check.kept for check in dynnet.verify(model, x).checks)
+
+
+@torch.no_grad()
 def test_a_member_gets_images_as_it_was_made_for_them() -> None:
     small, large = alive(SMALL, 0), alive(LARGE, 1)
     prepare_(small, {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.4, 0.2)})
@@ -161,7 +186,8 @@ def test_a_file_holds_it(kind: str, tmp_path: Path) -> None:
         thin = dynnet.prune(alive(LARGE, 1), macs=0.5, criterion="l1", input_size=LARGE.size)
         model = dynnet.cascade([alive(SMALL, 0), thin])
     elif kind in ("wrapped", "gated"):
-        model = dynnet.cascade([alive(SMALL, 0), wrapped("channel" if kind == "gated" else None)])
+        combine = "mean" if kind == "wrapped" else "last"
+        model = dynnet.cascade([alive(SMALL, 0), wrapped("channel" if kind == "gated" else None)], combine=combine)
     else:
         model = pair(combine="mean" if kind == "mean" else "last", input_sizes=[(3, 16, 16), (3, 32, 32)])
     leave_one_by_one(model, x)
@@ -223,10 +249,11 @@ def test_it_can_be_taken_apart() -> None:
 
 def test_it_is_exported_as_stages_in_a_row(tmp_path: Path) -> None:
     x = images()
-    model = dynnet.cascade([alive(SMALL, 0), wrapped()], input_sizes=[(3, 16, 16), (3, 32, 32)])
+    model = dynnet.cascade([alive(SMALL, 0), wrapped()], input_sizes=[(3, 16, 16), (3, 32, 32)], combine="mean")
     leave_one_by_one(model, x)
+    model.thresholds = [float("inf"), *model.thresholds[1:]]  # off, but joined later
     manifest = dynnet.export(model, tmp_path / "stages")
-    assert len(manifest.stages) == 4
+    assert len(manifest.stages) == 3
     assert manifest.dense_macs == model.ledger().dense
     mine, theirs = Runner(tmp_path / "stages", threads=1).predict(x.numpy()), model.predict(x)
     assert mine.exit.tolist() == theirs.exit.tolist()
@@ -264,7 +291,6 @@ def test_its_time_is_compared_with_the_last_members(monkeypatch: pytest.MonkeyPa
         (lambda: pair(input_sizes=[(3, 32, 32)]), "got 1 input_sizes for 2 members"),
         (lambda: dynnet.cascade([pair(), alive(LARGE, 1)]), "member 0 is a cascade itself"),
         (lambda: dynnet.cascade([alive(SMALL, 0), alive(LARGE, 1).train()]), "member 1, .* is in train mode"),
-        (lambda: dynnet.cascade([alive(SMALL, 0), wrapped()], combine="mean"), "has exits of its own"),
         (lambda: dynnet.cascade([alive(SMALL, 0), wrapped().backbone]), "member 1 is the backbone of a wrapped model"),
         (
             lambda: dynnet.cascade([alive(LARGE, 1), few_classes()], input_sizes=[LARGE.size] * 2),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from dynnet.backbone.twin import copy_of
+from dynnet.exits.calls import Heads
 from dynnet.exits.confidence import Measure
 from dynnet.exits.rows import Rows
 from dynnet.gates.decisions import Decisions
@@ -36,8 +37,10 @@ class Whole(nn.Module):
         self.exits = [*(i for i, on in enumerate(model.running) if on), len(model.exits)]
         names, self.measure, self.heads, self.gates = model.exits, model.measure, model.heads, model.gates
         self.backbone = model.unwrap()
-        for index in self.exits[:-1]:
-            self.backbone.get_submodule(names[index]).register_forward_hook(self._hook(index))
+        self._joined = Heads(list(self.heads))
+        for index, name in enumerate(names):
+            if index in self.exits or self._joined.wanted(index):
+                self.backbone.get_submodule(name).register_forward_hook(self._hook(index))
         self._call = _Call()
         for site in self.gates.plan.sites if isinstance(self.gates, Gates) else ():
             layer: Any = self.backbone.get_submodule(site.layer)
@@ -47,7 +50,9 @@ class Whole(nn.Module):
 
     def _hook(self, index: int) -> Any:
         def answer(module: nn.Module, args: Any, output: Any) -> None:
-            self._answer(self.heads[index](output))
+            logits = self._joined(index, output)
+            if index in self.exits:
+                self._answer(logits)
 
         return answer
 

@@ -20,6 +20,37 @@ from dynnet.exits.flow import Finished, Flow, Gating, Tag, thinned
 from dynnet.exits.rows import leaves
 
 
+class Heads:
+    """The heads of one call. Some join their answer to that of an earlier exit, their attribute `joins`, which is kept
+    for them as long as its rows are here.
+
+    Args:
+        heads: one for each exit.
+    """
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        self._heads = heads
+        self._joins = [getattr(head, "joins", None) for head in heads]
+        self._before: dict[int, Tensor] = {}
+
+    def wanted(self, index: int) -> bool:
+        """Does a later head join the answer of this one, whether anybody leaves here or not?"""
+        return index in self._joins
+
+    def __call__(self, index: int, output: Any) -> Tensor:
+        """(b, K) of one exit."""
+        before = self._joins[index]
+        given = () if before is None else (self._before[before],)
+        logits: Tensor = self._heads[index](output, *given)
+        if self.wanted(index):
+            self._before[index] = logits
+        return logits
+
+    def keep(self, kept: Tensor) -> None:
+        """Rows have left; (b',) are those that stay."""
+        self._before = {index: logits[kept] for index, logits in self._before.items()}
+
+
 class EveryExit(Flow):
     """All heads answer, all samples go on."""
 
@@ -27,23 +58,23 @@ class EveryExit(Flow):
         self, tag: Tag, images: Sequence[int], decisions: Gating | None, heads: Sequence[nn.Module], equilibrium: bool
     ) -> None:
         super().__init__(tag, images, decisions)
-        self.heads, self.equilibrium = heads, equilibrium
+        self.heads, self.count, self.equilibrium = Heads(heads), len(heads), equilibrium
         self.logits: list[Tensor] = []
 
     def reach(self, index: int, output: Any, batched: Sequence[tuple[int, int]]) -> Any:
         if not self.learns:
-            self.logits.append(self.heads[index](output))
+            self.logits.append(self.heads(index, output))
             return None
         onward = None
         with aside():
             # A backbone may go on in place (an activation, say): that must not touch what a head keeps for backward.
             if self.equilibrium:
-                behind = len(self.heads) - index  # classifiers after this one
+                behind = self.count - index  # classifiers after this one
                 onward = _scale_gradients(output, behind / (behind + 1))
                 output = _scale_gradients(output, 1 / (behind + 1))
             else:
                 output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
-            self.logits.append(self.heads[index](output))
+            self.logits.append(self.heads(index, output))
         return onward
 
 
@@ -61,16 +92,18 @@ class Answering(Flow):
         active: Sequence[bool],
     ) -> None:
         super().__init__(tag, images, decisions)
-        self.heads, self.measure, self.thresholds, self.active = heads, measure, thresholds, active
+        self.heads, self.measure, self.thresholds, self.active = Heads(heads), measure, thresholds, active
         self.memory: Tensor | None = None
         # Of each group that left, in that order; confidence is None where nobody has asked yet.
         self.answers: list[tuple[Tensor, Tensor | None]] = []
 
     def reach(self, index: int, output: Any, batched: Sequence[tuple[int, int]]) -> Any:
-        if not self.active[index]:
+        if not self.active[index] and not self.heads.wanted(index):
             return None
         with aside() if self.learns else nullcontext():
-            logits = self.heads[index](output)
+            logits = self.heads(index, output)
+            if not self.active[index]:
+                return None
             confidence, memory = self.measure(logits, self.memory)
         # The one synchronisation of an exit. For a single sample Python compares, in less time than operators take.
         single = len(confidence) == 1
@@ -90,6 +123,7 @@ class Answering(Flow):
         gone, kept = self.rows.leave(index, leaving)
         self.answers.append((logits[gone], confidence[gone]))
         self.memory = None if memory is None else memory[kept]
+        self.heads.keep(kept)
         return thinned(output, batched, kept)
 
     def finish(self, logits: Tensor) -> None:
