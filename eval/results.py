@@ -167,7 +167,7 @@ def _summary(run: Run, measured: Measurement, table: Columns) -> dict[str, Any]:
         "backbone_kwargs": recipe.backbone.kwargs,
         "dataset": run.data.label,
         "test_images": len(measured.exit),
-        "epochs": recipe.heads.epochs + recipe.joint.epochs,
+        **({} if recipe.cascade.members else {"epochs": recipe.heads.epochs + recipe.joint.epochs}),
         "exits": list(model.exits),
         "thresholds": [to_json(t) for t in model.thresholds],
         "confidence": model.config.confidence,

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import yaml
 
+from dynnet.backbone.chain import Combine
 from dynnet.certificate import Harm
 from dynnet.errors import RecipeError
 from dynnet.learning.data import DataConfig
@@ -103,6 +104,21 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True)
+class CascadeConfig:
+    """What `training.cascade` puts in a row, see `dynnet.cascade`.
+
+    Attributes:
+        members: models of the zoo, or folders of runs, the cheapest first.
+        combine: "last" or "mean".
+        input_sizes: of their images (C, H, W), where they are others than those that they were trained on.
+    """
+
+    members: tuple[str, ...] = ()
+    combine: Combine = "last"
+    input_sizes: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class PruningConfig(CutConfig):
     """What `training.prune` takes away, and how: `dynnet.pruning.config.CutConfig`, and
 
@@ -163,6 +179,7 @@ class Recipe:
         heads: trains the heads on the frozen backbone.
         joint: trains everything together.
         calibration: for the thresholds that are saved with the model.
+        cascade: what `training.cascade` puts in a row.
         pruning: what `training.prune` does after the dense stage.
         finetune: trains what pruning has left, all cuts together.
         amp: bfloat16 autocast.
@@ -184,6 +201,7 @@ class Recipe:
     heads: StageConfig = field(default_factory=StageConfig)
     joint: StageConfig = field(default_factory=StageConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     finetune: StageConfig = field(default_factory=StageConfig)
     amp: bool = False
