@@ -1,7 +1,7 @@
 """Put trained models in a row, and fit all of their thresholds together.
 
     python -m training.cascade --recipe models/cifar10-cascade/recipe.yaml --data path/to/cifar10 --out runs/row
-    python -m training.cascade --recipe models/cifar10-cascade/recipe.yaml --data path/to/cifar10 --out runs/row
+    python -m training.cascade --recipe ... --cascade.members [runs/thin, runs/large] --calibration.latency 0.3 ...
 
 Members are named by the recipe: models of the zoo, or folders of runs, the cheapest first. Nothing is trained. They
 must have been trained on the recipe's data, with the same images held out. The folder of the run holds recipe.yaml
