@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import timm
 import torch
@@ -62,8 +62,8 @@ def export(
             are zero in an engine, but computed, and billed: a warning says so. A measure of confidence that is Python
             code, which no graph can hold, is left to `Runner(folder, confidence=...)`.
         folder: to be made, with a stage a file, manifest.json and a README.md. It is there when it is whole.
-        engine: "onnxruntime", "openvino" or "torch". Stages for "torch" are compiled when they are checked, which takes
-            from seconds to minutes.
+        engine: "onnxruntime", "openvino" or "torch". On a GPU stages for "torch" are compiled when they are checked,
+            which takes from seconds to minutes.
         exits: "running" leaves out exits that are switched off; "all" gives them stages too, so that they can be
             switched on afterwards. Thresholds of the others can always be changed.
         input_size: (C, H, W) of a plain model's images; by default what it was made for.
@@ -196,28 +196,28 @@ def _version(package: str) -> str:
 def _readme(manifest: Manifest) -> str:
     """How to run it."""
     channels, height, width = manifest.input_size
-    prepared: dict[str, Any] = {key: manifest.preparation.get(key) for key in ("mean", "std")}
+    known = {key: manifest.preparation[key] for key in ("mean", "std") if key in manifest.preparation}
+    prepared = "".join(f"    {key} = {value}\n" for key, value in known.items())
+    if prepared:
+        prepared = f"\nImages in [0, 1] are prepared as (image - mean) / std a channel, with\n\n{prepared}"
     lines = [
         f"- `{part.file}`: {_end(part, manifest)}, {part.macs / 1e6:.2f} MMAC a sample that answers there"
         for part in manifest.stages
     ]
+    given = ", confidence=measure)  # (b, K) logits to (b,), which no graph could hold" if manifest.on_host else ")"
+    in_int8 = "Weights and features are in int8. " if manifest.precision == "int8" else ""
     return f"""# {manifest.model}, in stages
 
 {chr(10).join(lines)}
 
-Run it with {_needed(manifest.engine)}:
+{in_int8}Run it with {_needed(manifest.engine)}:
 
     from dynnet.deploy import Runner
 
-    runner = Runner("this folder")
+    runner = Runner("this folder"{given}
     prediction = runner.predict(images)  # float32 (B, {channels}, {height}, {width})
     prediction.logits, prediction.exit, prediction.confidence, prediction.macs
-
-Images in [0, 1] are prepared as (image - mean) / std a channel, with
-
-    mean = {prepared["mean"]}
-    std = {prepared["std"]}
-
+{prepared}
 `runner.thresholds` can be changed: a sample leaves at the first exit whose confidence ({manifest.confidence}) reaches
 its threshold. `manifest.json` says everything else.
 """

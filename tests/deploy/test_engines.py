@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +23,6 @@ from tests.exported import SIZE, agree, two_exits
 OTHERS = [name for name in ENGINES if name != "onnxruntime"]  # which test_exporting.py is about
 
 
-@pytest.fixture(autouse=True)
-def as_it_is() -> Iterator[None]:
-    """Graphs of PyTorch are not compiled, which takes long."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def model() -> dynnet.DynamicModel:
     return two_exits(images(21))
@@ -39,8 +31,7 @@ def model() -> dynnet.DynamicModel:
 @pytest.fixture(scope="module", params=OTHERS)
 def folder(request: pytest.FixtureRequest, model: dynnet.DynamicModel, tmp_path_factory: Any) -> Path:
     path = tmp_path_factory.mktemp(request.param) / "stages"
-    with torch.compiler.set_stance("force_eager"):
-        manifest = dynnet.export(model, path, engine=request.param)
+    manifest = dynnet.export(model, path, engine=request.param)
     assert manifest.engine == request.param
     assert request.param in manifest.versions
     return path

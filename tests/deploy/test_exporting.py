@@ -122,6 +122,16 @@ print(Runner({str(folder)!r}, threads=1).predict(np.load({str(tmp_path / "x.npy"
     assert json.loads(told) == model.predict(images()).exit.tolist()
 
 
+def test_the_folder_says_how_to_run_it(folder: Path) -> None:
+    text = (folder / "README.md").read_text()
+    assert "    mean = (0.5, 0.5, 0.5)\n" in text
+    assert "\n\n\n" not in text
+    block = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") and " = (" not in line)
+    found: dict[str, Any] = {"images": images().numpy()}
+    exec(block.replace("this folder", str(folder)), found)
+    assert found["prediction"].logits.shape == (12, 4)
+
+
 def test_threads_share_a_runner(folder: Path) -> None:
     runner = Runner(folder, threads=1)
     expected, found = runner.predict(images().numpy()), []

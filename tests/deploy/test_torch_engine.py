@@ -114,6 +114,7 @@ def test_without_a_compiler_stages_run_as_they_are(
 
         return run
 
+    monkeypatch.setattr(torch_engine, "_gains", lambda device: True)
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.warns(UserWarning, match="torch.compile failed, and a stage runs as it is.*no compiler was found"):
         dynnet.export(model, tmp_path / "stages", engine="torch")
@@ -125,7 +126,10 @@ def test_without_a_compiler_stages_run_as_they_are(
 
 
 @pytest.mark.sweep
-def test_compiled_stages_answer_as_the_model_does(model: dynnet.DynamicModel, tmp_path: Path) -> None:
+def test_compiled_stages_answer_as_the_model_does(
+    model: dynnet.DynamicModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "_gains", lambda device: True)
     dynnet.export(model, tmp_path / "stages", engine="torch")
     runner = Runner(tmp_path / "stages", threads=1)
     for count in (5, 1, 12, 7):

@@ -1,7 +1,7 @@
-"""PyTorch: stages as graphs of its own operators, compiled by torch.compile, on a GPU where there is one.
+"""PyTorch: stages as graphs of its own operators, on a GPU where there is one, and there compiled by torch.compile.
 
-The first batch of a stage compiles it, which takes seconds; one of a single sample compiles it once more. Under
-`torch.compiler.set_stance("force_eager")`, and where no compiler is installed, graphs run as they are.
+The first batch of a stage compiles it, which takes seconds; one of a single sample compiles it once more. On a CPU, and
+where no compiler is installed, graphs run as they are.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TorchSession:
     def __init__(self, path: Path, threads: int | None) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._graph = read_graph(path, self._device)
-        self._compiled: Any = torch.compile(self._graph, dynamic=True)
+        self._compiled: Any = torch.compile(self._graph, dynamic=True) if _gains(self._device) else None
         self._threads = threads
 
     @torch.no_grad()
@@ -76,6 +76,11 @@ class TorchSession:
                 )
                 return made
         return self._graph(*tensors)
+
+
+def _gains(device: torch.device) -> bool:
+    """Is it worth to compile? On a CPU it gained 5% at most, for minutes of compiling."""
+    return device.type == "cuda"
 
 
 def open_stage(path: Path, threads: int | None, stage: Any) -> TorchSession:
