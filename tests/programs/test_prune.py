@@ -100,8 +100,8 @@ def test_what_is_looked_at_is_shuffled(
 
     def looking(name: str, call: Any) -> Any:
         def looked(model: Any, *args: Any, loader: Any = None, **kwargs: Any) -> Any:
-            images = args[0] if loader is None and name != "export" else loader or ()
-            seen[name] = [row for batch in images for row in batch.ids.tolist()]
+            images = args[0] if args and name != "export" else loader
+            seen[name] = [row for batch in images or () for row in batch.ids.tolist()]
             return call(model, *args, **kwargs, **({} if loader is None else {"loader": loader}))
 
         return looked
@@ -110,7 +110,7 @@ def test_what_is_looked_at_is_shuffled(
         monkeypatch.setattr(module, name, looking(name, getattr(module, name)))
     pruned(dense, tmp_path / "run", "--method", method, "--pruning.int8=true")
     assert seen.keys() == {"prune", "recalibrate_", "export"}
-    assert all(len(rows) > 500 and rows != sorted(rows) for rows in seen.values())
+    assert all(len(rows) > 200 and rows != sorted(rows) for rows in seen.values())
 
 
 def test_blocks_go(dense: tuple[Path, str], tmp_path: Path) -> None:

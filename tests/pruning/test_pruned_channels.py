@@ -308,6 +308,6 @@ def test_a_share_of_time_is_of_the_other_model(monkeypatch: pytest.MonkeyPatch) 
         run(batch)
         return 2.0 if run is model else 8.0
 
-    monkeypatch.setattr(importlib.import_module("dynnet.evaluation.timing"), "_timed", timed)
+    monkeypatch.setattr(importlib.import_module("dynnet.deploy.turns"), "_timed", timed)
     assert time_share(model, other, CHAIN) == 0.25
     assert set(images) == {(1, *CHAIN)}
