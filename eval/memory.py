@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # ru
 """
 
 
+@functools.cache
 def peak_memory(folder: Path, threads: int, size: int, calls: int = 5) -> float:
     """Mebibytes at the peak, everything included, in a process of its own, without torch: batches of noise are answered
     as thresholds say, and all the way to the end.

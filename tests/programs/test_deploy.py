@@ -52,14 +52,14 @@ def test_a_run_is_exported_verified_and_timed(run: Path, tmp_path: Path, capsys:
 
 def test_untrained_models_run_scenarios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = tmp_path / "figures.json"
-    deploy.main(model="cifar_resnet20", exits=1, batch=[2], calls=1, eager=False, json=figures)
+    deploy.main(model="test_resnet", exits=1, batch=[2], calls=1, eager=False, json=figures)
     found = json.loads(figures.read_text())
     assert [row["scenario"].split(" at ")[0] for row in found["timed"]] == ["nobody leaves", "half leaves", "all leave"]
     saved = [row["macs_saved"] for row in found["timed"]]
     assert saved[0] < 0 < saved[1] <= saved[2]  # untrained heads may be as sure of the other image
     assert found["agreement"]["images"] == 64
     assert found["agreement"]["other_exit"] == 0
-    latency.main(model="cifar_resnet20", exits=1, batch=[2], calls=1, engine="onnxruntime", out=figures)
+    latency.main(model="test_resnet", exits=1, batch=[2], calls=1, engine="onnxruntime", out=figures)
     again = [row["macs_saved"] for row in json.loads(figures.read_text())]
     assert (again[0], again[2]) == (saved[0], saved[2])
     assert all(row["setting"]["engine"].startswith("onnxruntime") for row in json.loads(figures.read_text()))
@@ -104,10 +104,15 @@ def test_a_report_tells_why_there_are_no_times_in_an_engine(monkeypatch: pytest.
     assert found == {"engine": None, "engine_reason": "engine 'onnxruntime' is not installed"}
 
 
-def test_leaving_is_timed_at_every_exit() -> None:
+def test_leaving_is_timed_at_every_exit_and_pruned_models_beside(tmp_path: Path) -> None:
     model = wrapped()
     model.thresholds = [float("inf")]
-    found = time_in_engine(model, torch.randn(3, *SIZE))["engine"]
+    dynnet.export(tiny(), tmp_path / "int8", int8=True, loader=[torch.randn(64, *SIZE)], input_size=SIZE)
+    row = {"name": "thin", "method": "l1 + int8", "accuracy": 0.5, "epochs": 1, "dynamic": False}
+    static = [{**row, "file": str(tmp_path / "int8")}]
+    found = time_in_engine(model, torch.randn(3, *SIZE), static)["engine"]
+    assert [(one["name"], one["ms"] > 0) for one in found["static"]] == [("thin", True)]
+    assert found["left_out"] == []
     assert len(found["leaving_ms"]) == 2
     assert found["switched_off"] == ["0"]
     assert min(found["dense_ms"], found["ms"], *found["leaving_ms"]) > 0

