@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -95,6 +96,7 @@ class OnnxSession:
         # Every stage has threads of its own, and only one works at a time: they shall not wait at full speed. (One pool
         # for all would do the same, but no other session of the process could have its own any more.)
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        _share_memory(options)
         wanted = _providers()
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=wanted)
@@ -107,6 +109,20 @@ class OnnxSession:
 
     def run(self, tensors: Sequence[np.ndarray]) -> list[np.ndarray]:
         return list(self._session.run(None, dict(zip(self._names, tensors, strict=True))))
+
+
+def _share_memory(options: Any) -> None:
+    """Let a session take its memory from one pool for all stages, of which one works at a time: each with a pool of its
+    own would hold as much as it ever needed. Sessions that do not ask for the pool are left alone."""
+    _register_pool()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+
+
+@functools.cache
+def _register_pool() -> None:
+    kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    where = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+    onnxruntime.create_and_register_allocator(where, None)
 
 
 def open_stage(path: Path, threads: int | None, stage: Any) -> OnnxSession:
