@@ -42,7 +42,7 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
         The copy, in eval mode. Its answers are the same to rounding; it is not for training.
     """
     folded = copy_of(model).eval()
-    seen = whole_run(folded, input_size)
+    seen = _whole_run(folded, input_size)
     modules = dict(folded.named_modules())
     for conv_name, norm_name in _pairs(seen, modules):
         conv, norm = modules[conv_name], cast(Any, modules[norm_name])
@@ -57,7 +57,7 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
     return folded
 
 
-def whole_run(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Trace:
+def _whole_run(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Trace:
     """A dry run of a model, of a wrapped one with all of its exits; by default on the size that it was made for."""
     if isinstance(model, DynamicModel):
         return trace(model, input_size or model.input_size, BATCH, DynamicModel.run_every_exit)
@@ -114,10 +114,10 @@ def _pairs(seen: Trace, modules: dict[str, nn.Module]) -> list[tuple[str, str]]:
     found = []
     for index, call in enumerate(seen.calls):
         norm = modules[call.name]
-        if call.name not in once or not is_batch_norm(norm) or is_hooked(norm):
+        if call.name not in once or not is_batch_norm(norm) or _is_hooked(norm):
             continue
         maker = makers.get(call.inputs.get(0, -1))
-        if maker is None or is_hooked(modules[maker.name]):
+        if maker is None or _is_hooked(modules[maker.name]):
             continue
         readers = {reader for _, reader in seen.lives[call.inputs[0]].readers}
         if readers == {index}:
@@ -131,7 +131,7 @@ def _is_conv(module: nn.Module) -> bool:
     return kind is not None and isinstance(module, nn.Conv2d) and kind.is_plain(module)
 
 
-def is_hooked(module: nn.Module) -> bool:
+def _is_hooked(module: nn.Module) -> bool:
     """Does somebody listen to a layer, or stand in for its forward, so that nothing else may take its place?"""
     instead = vars(module).get("forward")
     heard = module._forward_hooks or module._forward_pre_hooks

@@ -62,6 +62,25 @@ def test_the_page_stands_alone(reported: Path) -> None:
     assert len(list(reported.glob("*.png"))) == 8
 
 
+@pytest.mark.parametrize(
+    ("goal", "value", "told"),
+    [
+        ("budget", 0.5, "held-out images for a budget of 50% of the MACs."),
+        ("accuracy_drop", 0.005, "an accuracy drop of at most 0.5 points."),
+        ("risk", 0.01, "a risk of at most 1%."),
+        ("latency", 0.4, "40% of the bare backbone&#39;s mean time in onnxruntime 1.2, in batches of 8."),
+    ],
+)
+def test_the_page_says_what_thresholds_are_for(goal: str, value: float, told: str, reported: Path) -> None:
+    results = report.read_report(reported / "results.json")
+    clocked = {"engine": "onnxruntime 1.2", "batch_size": 8} if goal == "latency" else None
+    results["calibration"] = {**results["calibration"], "goal": goal, "value": value, "clocked": clocked}
+    results["thresholds"] = [0.5, "inf"]
+    text = " ".join(report.page(results, reported, [path.stem for path in reported.glob("*.png")]).split())
+    assert told.replace("&#39;", "'") in text.replace("&#39;", "'")
+    assert f"Switched off, as its head costs more than it saves: {results['exits'][1]}." in text
+
+
 def test_figures_are_redrawn_from_the_table_alone(reported: Path, run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "report"
     copy.mkdir()
