@@ -169,7 +169,9 @@ class _Cutter:
                 f"{node.name}, of shape {tuple(map(str, shape))}, goes on behind an exit, and has "
                 f"{len(dims) or 'no'} dimensions of the batch: samples cannot leave it one by one; choose other exits"
             )
-        return Port(node.name, dims[0], self._factor(shape[dims[0]]))
+        # Whoever writes a stage for an engine gives what is inside of it names like the whole graph's.
+        name = "images" if node is self.images else f"cut_{node.name}"
+        return Port(name, dims[0], self._factor(shape[dims[0]]))
 
     def _factor(self, length: Any) -> int:
         """How many times the number of samples it is."""

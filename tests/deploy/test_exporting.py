@@ -122,6 +122,15 @@ print(Runner({str(folder)!r}, threads=1).predict(np.load({str(tmp_path / "x.npy"
     assert json.loads(told) == model.predict(images()).exit.tolist()
 
 
+def test_what_crosses_has_names_of_its_own(tmp_path: Path) -> None:
+    case = Case("dla46x_c")  # in which a value inside of a stage would be named as one that it takes
+    model = case.wrapped()
+    leave_one_by_one(model, case.images(6))
+    manifest = dynnet.export(model, tmp_path / "stages")
+    assert manifest.stages[0].takes[0].name == "images"
+    agree(Runner(tmp_path / "stages", threads=1), model, case.images(6))
+
+
 def test_the_folder_says_how_to_run_it(folder: Path) -> None:
     text = (folder / "README.md").read_text()
     assert "    mean = (0.5, 0.5, 0.5)\n" in text
