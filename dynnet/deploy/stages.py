@@ -135,7 +135,10 @@ class _Cutter:
                 made[node] = size() if factor == 1 else graph.call_function(operator.mul, (size(), factor))
             else:
                 args, kwargs = (fx.node.map_arg(given, bring) for given in (node.args, node.kwargs))
-                made[node] = graph.call_function(node.target, args, kwargs)
+                # What was a view of a tensor as the model lays it out need be none of one as an engine hands it on.
+                viewed = node.target is torch.ops.aten.view.default
+                target = torch.ops.aten.reshape.default if viewed else node.target
+                made[node] = graph.call_function(target, args, kwargs)
             made[node].meta = dict(node.meta) if isinstance(made[node], fx.Node) else {}
             return made[node]
 

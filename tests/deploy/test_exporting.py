@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 
 import dynnet
 from dynnet.deploy import Runner
@@ -129,6 +130,27 @@ def test_what_crosses_has_names_of_its_own(tmp_path: Path) -> None:
     manifest = dynnet.export(model, tmp_path / "stages")
     assert manifest.stages[0].takes[0].name == "images"
     agree(Runner(tmp_path / "stages", threads=1), model, case.images(6))
+
+
+class Turned(nn.Module):
+    """To the last dimension, and back in another shape."""
+
+    def __init__(self, back: bool) -> None:
+        super().__init__()
+        self.back = back
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 3, 1, 2).reshape(x.shape[0], 2048) if self.back else x.permute(0, 2, 3, 1)
+
+
+def test_views_of_what_crosses_need_not_stay_views(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), Turned(back=False))  # still laid out as it was before
+    second = nn.Sequential(Turned(back=True), nn.Linear(2048, 4))
+    model = dynnet.wrap(nn.Sequential(first, second).eval(), ["0"], input_size=SIZE)
+    leave_one_by_one(model, images())
+    dynnet.export(model, tmp_path / "stages")
+    agree(Runner(tmp_path / "stages", threads=1), model, images())
 
 
 def test_the_folder_says_how_to_run_it(folder: Path) -> None:
