@@ -153,6 +153,23 @@ def test_views_of_what_crosses_need_not_stay_views(tmp_path: Path) -> None:
     agree(Runner(tmp_path / "stages", threads=1), model, images())
 
 
+class Windows(nn.Module):
+    """Attention within windows, of five dimensions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.reshape(x.shape[0], 2, 4, 16, 16)  # of (B, 8, 16, 16)
+        return nn.functional.scaled_dot_product_attention(x, x, x).reshape(x.shape[0], 2048)
+
+
+def test_attention_of_more_dimensions_is_written(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 8, 3, 2, 1), nn.Sequential(Windows(), nn.Linear(2048, 4))
+    model = dynnet.wrap(nn.Sequential(first, second).eval(), ["0"], input_size=SIZE)
+    leave_one_by_one(model, images())
+    dynnet.export(model, tmp_path / "stages")
+    agree(Runner(tmp_path / "stages", threads=1), model, images())
+
+
 def test_the_folder_says_how_to_run_it(folder: Path) -> None:
     text = (folder / "README.md").read_text()
     assert "    mean = (0.5, 0.5, 0.5)\n" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import os
@@ -33,7 +34,7 @@ def lower(stage: Any, tensors: Sequence[Any], path: Path) -> None:
     try:
         with _quiet():
             program: Any = torch.onnx.export(
-                stage.graph,
+                _attending_in_four(stage.graph),
                 tuple(tensors),
                 dynamo=True,
                 dynamic_shapes=free,
@@ -52,6 +53,28 @@ def lower(stage: Any, tensors: Sequence[Any], path: Path) -> None:
     except Exception as error:  # of torch's exporter
         told = " ".join(str(error).split())
         raise ExportError(f"a stage cannot be written as ONNX: {type(error).__name__}: {told[:300]}") from error
+
+
+def _attending_in_four(module: Any) -> Any:
+    """A stage in which attention is over (B, heads, tokens, channels), as torch writes it in ONNX: of more dimensions,
+    as nested windows have, the first ones are joined for it."""
+    import torch
+
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    if all(node.target is not attention or node.meta["val"].ndim <= 4 for node in module.graph.nodes):
+        return module
+    module = copy.deepcopy(module)
+    graph = module.graph
+    for node in [node for node in graph.nodes if node.target is attention and len(node.args) == 3]:
+        lead = node.args[0].meta["val"].shape[: node.meta["val"].ndim - 3]
+        with graph.inserting_before(node):
+            given = [graph.call_function(torch.ops.aten.flatten.using_ints, (x, 0, len(lead) - 1)) for x in node.args]
+            made = graph.call_function(attention, tuple(given), dict(node.kwargs))
+            back = graph.call_function(torch.ops.aten.unflatten.int, (made, 0, [-1, *lead[1:]]))
+        node.replace_all_uses_with(back)
+        graph.erase_node(node)
+    module.recompile()
+    return module
 
 
 def _take_in_blocks(graph: Any) -> None:
