@@ -78,8 +78,7 @@ def put_in_a_row(recipe: Recipe, out: Path, resume: bool, here: World) -> Dynami
     if dense.is_file():
         shutil.copyfile(dense, out / "backbone.safetensors")
     else:
-        _, said = read_bundle(members[-1] / "model.safetensors")
-        save(_bare(members[-1]), out / "backbone.safetensors", said["create"])
+        save(_bare(members[-1]), out / "backbone.safetensors", _create(members[-1]))
     save(model, out / "model.safetensors", [_create(path) for path in members])
     return model
 

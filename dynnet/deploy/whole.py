@@ -37,9 +37,9 @@ class Whole(nn.Module):
         self.exits = [*(i for i, on in enumerate(model.running) if on), len(model.exits)]
         names, self.measure, self.heads, self.gates = model.exits, model.measure, model.heads, model.gates
         self.backbone = model.unwrap()
-        self._joined = Heads(list(self.heads))
+        joined = Heads(list(self.heads))
         for index, name in enumerate(names):
-            if index in self.exits or self._joined.wanted(index):
+            if index in self.exits or joined.wanted(index):
                 self.backbone.get_submodule(name).register_forward_hook(self._hook(index))
         self._call = _Call()
         for site in self.gates.plan.sites if isinstance(self.gates, Gates) else ():
@@ -50,7 +50,7 @@ class Whole(nn.Module):
 
     def _hook(self, index: int) -> Any:
         def answer(module: nn.Module, args: Any, output: Any) -> None:
-            logits = self._joined(index, output)
+            logits = self._call.heads(index, output)
             if index in self.exits:
                 self._answer(logits)
 
@@ -64,6 +64,7 @@ class Whole(nn.Module):
         self._answers, self._memory = [], None
         # No flow is running, for it would ask for the length of the batch, which then were a constant of the graph.
         self._call.rows = Rows(x.shape[0])
+        self._call.heads = Heads(list(self.heads))
         self._call.decisions = Decisions(self.gates, sparse=False) if isinstance(self.gates, Gates) else None
         self._answer(self.backbone(x))
         answers, self._answers, self._memory = self._answers, [], None
@@ -72,9 +73,10 @@ class Whole(nn.Module):
 
 
 class _Call:
-    """What is known in one forward: who is there, and what gates decided."""
+    """What is known in one forward: who is there, what exits said, and what gates decided."""
 
     rows: Rows
+    heads: Heads
     decisions: Decisions | None = None
 
 

@@ -116,15 +116,8 @@ class Budget(Goal):
             )
 
     def choose(self, table: Table) -> Choice:
-        points, dense = explore(table), table.ledger.dense
-        within = [point for point in points if point.macs <= self.value * dense]
-        if not within:
-            least = min(point.macs for point in points) / dense
-            raise CalibrationError(
-                f"a budget of {self.value} of the dense MACs cannot be met on these samples: the least is {least:.3f}; "
-                f"are exits giving NaN?"
-            )
-        point = _spending(table, within)
+        what = f"a budget of {self.value} of the dense MACs"
+        point = _best_within(table, explore(table), self.value, table.ledger.dense, what, "are exits giving NaN?")
         return Choice(point, _expected_drop(table, point.macs))
 
 
@@ -180,14 +173,8 @@ class Latency(Goal):
         each = 1e6 / self.batch_size
         points = [replace(timed.point(t), macs=self._ms(timed, t) * each) for t in found]
         dense = float(self.times.dense[-1]) * each
-        within = [point for point in points if point.macs <= self.value * dense]
-        if not within:
-            least = min(point.macs for point in points) / dense
-            raise CalibrationError(
-                f"{self.value} of the bare backbone's time in {self.times.engine} cannot be met on these samples: the "
-                f"least is {least:.3f}; put an exit earlier"
-            )
-        return _spending(timed, within)
+        what = f"{self.value} of the bare backbone's time in {self.times.engine}"
+        return _best_within(timed, points, self.value, dense, what, "put an exit earlier")
 
     def _ms(self, timed: Table, thresholds: tuple[float, ...]) -> float:
         assert self.times is not None
@@ -262,6 +249,21 @@ def sequence(table: Table) -> list[OperatingPoint]:
     """
     never = table.point((np.inf,) * table.exits)
     return [never, *(point for point in reversed(frontier(explore(table), ties=True)) if point.macs < never.macs)]
+
+
+def _best_within(
+    table: Table, points: Sequence[OperatingPoint], share: float, dense: float, what: str, remedy: str
+) -> OperatingPoint:
+    """The best of the points that cost at most a share of what the bare backbone does, told what is asked for.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    within = [point for point in points if point.macs <= share * dense]
+    if not within:
+        least = min(point.macs for point in points) / dense
+        raise CalibrationError(f"{what} cannot be met on these samples: the least is {least:.3f}; {remedy}")
+    return _spending(table, within)
 
 
 def _spending(table: Table, points: Sequence[OperatingPoint]) -> OperatingPoint:
