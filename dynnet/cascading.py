@@ -103,13 +103,7 @@ def members_of(model: DynamicModel) -> list[nn.Module]:
     twin = copy_of(model)
     chain = twin.unwrap()
     assert isinstance(chain, Chain)
-    networks = (
-        {}
-        if twin.gates is None
-        else {
-            region.layer: network for region, network in zip(twin.gates.plan.regions, twin.gates.networks, strict=True)
-        }
-    )
+    networks = _networks(twin)
     found: list[nn.Module] = []
     for number, (member, config) in enumerate(zip(chain.members, chain.wraps, strict=True)):
         prefix = f"members.{number}."
@@ -122,9 +116,8 @@ def members_of(model: DynamicModel) -> list[nn.Module]:
             plain = replace(config, confidence=WrapConfig().confidence)  # which is the cascade's to say
             again = wrap(member, plain, heads=_heads({name: head for name, (head, _) in inside.items()}))
             again.thresholds = [threshold for _, threshold in inside.values()]
-            if again.gates is not None:
-                for region, network in zip(again.gates.plan.regions, again.gates.networks, strict=True):
-                    network.load_state_dict(networks[f"{prefix}{region.layer}"].state_dict())
+            for (layer, groups), network in _networks(again).items():
+                network.load_state_dict(networks[f"{prefix}{layer}", groups].state_dict())
             member = again
         found.append(member)
     return found
@@ -268,19 +261,25 @@ def _carry_gates(model: DynamicModel, taken: Sequence[_Taken]) -> None:
     Raises:
         CascadeError: their regions are others.
     """
-    if model.gates is None:
-        return
-    wanted = [
-        (f"members.{number}.{region.layer}", region.groups, network)
+    mine = _networks(model)
+    theirs = {
+        (f"members.{number}.{layer}", groups): network
         for number, one in enumerate(taken)
-        if one.wrapped is not None and one.wrapped.gates is not None
-        for region, network in zip(one.wrapped.gates.plan.regions, one.wrapped.gates.networks, strict=True)
-    ]
-    regions = [(region.layer, region.groups) for region in model.gates.plan.regions]
-    if [(layer, groups) for layer, groups, _ in wanted] != regions:
+        if one.wrapped is not None
+        for (layer, groups), network in _networks(one.wrapped).items()
+    }
+    if mine.keys() != theirs.keys():
         model.unwrap()
         raise CascadeError(
             "gates of the members decide on other regions in a row than alone; cascade them without gates"
         )
-    for network, (_, _, own) in zip(model.gates.networks, wanted, strict=True):
-        network.load_state_dict(own.state_dict())
+    for region, network in mine.items():
+        network.load_state_dict(theirs[region].state_dict())
+
+
+def _networks(model: DynamicModel) -> dict[tuple[str, tuple[int, ...]], nn.Module]:
+    """Gate networks by their regions: the layer at whose entry they decide, and how many units of each group."""
+    if model.gates is None:
+        return {}
+    regions = [(region.layer, region.groups) for region in model.gates.plan.regions]
+    return dict(zip(regions, model.gates.networks, strict=True))

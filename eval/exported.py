@@ -31,10 +31,7 @@ class Exported:
         Raises:
             ExportError: it cannot be exported.
         """
-        running = self.model.running
-        if running not in self._there:
-            self.take(self.folder / f"exits_{''.join('01'[on] for on in running)}")
-        runner = Runner(self._there[running], torch.get_num_threads())
+        runner = Runner(self.folders()[1], torch.get_num_threads())
         runner.thresholds = self.model.thresholds
         return runner
 
@@ -53,13 +50,15 @@ class Exported:
         return Runner(self._there[every], torch.get_num_threads())
 
     def folders(self) -> tuple[Path, Path]:
-        """Of its bare backbone, and of the model at its present thresholds."""
-        self.dense(), self.dynamic()
-        return self._there[None], self._there[self.model.running]
-
-    def dense(self) -> Runner:
-        """Its bare backbone."""
+        """Of its bare backbone, and of the model at its present thresholds; they are made if they are not there."""
+        running = self.model.running
         if None not in self._there:
             export(bare_of(self.model), self.folder / "dense", engine=self.engine, input_size=self.model.input_size)
             self._there[None] = self.folder / "dense"
-        return Runner(self._there[None], torch.get_num_threads())
+        if running not in self._there:
+            self.take(self.folder / f"exits_{''.join('01'[on] for on in running)}")
+        return self._there[None], self._there[running]
+
+    def dense(self) -> Runner:
+        """Its bare backbone."""
+        return Runner(self.folders()[0], torch.get_num_threads())
