@@ -30,6 +30,7 @@ from dynnet.learning.randomness import seed_of
 from dynnet.learning.recipes import Recipe, StageConfig
 from training.distributed import SyncedBatchNorm, World
 from training.log import Log
+from training.precision import computes_bfloat16
 from training.state import Position, State
 from training.tools import Tools, make_tools
 
@@ -244,6 +245,8 @@ def _tell_settings(stage: Stage, desk: Desk, exposed: Sequence[str]) -> None:
     if not here.first:
         return
     print(f"{stage.name}: {threads}", flush=True)
+    if desk.recipe.amp and not computes_bfloat16(here.device):
+        print(f"{stage.name}: in float32; this processor has no instructions for bfloat16", flush=True)
     if exposed and desk.recipe.channels_last:
         print(
             f"{stage.name}: not in channels_last, where some CPUs get their gradients wrong: {', '.join(exposed)}",
@@ -254,7 +257,8 @@ def _tell_settings(stage: Stage, desk: Desk, exposed: Sequence[str]) -> None:
 @contextmanager
 def _forward_context(recipe: Recipe, here: World) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(torch.autocast(here.device.type, torch.bfloat16, enabled=recipe.amp))
+        halved = recipe.amp and computes_bfloat16(here.device)
+        stack.enter_context(torch.autocast(here.device.type, torch.bfloat16, enabled=halved))
         if here.size > 1:
             stack.enter_context(SyncedBatchNorm())
         yield

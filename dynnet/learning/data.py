@@ -26,7 +26,7 @@ from dynnet.errors import DataError
 from dynnet.learning.data_config import DataConfig
 from dynnet.learning.origins import DIGITS
 from dynnet.learning.randomness import generator_of, seeded
-from dynnet.learning.sources import MemorySource, Source, StreamSource, digits, open_splits
+from dynnet.learning.sources import MemorySource, Source, StreamSource, digits, enlarges, open_splits
 
 
 class Batch(NamedTuple):
@@ -46,7 +46,8 @@ class Data:
         classes: K names in the order of the labels.
         input_size: (C, H, W) of a batch's images.
         mean, std: (C,) normalisation.
-        crop_pct, interpolation: of the evaluation's resizing, where images are not held in memory.
+        crop_pct: of the evaluation's resizing, where images are not held in memory.
+        interpolation: of all resizing but that of training images that are not.
         config: what it was made from.
     """
 
@@ -155,6 +156,7 @@ class Loader:
             if self.augment:
                 # Drawn for the global batch, then sliced: the same pixels whatever the number of processes.
                 images = _crop_and_flip(images, self.data.config, len(rows), mine, generator_of(self.seed, epoch, step))
+            images = _enlarged(images, self.data)
             yield Batch((images - mean) / std, source.labels[rows[mine]], rows[mine])
 
     def _from_stream(self, source: StreamSource, epoch: int, batches: list[Tensor]) -> Iterator[Batch]:
@@ -231,13 +233,14 @@ def _input_size(config: DataConfig, model_cfg: dict[str, Any], pool: Source) -> 
         # Images are decoded in colour unless the recipe wants grey, whatever channels the model has.
         return wanted or (3, *model_cfg.get("input_size", (3, 224, 224))[1:])
     held = cast(tuple[int, int, int], tuple(pool.images.shape[1:]))
-    if wanted and wanted != held:
+    if wanted and not (wanted[0] == held[0] and enlarges(held[1:], wanted[1:])):
         raise DataError(
-            f"{config.name!r} has images of {held}, not of data.input_size {wanted}; leave data.input_size out"
+            f"{config.name!r} has images of {held}, which cannot be enlarged to data.input_size {wanted}; leave "
+            f"data.input_size out, or give a multiple"
         )
     if config.crop >= min(held[1:]):
         raise DataError(f"data.crop of {config.crop} pixels can leave nothing of images of {held}; give a smaller one")
-    return held
+    return wanted or held
 
 
 def _normalisation(
@@ -282,6 +285,15 @@ def _crop_and_flip(images: Tensor, config: DataConfig, total: int, mine: slice, 
     if config.flip:
         images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
     return images
+
+
+def _enlarged(images: Tensor, data: Data) -> Tensor:
+    """(B, C, h, w), 0..255, as Pillow would resize them to the size that the model sees, but not rounded."""
+    size = data.input_size[1:]
+    if images.shape[2:] == size:
+        return images
+    mode = "bicubic" if data.interpolation == "bicubic" else "bilinear"  # torch weighs by area in these two alone
+    return F.interpolate(images, size, mode=mode, antialias=True, align_corners=False).clamp(0, 255)
 
 
 class _Stream(Dataset[tuple[Tensor, int, int] | DataError]):

@@ -26,13 +26,13 @@ class DataConfig:
         root: folder of the dataset; unused by "digits".
         label: how tables name the data; None takes the name.
         input_size: (C, H, W) that the model sees, C of 1 or 3; None takes the images' own size if they are small and
-            all of one, else the model's.
+            all of one, else the model's. Small ones may be enlarged by a factor: they are held in memory as they are.
         mean, std: normalisation per channel of images in [0, 1]; None takes the model's.
         calibration: images held out of the training split for thresholds: a count, or a share below 1.
         test: as many become the test split where a dataset has none, counted in the same way.
         train_split, test_split: names of the splits, as the dataset knows them.
         seed: of the splits.
-        crop: pixels of zero padding around a random crop in training (small images).
+        crop: pixels of zero padding around a random crop in training (small images, before they are enlarged).
         flip: mirror half of the training images (small images).
         auto_augment: timm's policy string, for images that are not held in memory.
         workers: decoding processes, for images that are not held in memory.

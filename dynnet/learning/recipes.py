@@ -182,7 +182,7 @@ class Recipe:
         cascade: what `training.cascade` puts in a row.
         pruning: what `training.prune` does after the dense stage.
         finetune: trains what pruning has left, all cuts together.
-        amp: bfloat16 autocast.
+        amp: bfloat16 autocast, where the processor has instructions for it; float32 elsewhere.
         channels_last: memory format of images and weights.
         ema: decay of an exponential moving average of the weights, which is then what is saved; None for none.
         mixup, cutmix: alpha of timm's Mixup; 0 for none.

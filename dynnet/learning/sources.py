@@ -1,7 +1,8 @@
 """Where images come from: what lies on disk, and what timm, torchvision and scikit-learn hold, as labelled pixels.
 
-Small images of one size are decoded once into memory; others each time they are needed: all splits of a dataset in the
-same way. An image that cannot be read is an error that names it, never a silent substitute.
+Small images of one size are decoded once into memory, also where a model sees them enlarged; others each time they are
+needed: all splits of a dataset in the same way. An image that cannot be read is an error that names it, never a silent
+substitute.
 
     N images, C channels, H x W pixels, K classes
 """
@@ -144,7 +145,7 @@ def open_splits(
         name: of the dataset, as `DataConfig` has it.
         root: its folder.
         splits: the names of both.
-        input_size: (C, H, W) wanted; images of other sizes are streamed, to be resized by the loader.
+        input_size: (C, H, W) wanted.
         download: let torchvision or Hugging Face fetch it.
 
     Raises:
@@ -155,8 +156,7 @@ def open_splits(
     channels = input_size[0] if input_size else 3
     mode = "L" if channels == 1 else "RGB"
     first = images[0].image(0, mode)
-    own_size = input_size is None or tuple(input_size[1:]) == (first.height, first.width)
-    if max(first.size) <= _SMALL_SIDE and own_size:
+    if max(first.size) <= _SMALL_SIDE and (input_size is None or enlarges((first.height, first.width), input_size[1:])):
         try:
             shape = (channels, first.height, first.width)
             held = [_hold(source, mode, shape, split) for source, split in zip(images, splits, strict=True)]
@@ -186,6 +186,11 @@ def _open_images(name: str, root: str, splits: tuple[str, str], download: bool) 
     present = (*listings[1].classes, *(set(classes) & listings[1].barren))
     _check_classes(root, splits, classes, present)
     return [OnDisk(listing, classes) for listing in listings], classes
+
+
+def enlarges(size: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Is a size (H, W) another one, or the same, made larger by one factor?"""
+    return wanted[0] >= size[0] and wanted[0] * size[1] == wanted[1] * size[0]
 
 
 class _SizeError(Exception):

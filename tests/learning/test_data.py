@@ -147,6 +147,23 @@ def test_large_images_are_streamed_with_timms_transforms(folder: Path) -> None:
     assert data.test.pixels(0).shape == (40, 40, 3)
 
 
+def test_small_images_are_enlarged_from_memory_as_pillow_would(folder: Path) -> None:
+    bicubic = {"interpolation": "bicubic"}
+    data = load_data(config(folder, input_size=(3, 80, 80), crop=2, flip=True), bicubic)
+    assert data.input_size == (3, 80, 80)
+    assert data.preparation["crop_pct"] == 1.0
+    batch = next(iter(data.loader("test", 8)))
+    for pixels, id in zip(batch.images, batch.ids.tolist(), strict=True):
+        picture = Image.fromarray(data.test.pixels(id)).resize((80, 80), Image.Resampling.BICUBIC)
+        expected = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+        assert (pixels - expected).abs().max() < 1.5 / 127.5
+    # What is drawn of an image does not depend on the size at which it is seen.
+    small = load_data(config(folder, crop=2, flip=True), bicubic)
+    a, b = (next(which.train_loader(4, seed=0).epoch(0)) for which in (small, data))
+    assert torch.equal(a.ids, b.ids)
+    assert (a.images - torch.nn.functional.avg_pool2d(b.images, 2)).abs().mean() < 0.1
+
+
 @pytest.mark.parametrize("size", [None, (3, 24, 24)])
 def test_an_unreadable_image_is_named_and_never_replaced(folder: Path, size: tuple[int, int, int] | None) -> None:
     (folder / "test" / "dog" / "2.png").write_bytes(b"not an image")
@@ -179,8 +196,9 @@ def test_impossible_splits_and_batches_are_refused() -> None:
         data.train_loader(5000, seed=0)
     with pytest.raises(DataError, match="does not divide among 3 processes"):
         data.train_loader(64, seed=0, world=3)
-    with pytest.raises(DataError, match=r"has images of \(1, 8, 8\), not of data.input_size \(1, 32, 32\)"):
-        load_data(dataclasses.replace(DIGITS, input_size=(1, 32, 32)))
+    for size in ((1, 4, 4), (1, 16, 32), (3, 32, 32)):
+        with pytest.raises(DataError, match=r"has images of \(1, 8, 8\), which cannot be enlarged to data.input_size"):
+            load_data(dataclasses.replace(DIGITS, input_size=size))
     with pytest.raises(DataError, match="has images of 1 channels, but mean and std have 3 and 1 values"):
         load_data(dataclasses.replace(DIGITS, mean=(0.1, 0.2, 0.3)))
 

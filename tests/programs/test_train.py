@@ -18,7 +18,7 @@ import dynnet
 from dynnet.files import bundles as bundle
 from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe
-from training import train
+from training import loop, train
 from training.distributed import World
 from training.tools import make_tools
 
@@ -104,6 +104,17 @@ def test_the_heads_stage_leaves_the_backbone_alone(recipe: Path, tmp_path: Path)
     dense, _ = bundle.read_bundle(out / "backbone.safetensors")
     model = dynnet.load(out / "model.safetensors")
     assert all(torch.equal(v, dense[k]) for k, v in model.backbone.state_dict().items())
+
+
+def test_bfloat16_is_left_out_where_the_processor_has_none(
+    recipe: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "computes_bfloat16", lambda device: False)
+    argv = ["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--amp", "true"]
+    assert train.main([*argv, "--heads.epochs", "0", "--joint.epochs", "0"]) == 0
+    assert "dense: in float32; this processor has no instructions for bfloat16" in capsys.readouterr().out
+    expected, got = (bundle.read_bundle(at / "backbone.safetensors")[0] for at in (run, tmp_path / "run"))
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
 class Killed(BaseException):
