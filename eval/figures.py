@@ -103,7 +103,7 @@ def beside_pruned(table: Table, results: Mapping[str, Any]) -> Figure:
         axes.plot(100, dense, "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
         axes.axhline(dense, color=DENSE, lw=0.8, ls=":")
         axes.plot(share, 100 * results["accuracy"], "o", color=DYNAMIC, ms=10, label="this model", zorder=4)
-    for rows, look in _joined(static, "macs_share"):
+    for rows, look in joined(static, "macs_share"):
         panels[0].plot([100 * row["macs_share"] for row in rows], [100 * row["accuracy"] for row in rows], **look)
         timed = [row for row in rows if row["speedup"] is not None]
         panels[1].plot([100 / row["speedup"] for row in timed], [100 * row["accuracy"] for row in timed], **look)
@@ -138,7 +138,7 @@ def in_engine(table: Table, results: Mapping[str, Any]) -> Figure:
     dense = 100 * results["dense_accuracy"]
     axes.plot(engine["dense_ms"], dense, "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
     axes.axhline(dense, color=DENSE, lw=0.8, ls=":")
-    for rows, look in _joined(engine["static"], "ms"):
+    for rows, look in joined(engine["static"], "ms"):
         axes.plot([row["ms"] for row in rows], [100 * row["accuracy"] for row in rows], **look)
     title = f"Accuracy against time in {engine['engine']}, {engine['threads']} thread{'s' * (engine['threads'] > 1)}"
     axes.set(xlabel="mean milliseconds of one image", ylabel="accuracy (%)", title=title)
@@ -147,7 +147,7 @@ def in_engine(table: Table, results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _joined(static: Sequence[Mapping[str, Any]], by: str) -> Iterator[tuple[list[Mapping[str, Any]], dict[str, Any]]]:
+def joined(static: Sequence[Mapping[str, Any]], by: str) -> Iterator[tuple[list[Mapping[str, Any]], dict[str, Any]]]:
     """Of one method and as many epochs of training: budgets that can be joined by a line, and how that looks.
 
     Args:

@@ -95,7 +95,7 @@ def _gates(
         f"open:{region.layer}": np.where(got_there, mask.mean(1), np.nan)
         for mask, got_there, region in zip(masks, decided, regions, strict=True)
     }
-    frozen = _frozen(model, gates, held_out, test)
+    frozen = frozen_gates(model, gates, held_out, test)
     columns |= {"frozen_macs": frozen.macs, "frozen_correct": frozen.correct.astype(int)}
     return columns, {
         "macs_share": gates.plan.macs_share,
@@ -105,7 +105,7 @@ def _gates(
     }
 
 
-def _frozen(model: DynamicModel, gates: Gates, held_out: Answers, test: Loader) -> Measurement:
+def frozen_gates(model: DynamicModel, gates: Gates, held_out: Answers, test: Loader) -> Measurement:
     """The model with its gates frozen at their mean decision on held-out images."""
     exits = held_out.route(model.thresholds)
     arrived = [exits >= region.segment for region in gates.plan.regions]

@@ -60,8 +60,8 @@ def open_run(path: Path, data: str | None = None, device: str | None = None) -> 
     dense, model = load(path / "backbone.safetensors"), load(path / "model.safetensors")
     if not isinstance(model, DynamicModel):
         raise CheckpointError(
-            f"{str(path)!r} is a run of training.prune, whose model decides nothing by the input; show it beside a run "
-            f"of training.train, with --static"
+            f"the model of the run {str(path)!r} decides nothing by the input; show it beside one that does: --static "
+            f"of eval.report takes what training.prune has made, --beside of eval.cards any run"
         )
     loaded = _data_of(recipe)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

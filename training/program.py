@@ -109,8 +109,21 @@ def make_backbone(config: BackboneConfig, create: dict[str, Any], state: State |
         if folded_norms(backbone):
             raise CheckpointError(f"{config.weights!r} is folded, for inference; give what it was made from")
     elif config.weights:
-        load_weights_(backbone, _read_weights(config.weights), config.weights)
+        load_weights_(backbone, _for_classes(backbone, _read_weights(config.weights)), config.weights)
     return backbone
+
+
+def _for_classes(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with the backbone's own classifier, where theirs is for another number of classes, as timm does it."""
+    own, found = backbone.state_dict(), dict(tensors)
+    named = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
+    for name in (named,) if isinstance(named, str) else named:
+        keys = [key for key in own if key.startswith(f"{name}.")]
+        classes = [len(tensors[key]) for key in keys if key in tensors and len(tensors[key]) != len(own[key])]
+        if classes:
+            print(f"{name!r} begins anew: that of the file is for {classes[0]} classes, here are {len(own[keys[0]])}")
+            found |= {key: own[key] for key in keys}
+    return found
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 2 -m training.train --recipe ... --out ...
 
 The folder of a run holds recipe.yaml (resolved), log.jsonl, state.safetensors (for --resume), backbone.safetensors
-(after the dense stage) and, at the end, model.safetensors with fitted thresholds.
+(after the dense stage) and, at the end, model.safetensors with fitted thresholds. With --wrap.exits [] --heads.epochs 0
+--joint.epochs 0 that is the backbone alone: a static baseline.
 
     B batch, K classes, E exits
 """
@@ -92,7 +93,7 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
                 fitted = calibrate(model, data.loader("calibration", 256), **recipe.calibration.goal())
                 log.write({"kind": "calibration", **dataclasses.asdict(fitted)})
                 print(fitted, flush=True)
-            save(model, out / "model.safetensors", create)
+            save(model.backbone if _is_plain(model) else model, out / "model.safetensors", create)
         here.wait()
     return model
 
@@ -202,6 +203,11 @@ def _trained(stage: str, model: DynamicModel) -> nn.Module:
     return {"dense": model.backbone, "heads": model.heads}.get(stage, model)
 
 
+def _is_plain(model: DynamicModel) -> bool:
+    """Is there nothing that decides by the input?"""
+    return not model.exits and model.gates is None
+
+
 def _runs(model: DynamicModel, stage: str, config: StageConfig) -> bool:
     """Is there anything to do? A model without exits has no heads to train."""
     return config.epochs > 0 and (bool(model.exits) or stage != "heads")
@@ -216,8 +222,11 @@ def _build(recipe: Recipe, data: Data, create: dict[str, Any], state: State | No
 
 def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None:
     """Refuse now what would fail only hours later."""
-    if not model.exits and model.gates is None:
-        raise RecipeError("wrap.exits names no exits and there are no gates; give at least one exit, or gates")
+    if _is_plain(model) and (recipe.heads.epochs or recipe.joint.epochs):
+        raise RecipeError(
+            "wrap.exits names no exits and there are no gates; give at least one exit, or gates, or leave out the "
+            "stages heads and joint to train the backbone alone"
+        )
     if recipe.wrap.input_size not in (None, data.input_size):
         raise RecipeError(f"wrap.input_size={recipe.wrap.input_size}: the size of images is data.input_size; set that")
     for stage in STAGES:

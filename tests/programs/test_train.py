@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
 import dynnet
+from dynnet.errors import CheckpointError
 from dynnet.files import bundles as bundle
 from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe
+from eval.runs import open_run
 from training import loop, train
 from training.distributed import World
 from training.tools import make_tools
@@ -104,6 +107,20 @@ def test_the_heads_stage_leaves_the_backbone_alone(recipe: Path, tmp_path: Path)
     dense, _ = bundle.read_bundle(out / "backbone.safetensors")
     model = dynnet.load(out / "model.safetensors")
     assert all(torch.equal(v, dense[k]) for k, v in model.backbone.state_dict().items())
+
+
+def test_a_backbone_may_be_trained_alone(
+    recipe: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plain"
+    argv = ["--recipe", str(recipe), "--out", str(out), "--wrap.exits", "[]", "--heads.epochs=0", "--joint.epochs=0"]
+    assert train.main(argv) == 0
+    model = dynnet.load(out / "model.safetensors")
+    assert not isinstance(model, dynnet.DynamicModel)
+    expected, _ = bundle.read_bundle(run / "backbone.safetensors")
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"plain' decides nothing by the input; show it beside one that does"):
+        open_run(out)
 
 
 def test_bfloat16_is_left_out_where_the_processor_has_none(
@@ -270,6 +287,21 @@ def test_weights_of_a_file_are_taken(run: Path, recipe: Path, tmp_path: Path) ->
     a, _ = bundle.read_bundle(run / "backbone.safetensors")
     b, _ = bundle.read_bundle(out / "backbone.safetensors")
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_classifier_for_other_classes_begins_anew(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = timm.create_model("cifar_resnet20", num_classes=7, in_chans=1, width=0.25)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    out = tmp_path / "run"
+    stages = ["--dense.epochs=0", "--heads.epochs=0", "--joint.epochs=0"]
+    argv = ["--recipe", str(recipe), "--out", str(out), f"--backbone.weights={tmp_path / 'other.safetensors'}"]
+    assert train.main([*argv, *stages]) == 0
+    assert "'fc' begins anew: that of the file is for 7 classes, here are 10" in capsys.readouterr().out
+    taken, _ = bundle.read_bundle(out / "backbone.safetensors")
+    assert taken["fc.weight"].shape[0] == 10
+    assert all(torch.equal(taken[key], value) for key, value in other.state_dict().items() if not key.startswith("fc."))
 
 
 def test_help_lists_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
