@@ -31,8 +31,9 @@ from dynnet.exits.sizes import Size, Sizes
 from dynnet.exits.threshold import check_thresholds, to_json
 from dynnet.gates import attaching
 from dynnet.gates.decisions import Decisions, least_macs
-from dynnet.gates.networks import Gates
 from dynnet.gates.plan import GateConfig, GatePlan
+from dynnet.gates.routers import gates_of
+from dynnet.gates.routing import decisions_of
 from dynnet.outputs import ExitOutputs, Prediction, only_logits
 
 Execution = Literal["sparse", "masked"]
@@ -96,7 +97,7 @@ class DynamicModel(Hosted):
         assert config.input_size is not None
         self.backbone = backbone
         self.heads = nn.ModuleList(heads)
-        self.gates = None if plan is None else Gates(plan)
+        self.gates = None if plan is None else gates_of(plan, backbone)
         self._execution: Execution = "sparse"
         self.boundaries = placement.exits
         self.config = config
@@ -303,7 +304,7 @@ class DynamicModel(Hosted):
         return ExitOutputs(tuple(every.logits), decisions, shares)
 
     def _decisions(self, sparse: bool) -> Decisions | None:
-        return None if self.gates is None else Decisions(self.gates, sparse)
+        return None if self.gates is None else decisions_of(self.gates, sparse)
 
     def _answer(self, x: Tensor) -> tuple[Answering, Decisions | None]:
         self.check(x)

@@ -24,6 +24,7 @@ from dynnet.exits.rehearsal import Placement, place
 from dynnet.gates import attaching
 from dynnet.gates.plan import GateConfig, GatePlan, check_gates
 from dynnet.gates.planning import plan_gates
+from dynnet.gates.widths import plan_widths
 from dynnet.model import DynamicModel, WrapConfig
 from dynnet.outputs import only_logits
 
@@ -183,6 +184,8 @@ def _fitted(places: Places, head_share: float) -> HeadFactory:
 def _plan(places: Places, boundaries: Sequence[Boundary], config: GateConfig) -> GatePlan:
     backbone = places.backbone
     groups = find_groups(places.twin, places.input_size, [b.name for b in boundaries])
+    if config.widths:
+        return plan_widths(places, boundaries, groups, config, places.trace.owners.fused)
     unheard = {
         call.name: f"the first dimension in {call.name} is not the batch"
         for call in places.trace.calls

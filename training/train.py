@@ -30,6 +30,7 @@ from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.files.bundles import write_atomically
 from dynnet.files.checkpoints import save
 from dynnet.files.creation import pruned_shape
+from dynnet.gates.routers import Routers
 from dynnet.learning.data import Data
 from dynnet.learning.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise, joint_loss
 from dynnet.learning.recipes import Recipe, StageConfig, recipe_to_yaml
@@ -43,6 +44,7 @@ from training.loop import Desk, Objective, Stage, run_stage
 from training.program import make_backbone, open_data, run_program
 from training.state import Position, State
 from training.tools import make_tools
+from training.widths import Sandwich, Widths, widths_loss
 
 STAGES = ("dense", "heads", "joint")
 
@@ -102,16 +104,19 @@ def _stage(name: str, model: DynamicModel, desk: Desk) -> Stage:
     """One of the stages of a run."""
     recipe, here = desk.recipe, desk.here
     gated = name == "joint" and model.gates is not None
+    called: nn.Module = model.backbone if name == "dense" else model
+    if gated and isinstance(model.gates, Routers):
+        called = Sandwich(model)
 
-    def forward(called: nn.Module, images: Tensor, progress: float) -> ExitOutputs:
+    def forward(called: nn.Module, images: Tensor, progress: float) -> ExitOutputs | Widths:
         if name == "dense":
             return ExitOutputs((called(images),))
         if model.gates is not None:
             model.gates.noise = gate_noise(recipe.budget, progress)
         balanced = recipe.loss.equilibrium and name == "joint"
-        return cast(ExitOutputs, called(images, equilibrium=balanced, gated=gated))
+        return cast(ExitOutputs | Widths, called(images, equilibrium=balanced, gated=gated))
 
-    def objective(outputs: ExitOutputs, target: Tensor, progress: float) -> Objective:
+    def objective(outputs: ExitOutputs | Widths, target: Tensor, progress: float) -> Objective:
         return _objective(name, outputs, target, model, recipe, progress, here)
 
     def judge(judged: nn.Module) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def _stage(name: str, model: DynamicModel, desk: Desk) -> Stage:
         getattr(recipe, name),
         model,
         trained=_trained(name, model),
-        called=model.backbone if name == "dense" else model,
+        called=called,
         forward=forward,
         objective=objective,
         judge=judge,
@@ -137,20 +142,24 @@ def _stage(name: str, model: DynamicModel, desk: Desk) -> Stage:
 
 def _objective(
     stage: str,
-    outputs: ExitOutputs,
+    said: ExitOutputs | Widths,
     target: Tensor,
     model: DynamicModel,
     recipe: Recipe,
     progress: float,
     here: World,
 ) -> Objective:
+    outputs = said.routed if isinstance(said, Widths) else said
     logits, decisions = outputs.logits, outputs.decisions
     losses = exit_losses(logits, target, recipe.loss)
     if stage == "heads":
         return Objective(losses[:-1].sum(), losses)
     if stage == "dense":
         return Objective(losses[-1], losses)
-    loss = joint_loss(losses, exit_weights(recipe.loss, outputs.macs_shares, progress))
+    weights = exit_weights(recipe.loss, outputs.macs_shares, progress)
+    loss = joint_loss(losses, weights)
+    if isinstance(said, Widths):
+        loss = widths_loss(said, loss, target, recipe.loss, weights)
     if decisions is None:
         return Objective(loss, losses)
     ledger = model.ledger()

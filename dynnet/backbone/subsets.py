@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,17 @@ class Subset:
         return len(self.blocks) * self.size
 
     def take(self, x: Tensor, dim: int) -> Tensor:
-        """The chosen entries of a tensor along one dimension of size C."""
+        """The chosen entries of a tensor along one dimension of size C: a view of it where they are neighbours."""
+        if self.start is not None:
+            return x.narrow(dim, self.start, len(self))
         return pick(x, dim, self.blocks.to(x.device), self.size)
+
+    @functools.cached_property
+    def start(self) -> int | None:
+        """The first of the channels, where all that are chosen are neighbours."""
+        if len(self.blocks) == 0 or int(self.blocks[-1] - self.blocks[0]) != len(self.blocks) - 1:
+            return None
+        return int(self.blocks[0]) * self.size
 
     def channels(self) -> Tensor:
         """(k,) int64."""

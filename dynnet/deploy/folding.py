@@ -18,8 +18,10 @@ from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.layers.table import is_batch_norm, known, weighing_kind
 from dynnet.backbone.names import put_
 from dynnet.backbone.twin import copy_of
+from dynnet.deploy.one_width import at_widths
 from dynnet.errors import CheckpointError
 from dynnet.gates.attaching import GatedForward
+from dynnet.gates.routers import Routers
 from dynnet.model import DynamicModel
 
 M = TypeVar("M", bound=nn.Module)
@@ -42,9 +44,14 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
         The copy, in eval mode. Its answers are the same to rounding; it is not for training.
     """
     folded = copy_of(model).eval()
+    if isinstance(folded, DynamicModel) and isinstance(folded.gates, Routers):
+        _fold_widths_(folded, folded.gates, input_size)
     seen = _whole_run(folded, input_size)
     modules = dict(folded.named_modules())
+    several = _of_several_widths(folded)
     for conv_name, norm_name in _pairs(seen, modules):
+        if norm_name in several:
+            continue
         conv, norm = modules[conv_name], cast(Any, modules[norm_name])
         assert isinstance(conv, nn.Conv2d)
         layout = torch.channels_last if conv.weight.is_contiguous(memory_format=torch.channels_last) else None
@@ -55,6 +62,22 @@ def fold(model: M, input_size: tuple[int, int, int] | None = None) -> M:
             conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
         put_(folded, norm_name, FoldedNorm(norm))
     return folded
+
+
+def _fold_widths_(model: DynamicModel, gates: Routers, size: tuple[int, int, int] | None) -> None:
+    """Give every module that runs once for each width narrow copies, folded, in place."""
+    regions, copies = gates.plan.regions, [nn.ModuleList() for _ in gates.plan.containers]
+    for width in range(len(regions[0].widths)):
+        narrow = fold(at_widths(model, [width] * len(regions)), size).unwrap()
+        for container, of_container in zip(gates.plan.containers, copies, strict=True):
+            of_container.append(narrow.get_submodule(container.name))
+    gates.copies = nn.ModuleList(copies)
+
+
+def _of_several_widths(model: nn.Module) -> set[str]:
+    """Batch norms that remember something else of every width, and stay."""
+    gates = model.gates if isinstance(model, DynamicModel) else None
+    return {f"backbone.{name}" for name in gates.plan.norms} if gates is not None else set()
 
 
 def _whole_run(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Trace:

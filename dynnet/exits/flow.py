@@ -41,6 +41,8 @@ class Gating(Protocol):
 
     def apply(self, site: Any, layer: nn.Module, x: Tensor, rows: Rows) -> Tensor: ...
 
+    def arrive(self, exit: int, output: Any, rows: Rows) -> None: ...
+
 
 class Flow:
     """One call of one wrapped model.
@@ -69,6 +71,11 @@ class Flow:
     def reach(self, index: int, output: Any, leaves: Sequence[tuple[int, int]]) -> Any:
         """Called with the output of boundary `index`; returns what goes on, None to leave it untouched."""
         raise NotImplementedError
+
+    def go_on(self, index: int, output: Any) -> None:
+        """Rows go on from boundary `index`, of which this is the output."""
+        if self.decisions is not None:
+            self.decisions.arrive(index, output, self.rows)
 
     def check_reached(self, exits: Sequence[str]) -> None:
         """Refuse a forward that has run to its end without coming to every boundary once.

@@ -1,7 +1,8 @@
-"""Layers that listen to gates: an attribute of the instance stands in for their `forward`."""
+"""Layers, and modules around them, that listen to gates: an attribute of the instance stands in for their `forward`."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from dynnet.backbone.layers.table import run
 from dynnet.errors import GateError, InputError
 from dynnet.exits import flow
 from dynnet.exits.flow import Tag
-from dynnet.gates.plan import GatePlan, Site
+from dynnet.gates.plan import Container, GatePlan, Site
+from dynnet.gates.routing import Routed
 
 
 class GatedForward:
@@ -35,20 +37,37 @@ class GatedForward:
         return running.decisions.apply(self.site, self.layer, x, running.rows)
 
 
+class ContainedForward:
+    """Stands in for the `forward` of a module that runs once for each width, as `GatedForward` does for layers."""
+
+    def __init__(self, module: nn.Module, container: Container, tag: Tag) -> None:
+        self.module, self.container, self.tag = module, container, tag
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        running = flow.running(self.tag)
+        own = functools.partial(type(self.module).forward, self.module)
+        if running is None or not isinstance(running.decisions, Routed):
+            return own(*args, **kwargs)
+        return running.decisions.contain(self.container, own, args, kwargs)
+
+
 def attach(backbone: nn.Module, tag: Tag, plan: GatePlan) -> None:
     """Let the layers of a backbone listen to gates; `detach` undoes it.
 
     Raises:
         GateError: a layer has a `forward` set on the instance, which would be lost; nothing is attached.
     """
-    for site in plan.sites:
-        if "forward" in vars(backbone.get_submodule(site.layer)):
-            raise GateError(
-                f"{site.layer} has a forward of its own, set on the instance; remove it, or exclude the layer"
-            )
-    for site in plan.sites:
-        layer: Any = backbone.get_submodule(site.layer)
+    sites = {site.layer: site for site in plan.sites}
+    sites = {name: Site(name, None, None, None, zeroes=False, tied=False) for name in plan.norms} | sites
+    for name in (*sites, *(container.name for container in plan.containers)):
+        if "forward" in vars(backbone.get_submodule(name)):
+            raise GateError(f"{name} has a forward of its own, set on the instance; remove it, or exclude the layer")
+    for name, site in sites.items():
+        layer: Any = backbone.get_submodule(name)
         layer.forward = GatedForward(layer, site, tag)
+    for container in plan.containers:
+        module: Any = backbone.get_submodule(container.name)
+        module.forward = ContainedForward(module, container, tag)
 
 
 def detach(backbone: nn.Module) -> None:
@@ -63,4 +82,4 @@ def is_attached(backbone: nn.Module) -> bool:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    return isinstance(module.__dict__.get("forward"), GatedForward)
+    return isinstance(module.__dict__.get("forward"), GatedForward | ContainedForward)

@@ -9,9 +9,8 @@ all: layers that make it leave it out, layers that read it read less. Both give 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +73,15 @@ class Decisions:
         if site.decides is not None:
             self._decide(site.decides, layer, x, rows, reads)
         return run(layer, x, reads, self.subset(site.makes))
+
+    def arrive(self, exit: int, output: Any, rows: Rows) -> None:
+        """Samples go on from an exit.
+
+        Args:
+            exit: its number.
+            output: of its boundary, of those that go on.
+            rows: who they are.
+        """
 
     def price(self, ledger: Ledger, size: int) -> Tensor:
         """What gates add to a bill: their networks, less what closed channels save.
@@ -187,11 +195,10 @@ def _added(bill: Tensor, rows: Tensor | None, cost: Tensor) -> Tensor:
 
 
 def least_macs(gates: Gates, ledger: Ledger) -> list[int]:
-    """What gates add to each of the E + 1 segments where one unit of every group is open, the smallest."""
+    """What gates add to each of the E + 1 segments where they decide for the least that they can."""
     decisions = Decisions(gates, sparse=False)
     for number, region in enumerate(gates.plan.regions):
-        one = torch.zeros(1, region.units)
-        one[0, np.cumsum(region.groups) - 1] = 1
+        one = region.least[None].float()
         decisions.taken[number] = Taken(None, one, one)
     with evaluating(gates):
         return [int(macs) for macs in decisions.price(ledger, 1)[0]]

@@ -13,6 +13,7 @@ from dynnet.errors import GateError
 from dynnet.gates.decisions import Decisions, Taken
 from dynnet.gates.networks import Gates
 from dynnet.gates.plan import GatePlan
+from dynnet.gates.routers import Routers
 
 
 def mean_masks(masks: Sequence[np.ndarray], plan: GatePlan) -> list[Tensor]:
@@ -51,6 +52,8 @@ def cut_frozen_(backbone: nn.Module, gates: Gates) -> None:
     for number, mask in enumerate(gates.frozen):
         row = mask[None].to(device, torch.float32)
         decisions.take(number, Taken(None, row, row))
+    if isinstance(gates, Routers):
+        gates.remember_(backbone)
     for site in gates.plan.sites:
         layer = backbone.get_submodule(site.layer)
         if kind_of(layer) is not None:  # what stands for a folded norm has no channels of its own

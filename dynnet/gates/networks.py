@@ -62,9 +62,14 @@ class Gates(nn.Module):
     def __init__(self, plan: GatePlan) -> None:
         super().__init__()
         self.plan = plan
-        self.networks = nn.ModuleList(GateNetwork(region) for region in plan.regions)
+        self.networks = nn.ModuleList(self.network(region) for region in plan.regions)
         self.noise = 1.0
         self.frozen: tuple[Tensor, ...] | None = None
+
+    @staticmethod
+    def network(region: Region) -> nn.Module:
+        """That decides on a region."""
+        return GateNetwork(region)
 
     def freeze(self, masks: Sequence[Tensor]) -> None:
         """Decide alike for every image from now on, until `thaw`; the gate networks do not run and cost nothing.

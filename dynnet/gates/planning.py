@@ -17,7 +17,7 @@ from dynnet.gates.plan import GateConfig, GatePlan, Region, Side, Site
 
 _WORTHWHILE = 4.0  # times what its gate network costs: what a region must be able to save when half of it is closed
 _BLIND = 8  # channels that a gate network reads, at least: the mean colour of an image tells nothing
-_SMALLEST = 0.001  # of the backbone's MACs: smaller regions are left alone
+SMALLEST = 0.001  # of the backbone's MACs: smaller regions are left alone
 
 
 def plan_gates(
@@ -50,22 +50,25 @@ def plan_gates(
     refused = [_why_not(group, config, macs, total, unheard) for group in groups]
     chosen = [group for group, reason in zip(groups, refused, strict=True) if reason is None]
     if not chosen:
-        # The classes and what nobody reads are no channels that anybody would look for.
-        between = [group.layers("produces") and group.layers("reads") for group in groups]
-        told = list(dict.fromkeys(reason for reason, wanted in zip(refused, between, strict=True) if reason and wanted))
-        why = "; ".join(told[:4]) or "no layer reads what another one makes"
-        more = f"; and {len(told) - 4} reasons more" if len(told) > 4 else ""
-        raise GateError(f"{title} has no channels to gate: {why}{more}")
+        raise nothing_to_gate(title, groups, refused)
     regions, numbers = _regions(chosen, config)
-    sites = _sites(chosen, numbers, regions, config)
+    sites = make_sites(chosen, numbers, regions, config)
     covered = sum(macs.get(site.layer, 0) for site in sites)
     return GatePlan(tuple(regions), tuple(sites), covered / total)
 
 
-def _why_not(
-    group: Group, config: GateConfig, macs: Mapping[str, int], total: int, unheard: Mapping[str, str]
-) -> str | None:
-    """Why a group is left alone; None where it is gated."""
+def nothing_to_gate(title: str, groups: Sequence[Group], refused: Sequence[str | None]) -> GateError:
+    """Why all groups are left alone."""
+    # The classes and what nobody reads are no channels that anybody would look for.
+    between = [group.layers("produces") and group.layers("reads") for group in groups]
+    told = list(dict.fromkeys(reason for reason, wanted in zip(refused, between, strict=True) if reason and wanted))
+    why = "; ".join(told[:4]) or "no layer reads what another one makes"
+    more = f"; and {len(told) - 4} reasons more" if len(told) > 4 else ""
+    return GateError(f"{title} has no channels to gate: {why}{more}")
+
+
+def fixed(group: Group, config: GateConfig, unheard: Mapping[str, str]) -> str | None:
+    """Why the width of a group cannot change from sample to sample, whatever it would save; None where it can."""
     if group.coupled:
         return "channels that several blocks share through residual sums are left alone"
     if group.pinned is not None:
@@ -77,16 +80,23 @@ def _why_not(
     if any(is_inside(member.layer, config.exclude) for member in group.members):
         return f"excluded are {list(config.exclude)}"
     deaf = [member.layer for member in group.members if member.layer in unheard]
-    if deaf:
-        return unheard[deaf[0]]
+    return unheard[deaf[0]] if deaf else None
+
+
+def _why_not(
+    group: Group, config: GateConfig, macs: Mapping[str, int], total: int, unheard: Mapping[str, str]
+) -> str | None:
+    """Why a group is left alone; None where it is gated."""
+    if (reason := fixed(group, config, unheard)) is not None:
+        return reason
     if group.inputs < _BLIND:
         return f"{group.members[0].layer} reads only {group.inputs} channels, from which nothing can be decided"
     saved = 0.0
     for member in group.members:
         if member.role in ("produces", "reads"):
             saved += 0.5 * macs.get(member.layer, 0) * member.channels.size / member.width
-    cost = Region(group.members[0].layer, (_units(group, config),), group.inputs).macs
-    if saved < max(_WORTHWHILE * cost, _SMALLEST * total):
+    cost = Region(group.members[0].layer, (units_of(group, config),), group.inputs).macs
+    if saved < max(_WORTHWHILE * cost, SMALLEST * total):
         return f"half of the channels that {group.members[0].layer} makes cost less than a gate network is worth"
     return None
 
@@ -97,7 +107,8 @@ def _merge(group: Group, config: GateConfig) -> int:
     return bundle(group.units, round(config.unit / per_unit))
 
 
-def _units(group: Group, config: GateConfig) -> int:
+def units_of(group: Group, config: GateConfig) -> int:
+    """How many units of a group are switched one by one."""
     return math.ceil(group.units / _merge(group, config))
 
 
@@ -109,7 +120,7 @@ def _regions(groups: Sequence[Group], config: GateConfig) -> tuple[list[Region],
     blocks: list[int] = []
     links: set[int] = set()  # groups that were chained to the one before
     for i, group in enumerate(groups):
-        first, units = group.members[0].layer, _units(group, config)
+        first, units = group.members[0].layer, units_of(group, config)
         same = next((n for n, region in enumerate(regions) if region.layer == first), None)
         if same is None and regions:
             # Made from what the group before it holds, in the same block: two in a row at most, or a plain chain of
@@ -132,9 +143,17 @@ def _regions(groups: Sequence[Group], config: GateConfig) -> tuple[list[Region],
     return regions, numbers
 
 
-def _sites(
+def make_sites(
     groups: Sequence[Group], numbers: Sequence[tuple[int, int]], regions: Sequence[Region], config: GateConfig
 ) -> list[Site]:
+    """The layers that are switched, in running order.
+
+    Args:
+        groups: that take part.
+        numbers: for every group (number of its region, first unit in it).
+        regions: all of them.
+        config: granularity.
+    """
     covers: dict[tuple[str, bool], list[tuple[int, int, int, Member]]] = {}
     passing: set[str] = set()
     grouped: set[str] = set()
@@ -147,7 +166,7 @@ def _sites(
             if member.role == "passes":
                 passing.add(member.layer)
         grouped |= {member.layer for member in group.members if member.grouped}
-    decided = {region.layer: number for number, region in enumerate(regions)}
+    decided = {region.layer: number for number, region in enumerate(regions) if not region.widths}
     known: dict[Any, Side] = {}
 
     def side(layer: str, makes: bool) -> Side | None:

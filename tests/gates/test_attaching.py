@@ -98,7 +98,7 @@ def test_a_gated_model_is_saved_and_loaded(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("gates", "message"),
     [
-        ("channels", "gates='channels': give 'channel', a GateConfig, or None"),
+        ("channels", "gates='channels': give 'channel', 'width', a GateConfig, or None"),
         (GateConfig(unit=0), "unit=0: give a number of 1 or more"),
         (GateConfig(blocks=0), "blocks=0: give a number of 1 or more"),
         (GateConfig(exclude=("layer9",)), r"cifar_resnet20 has no module 'layer9'; did you mean 'layer\d'\?"),

@@ -55,7 +55,7 @@ def replace_(layer: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         old = getattr(layer, name)
         if tensor is not None and tensor is not old:
-            tensor = tensor.detach()
+            tensor = tensor.detach().clone()  # it may be a view of the old one
             setattr(layer, name, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
 
 

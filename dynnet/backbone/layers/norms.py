@@ -31,7 +31,7 @@ from timm.layers.norm_act import FrozenBatchNormAct2d, GroupNorm1Act, RmsNormAct
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from dynnet.backbone.layers.kind import HALF, Effect, Kind, activated, replace_
+from dynnet.backbone.layers.kind import HALF, Effect, Kind, activated, own_forward, replace_
 from dynnet.backbone.subsets import Subset
 from dynnet.errors import GateError
 
@@ -264,6 +264,32 @@ KINDS: tuple[Kind, ...] = (
     GroupNormKind(),
     ResponseNorm(),
 )
+
+
+def run_with(layer: nn.Module, x: Tensor, reads: Subset | None, remembered: tuple[Tensor, Tensor] | None) -> Tensor:
+    """A batch norm, in its own mode, that remembers other means and variances than its own.
+
+    Args:
+        layer: the norm.
+        x: its input, with the channels of `reads` only.
+        reads: channels that are there; None for all.
+        remembered: (C,) each, of all channels; None for its own. In train mode those of the channels that are there are
+            updated.
+    """
+    norm: Any = layer
+    if reads is None and remembered is None:
+        return own_forward(layer, x)
+    whole = remembered or (norm.running_mean, norm.running_var)
+    known = [*whole, norm.weight, norm.bias]
+    mean, var, weight, bias = (t if t is None or reads is None else reads.take(t, 0) for t in known)
+    learns = norm.training and hasattr(norm, "momentum")  # else it is frozen
+    momentum = getattr(norm, "momentum", None)
+    x = F.batch_norm(x, mean, var, weight, bias, learns, 0.1 if momentum is None else momentum, norm.eps)
+    if learns and reads is not None:
+        with torch.no_grad():
+            for old, new in zip(whole, (mean, var), strict=True):
+                old.index_copy_(0, reads.channels(), new)
+    return activated(layer, x)
 
 
 def _remembered(layer: nn.Module, reads: Subset) -> list[Tensor | None]:

@@ -1,0 +1,44 @@
+"""A model of several widths as one of the narrow models that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from dynnet.backbone.twin import copy_of
+from dynnet.errors import GateError
+from dynnet.exits.boundaries import Boundary
+from dynnet.gates.freezing import cut_frozen_
+from dynnet.gates.routers import Routers
+from dynnet.model import DynamicModel
+from dynnet.wrapping import wrap
+
+
+def at_widths(model: DynamicModel, widths: Sequence[int]) -> DynamicModel:
+    """What a sample runs through that has these widths: layers cut for good, the same exits, no routers.
+
+    Args:
+        model: with routers; left as it is.
+        widths: the number of a width for each region, from the narrowest.
+
+    Raises:
+        GateError: a model without routers, or no such widths.
+    """
+    if not isinstance(model.gates, Routers):
+        raise GateError("this model has no routers; wrap it with gates='width'")
+    twin = copy_of(model)
+    gates, heads = twin.gates, dict(zip(twin.exits, twin.heads, strict=True))
+    assert isinstance(gates, Routers)
+    gates.choose(widths)
+    backbone = twin.unwrap()
+    cut_frozen_(backbone, gates)
+
+    def head(boundary: Boundary, num_classes: int) -> nn.Module:
+        return heads[boundary.name]
+
+    narrow = wrap(backbone, replace(model.config, gates=None), heads=head, confidence=model.measure.name)
+    narrow.measure = model.measure
+    narrow.thresholds = model.thresholds
+    return narrow
