@@ -65,6 +65,8 @@ def typed(kind: Any, given: Any, what: str = "", error: type[DynnetError] = Sche
     if not fitting:
         raise error(f"{what or 'it'} is {shown(given)}; expected {told(kind)}")
     chosen = next((one for one in fitting if one is type(given)), fitting[0])
+    if get_origin(chosen) is Annotated:
+        return typed(chosen, given, what, error)
     if isinstance(given, Mapping):
         return _mapping(chosen, given, what, error)
     if isinstance(given, list | tuple):
@@ -116,6 +118,8 @@ def told(kind: Any) -> str:
 
 
 def _told(kind: Any) -> str:
+    if get_origin(kind) is Annotated:
+        return _told(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return " or ".join(repr(value) for value in get_args(kind))
     if get_origin(kind) in (tuple, list):
@@ -129,6 +133,8 @@ def _told(kind: Any) -> str:
 def _fits(kind: Any, given: Any) -> bool:
     """Is a value of this kind, apart from what is inside it?"""
     origin = get_origin(kind)
+    if origin is Annotated:
+        return _fits(get_args(kind)[0], given)
     if origin is Literal:
         return any(type(given) is type(value) and given == value for value in get_args(kind))
     if origin in (tuple, list):

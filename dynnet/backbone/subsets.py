@@ -37,9 +37,9 @@ class Subset:
     @functools.cached_property
     def start(self) -> int | None:
         """The first of the channels, where all that are chosen are neighbours."""
-        if len(self.blocks) == 0 or int(self.blocks[-1] - self.blocks[0]) != len(self.blocks) - 1:
-            return None
-        return int(self.blocks[0]) * self.size
+        blocks = self.blocks.tolist()
+        neighbours = bool(blocks) and blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+        return blocks[0] * self.size if neighbours else None
 
     def channels(self) -> Tensor:
         """(k,) int64."""

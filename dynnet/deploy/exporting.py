@@ -20,19 +20,18 @@ from dynnet.backbone.names import title
 from dynnet.backbone.twin import copy_of
 from dynnet.certificate import void_certificate
 from dynnet.deploy import engines
-from dynnet.deploy.checks import checked_cut, checked_stage
+from dynnet.deploy.checks import checked_stage
 from dynnet.deploy.folding import fold
 from dynnet.deploy.manifest import Manifest, Part, digest_of_file
 from dynnet.deploy.quantizing import Calibrating, Images, in_int8, quantize_
-from dynnet.deploy.stages import Stage, staged
+from dynnet.deploy.ways import Way, in_widths
 from dynnet.deploy.whole import Nowhere, fits_a_graph
 from dynnet.errors import ExportError
 from dynnet.exits.confidence import Instant
 from dynnet.exits.threshold import to_json
+from dynnet.gates.routers import Routers
 from dynnet.model import DynamicModel
 from dynnet.wrapping import wrap
-
-_SAMPLES = 4  # images of noise on which an export is checked
 
 
 def export(
@@ -88,22 +87,22 @@ def export(
     whole = _ready(model, exits, input_size)
     if int8 and isinstance(whole.measure, Nowhere):
         raise ExportError("thresholds are fitted again in int8, by a confidence that is Python code; export in float")
+    if int8 and isinstance(whole.gates, Routers):
+        raise ExportError("stages of several widths run in float; leave out int8=True, or export one width in int8")
     calibrating = Calibrating(whole, loader) if int8 else None
-    stages = staged(whole, whole.input_size)
-    weight = next(whole.parameters())
-    images = torch.randn(_SAMPLES, *whole.input_size, generator=torch.Generator().manual_seed(0)).to(weight.device)
-    fed, made = checked_cut(whole, stages, images)
+    ways = list(in_widths(whole))
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         part.mkdir(parents=True)
         files, differences = [], []
-        for number, stage in enumerate(stages):
-            files.append(part / f"stage_{number}{chosen.SUFFIX}")
-            chosen.lower(stage, fed[number], files[-1])
-            differences.append(checked_stage(chosen, files[-1], stage, fed[number], made[number]))
+        for way in ways:
+            files.append(part / f"{way.name}{chosen.SUFFIX}")
+            chosen.lower(way.stage, way.fed, files[-1])
+            differences.append(checked_stage(chosen, files[-1], way.stage, way.fed, way.made))
         in_float = [float(t) for t in (model if isinstance(model, DynamicModel) else whole).thresholds]
+        stages = [way.stage for way in ways]
         found = quantize_(chosen, files, stages, in_float, calibrating) if calibrating else None
-        manifest = _manifest(model, whole, stages, files, differences, engine)
+        manifest = _manifest(model, whole, ways, files, differences, engine)
         if void := void_certificate(model) if isinstance(model, DynamicModel) else None:
             warnings.warn(f"the model's certificate is void: {void}; call dynnet.calibrate again", stacklevel=3)
             manifest = manifest.voided(void)
@@ -120,7 +119,7 @@ def export(
 
 
 def _ready(model: nn.Module, exits: str, size: tuple[int, int, int] | None) -> DynamicModel:
-    """A copy to be exported: wrapped, folded, in eval mode, with all exits on that get a stage."""
+    """A copy to be exported: wrapped, in eval mode, with all exits on that get a stage; folded, where it has one width."""
     if exits not in ("running", "all"):
         raise ExportError(f"exits={exits!r}: choose from running, all")
     weight = next(model.parameters(), torch.zeros(()))
@@ -130,7 +129,7 @@ def _ready(model: nn.Module, exits: str, size: tuple[int, int, int] | None) -> D
         copy = copy_of(model)
         if exits == "all":
             copy.thresholds = [0.0 if t == float("inf") else t for t in model.thresholds]
-        if copy.gates is not None:
+        if copy.gates is not None and not isinstance(copy.gates, Routers):
             warnings.warn(
                 "gates close other channels for every image, which no graph can skip: in an engine closed channels are "
                 "zero, but cost what open ones do",
@@ -145,29 +144,28 @@ def _ready(model: nn.Module, exits: str, size: tuple[int, int, int] | None) -> D
             copy.measure = Nowhere()
     else:
         copy = wrap(copy_of(model), [], input_size=size or input_size_of(model))
-    return fold(copy.eval())
+    return copy.eval() if isinstance(copy.gates, Routers) else fold(copy.eval())
 
 
 def _manifest(
     model: nn.Module,
     whole: DynamicModel,
-    stages: Sequence[Stage],
+    ways: Sequence[Way],
     files: Sequence[Path],
     differences: Sequence[dict[str, float]],
     engine: str,
 ) -> Manifest:
-    ledger = whole.ledger()
-    bill = ledger.bill(whole.running)
-    if whole.gates is not None and whole.gates.frozen is None:
-        bill += torch.tensor([sum(each.macs for each in segment.deciders) for segment in ledger.segments]).cumsum(0)
     given = model if isinstance(model, DynamicModel) else whole
     parts = tuple(
-        Part(file.name, digest_of_file(file), s.takes, s.gives, s.exit, int(bill[s.exit]))
-        for s, file in zip(stages, files, strict=True)
+        Part(
+            file.name, digest_of_file(file), s.takes, s.gives, s.exit, way.macs, way.adds, way.width, s.answers, s.route
+        )
+        for way, file in zip(ways, files, strict=True)
+        for s in [way.stage]
     )
     versions = {"dynnet": _version("dynnet"), "timm": timm.__version__, "torch": torch.__version__.split("+")[0]}
     return Manifest(
-        format=1,
+        format=2,
         engine=engine,
         model=title(whole.backbone),
         exits=whole.exits,
@@ -175,7 +173,7 @@ def _manifest(
         confidence=given.measure.name,
         on_host=isinstance(whole.measure, Nowhere),
         stages=parts,
-        dense_macs=ledger.dense,
+        dense_macs=whole.ledger().dense,
         input_size=whole.input_size,
         dtype="float32",
         classes=whole.num_classes,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ from dynnet.errors import ExportError, SchemaError
 from dynnet.schema import between, parse, typed
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _LARGEST = 10_000_000  # bytes
 
 Whole = Annotated[int, between(0, 2**40)]
@@ -37,14 +38,18 @@ class Port:
 
 @dataclass(frozen=True)
 class Part:
-    """A stage.
+    """A stage, or one of several widths that it has.
 
     Attributes:
         file: its graph, in the engine's format, with outputs (logits, confidence, *gives).
         sha256: of the file.
         takes, gives: what it reads, and what it makes for later stages.
-        exit: the number of the exit that answers at its end; E for the backbone's own head.
-        macs: of a sample that answers there, alone.
+        exit: the number of the exit at its end; E for the backbone's own head.
+        macs: of a sample that answers there, alone; where stages have widths, of one that had this one all the way.
+        adds: of those, what this stage adds; None in files of before, where stages have one width.
+        width: which of the widths it is, from the narrowest; None where there is one.
+        answers: does the exit answer? Else logits and confidence mean nothing: only a router stands there.
+        route: which of `gives` says how wide a sample goes on: (b, widths), of which the largest counts.
     """
 
     file: str
@@ -53,6 +58,10 @@ class Part:
     gives: tuple[Port, ...]
     exit: Whole
     macs: Whole
+    adds: Whole | None = None
+    width: Whole | None = None
+    answers: bool = True
+    route: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class Manifest:
         quantized: of stages in int8, how they differ from float ones.
     """
 
-    format: Literal[1]
+    format: Literal[1, 2]
     engine: str
     model: str
     exits: tuple[str, ...]
@@ -169,18 +178,44 @@ def _check(found: Manifest) -> None:
     Raises:
         SchemaError: parts that do not fit each other.
     """
-    numbers = [stage.exit for stage in found.stages]
+    rows = steps(found.stages)
+    numbers = [row[0].exit for row in rows]
     if not numbers or numbers != sorted(set(numbers)) or numbers[-1] != len(found.exits):
         raise SchemaError(f"stages end at exits {numbers}, of {len(found.exits)}")
+    _check_widths(rows)
     if len(found.thresholds) != len(found.exits):
         raise SchemaError(f"{len(found.thresholds)} thresholds for {len(found.exits)} exits")
-    made: set[str] = {port.name for port in found.stages[0].takes}
+    made = {port.name for port in found.stages[0].takes}
     for stage in found.stages:
         if Path(stage.file).name != stage.file:
             raise SchemaError(f"stage file {stage.file!r} is not in the folder")
         if missing := [port.name for port in stage.takes if port.name not in made]:
             raise SchemaError(f"nothing gives {missing[0]!r}, which {stage.file} takes")
         made |= {port.name for port in stage.gives}
+
+
+def _check_widths(rows: Sequence[Sequence[Part]]) -> None:
+    """
+    Raises:
+        SchemaError: widths of a stage that do not stand for each other, or that nobody chooses between.
+    """
+    route: str | None = None
+    for row in rows:
+        if [part.width for part in row] != ([None] if len(row) == 1 else list(range(len(row)))):
+            raise SchemaError(f"{row[0].file} has widths {[part.width for part in row]}")
+        if len(row) > 1 and route is None:
+            raise SchemaError(f"nothing says which of {row[0].file} and the others to take")
+        alike = {(part.takes, part.gives, part.answers, part.route) for part in row}
+        if len(alike) > 1:
+            raise SchemaError(f"{row[0].file} takes or gives something else than its other widths")
+        route = row[0].route
+        if route is not None and route not in [port.name for port in row[0].gives]:
+            raise SchemaError(f"{row[0].file} does not give {route!r}")
+
+
+def steps(stages: Sequence[Part]) -> list[list[Part]]:
+    """The stages in running order, each with all of its widths."""
+    return [list(row) for _, row in itertools.groupby(stages, key=lambda part: part.exit)]
 
 
 def _check_file(folder: Path, stage: Part) -> None:
@@ -193,9 +228,11 @@ def _check_file(folder: Path, stage: Part) -> None:
         )
 
 
-def later_use(stages: tuple[Part, ...] | list[Part]) -> list[Mapping[str, Port]]:
-    """For each stage, what is needed behind it: the tensors that stages after it take."""
+def later_use(stages: Sequence[Part]) -> list[Mapping[str, Port]]:
+    """For each step, what is needed behind it: what its route says, and the tensors that stages after it take."""
     needed: list[Mapping[str, Port]] = []
-    for number in range(len(stages)):
-        needed.append({port.name: port for stage in stages[number + 1 :] for port in stage.takes})
+    rows = steps(stages)
+    for number, row in enumerate(rows):
+        taken = {port.name: port for later in rows[number + 1 :] for part in later for port in part.takes}
+        needed.append(taken | {port.name: port for port in row[0].gives if port.name == row[0].route})
     return needed

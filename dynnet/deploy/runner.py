@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynnet.deploy.engines import engine
-from dynnet.deploy.manifest import Manifest, Port, later_use, read_manifest
+from dynnet.deploy.engines import Session, engine
+from dynnet.deploy.manifest import Manifest, Part, Port, later_use, read_manifest, steps
 from dynnet.errors import InputError, ThresholdError
 from dynnet.exits.rows import Rows, leaves
 from dynnet.exits.threshold import check_thresholds, to_json
@@ -33,6 +33,14 @@ class Prediction(NamedTuple):
     exit: np.ndarray
     confidence: np.ndarray
     macs: np.ndarray
+
+
+class Way(NamedTuple):
+    """A stage of one width, ready to run, and what it adds to the bill of a sample."""
+
+    part: Part
+    session: Session
+    adds: int
 
 
 class Runner:
@@ -64,8 +72,9 @@ class Runner:
         self._confidence = _checked(confidence, self.manifest)
         self.threads = threads
         chosen = engine(self.manifest.engine)
-        self._sessions = [
-            chosen.open_stage(Path(folder) / stage.file, threads, stage) for stage in self.manifest.stages
+        self._steps = [
+            [Way(part, chosen.open_stage(Path(folder) / part.file, threads, part), adds) for part, adds in row]
+            for row in _priced(self.manifest.stages)
         ]
         self._later = later_use(self.manifest.stages)
         self._dtype = np.dtype(self.manifest.dtype)
@@ -103,7 +112,7 @@ class Runner:
     @thresholds.setter
     def thresholds(self, values: Sequence[float]) -> None:
         checked = check_thresholds(values, self.exits)
-        there = {stage.exit for stage in self.manifest.stages}
+        there = {stage.exit for stage in self.manifest.stages if stage.answers}
         for number, (name, value) in enumerate(zip(self.exits, checked, strict=True)):
             if number not in there and value != np.inf:
                 raise InputError(
@@ -157,36 +166,37 @@ class Runner:
 
     def _run(self, images: np.ndarray, thresholds: tuple[float, ...]) -> Prediction:
         rows = Rows(len(images))
-        stages = self.manifest.stages
-        live: dict[str, np.ndarray] = {stages[0].takes[0].name: np.ascontiguousarray(images)}
-        answers: list[tuple[np.ndarray, np.ndarray]] = []
-        for stage, session, later in zip(stages, self._sessions, self._later, strict=True):
-            logits, confidence, *given = session.run([live[port.name] for port in stage.takes])
-            if self._confidence is not None:
+        live = {self.manifest.stages[0].takes[0].name: np.ascontiguousarray(images)}
+        spent = np.zeros(len(images), dtype=np.int64)
+        answers: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        route: str | None = None
+        for ways, later in zip(self._steps, self._later, strict=True):
+            widths = None if len(ways) == 1 or route is None else _widest_where_nan(live[route])
+            (logits, confidence, *given), adds = _through(ways, widths, live)
+            spent = spent + adds
+            part = ways[0].part
+            exit, route = part.exit, part.route
+            if self._confidence is not None and part.answers:
                 confidence = _asked(self._confidence, logits)
-            if stage.exit == len(thresholds):
+            if exit == len(thresholds):
                 break
             live = {name: tensor for name, tensor in live.items() if name in later}
-            live.update(zip((port.name for port in stage.gives), given, strict=True))
-            leaving = leaves(confidence, thresholds[stage.exit])
+            gives = zip((port.name for port in part.gives), given, strict=True)
+            live.update((name, tensor) for name, tensor in gives if name in later)
+            leaving = leaves(confidence, thresholds[exit])
             count = int(np.count_nonzero(leaving))
             if count == len(leaving):
                 break
             if count:
-                gone, kept = rows.leave(stage.exit, leaving)
-                answers.append((logits[gone], confidence[gone]))
+                gone, kept = rows.leave(exit, leaving)
+                answers.append((logits[gone], confidence[gone], spent[gone]))
+                spent = spent[kept]
                 live = {name: _rows(tensor, kept, later[name]) for name, tensor in live.items()}
-        answers.append((logits, confidence))
-        rows.finish(stage.exit)
-        return self._in_order(rows, answers)
-
-    def _in_order(self, rows: Rows, answers: Sequence[tuple[np.ndarray, np.ndarray]]) -> Prediction:
-        bill: Mapping[int, int] = {stage.exit: stage.macs for stage in self.manifest.stages}
-        taken = [np.full(len(logits), exit) for (exit, _), (logits, _) in zip(rows.exits(), answers, strict=True)]
-        exit = rows.in_order(taken)
-        macs = rows.in_order([np.full(len(one), bill[int(one[0])]) for one in taken])
-        logits, confidence = (rows.in_order(list(parts)) for parts in zip(*answers, strict=True))
-        return Prediction(logits, exit, confidence, macs)
+        answers.append((logits, confidence, spent))
+        rows.finish(exit)
+        taken = [np.full(len(said[0]), exit) for (exit, _), said in zip(rows.exits(), answers, strict=True)]
+        logits, confidence, macs = (rows.in_order(list(parts)) for parts in zip(*answers, strict=True))
+        return Prediction(logits, rows.in_order(taken), confidence, macs)
 
     def _check(self, images: np.ndarray) -> None:
         size = self.manifest.input_size
@@ -220,6 +230,52 @@ def _asked(confidence: Callable[[np.ndarray], np.ndarray], logits: np.ndarray) -
             f"confidence= gave shape {found.shape} for logits of shape {logits.shape}; it must give one number a sample"
         )
     return found
+
+
+def _priced(stages: Sequence[Part]) -> list[list[tuple[Part, int]]]:
+    """Each step's stages, and what each adds to a bill."""
+    found, before = [], 0
+    for row in steps(stages):
+        found.append([(part, part.macs - before if part.adds is None else part.adds) for part in row])
+        before = row[0].macs
+    return found
+
+
+def _widest_where_nan(route: np.ndarray) -> np.ndarray:
+    """(b,) the widths that a router wants, of its (b, widths) logits."""
+    return np.where(np.isnan(route).any(1), route.shape[1] - 1, route.argmax(1))
+
+
+def _through(
+    ways: Sequence[Way], widths: np.ndarray | None, live: Mapping[str, np.ndarray]
+) -> tuple[list[np.ndarray], Any]:
+    """What a step makes of what is there, and what it adds to bills: one number, or one a sample.
+
+    Args:
+        ways: of each width.
+        widths: (b,) of each sample; None where there is one way.
+        live: tensors by name.
+    """
+    wanted = [0] if widths is None else np.unique(widths).tolist()
+    if len(wanted) == 1:
+        way = ways[wanted[0]]
+        return way.session.run([live[port.name] for port in way.part.takes]), way.adds
+    assert widths is not None
+    places = [np.flatnonzero(widths == width) for width in wanted]
+    made = [
+        ways[width].session.run([_rows(live[port.name], here, port) for port in ways[width].part.takes])
+        for width, here in zip(wanted, places, strict=True)
+    ]
+    back = np.concatenate(places).argsort()
+    ports = [_EACH, _EACH, *ways[0].part.gives]
+    whole = [
+        _rows(np.concatenate(parts, port.dim), back, port)
+        for port, parts in zip(ports, zip(*made, strict=True), strict=True)
+    ]
+    return whole, np.array([way.adds for way in ways])[widths]
+
+
+_EACH = Port("", 0, 1)  # logits and confidence
 
 
 def _rows(tensor: np.ndarray, kept: np.ndarray, port: Port) -> np.ndarray:

@@ -11,8 +11,8 @@ token for every sample) is made anew on the other side; and sizes of the batch a
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 from dynnet.deploy.manifest import Port
 from dynnet.deploy.whole import Whole
 from dynnet.errors import ExportError
+from dynnet.exits.boundaries import Feature
 from dynnet.model import DynamicModel
 
 
@@ -33,27 +34,34 @@ class Stage:
         graph: from the tensors of `takes` to logits (b, K), confidence (b,), and the tensors of `gives`.
         takes: what it reads; images for the first one.
         gives: what later stages read.
-        exit: the number of the exit that answers at its end; E for the backbone's own head.
+        exit: the number of the exit at its end; E for the backbone's own head.
+        answers: does the exit answer, or does only a router stand there?
+        route: which of `gives` says how wide a sample goes on, (b, widths) logits; None where nobody asks.
     """
 
     graph: fx.GraphModule
     takes: tuple[Port, ...]
     gives: tuple[Port, ...]
     exit: int
+    answers: bool = True
+    route: str | None = None
 
 
 @torch.no_grad()
-def staged(model: DynamicModel, size: Sequence[int]) -> list[Stage]:
+def staged(
+    model: DynamicModel, size: Sequence[int], routers: Mapping[int, tuple[nn.Module, Feature]] | None = None
+) -> list[Stage]:
     """The stages of a model whose exits are on.
 
     Args:
         model: in eval mode; left as it is.
         size: (C, H, W) of the images.
+        routers: as for `Whole`.
 
     Raises:
         ExportError: `torch.export` cannot take the model, or what crosses a cut cannot be told sample by sample.
     """
-    whole = Whole(model)
+    whole = Whole(model, routers)
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     images = torch.randn(3, *size, dtype=weight.dtype, device=weight.device)  # one would be taken for a constant
     whole(images)  # what is made once and kept (tables, lists of channels) is made of numbers, not while it is traced
@@ -64,7 +72,7 @@ def staged(model: DynamicModel, size: Sequence[int]) -> list[Stage]:
         raise ExportError(
             f"torch.export cannot take the model: {type(error).__name__}: {_first_lines(error)}"
         ) from error
-    return _Cutter(program).stages(whole.exits)
+    return _Cutter(program).stages(whole.exits, whole.on, list(whole.routers))
 
 
 class _Cutter:
@@ -83,16 +91,22 @@ class _Cutter:
             if _is_tensors(node) and any(arg in self.from_images for arg in node.all_input_nodes):
                 self.from_images.add(node)
 
-    def stages(self, exits: Sequence[int]) -> list[Stage]:
-        """One for each answer, in order.
+    def stages(self, exits: Sequence[int], on: Sequence[int], routed: Sequence[int]) -> list[Stage]:
+        """One for each exit, in order.
 
         Args:
-            exits: their numbers.
+            exits: their numbers,
+            on: of those that answer, but for the end,
+            routed: of those where routers stand.
         """
         (answers,) = next(n for n in self.program.graph.nodes if n.op == "output").args
         pairs = [tuple(answers[2 * i : 2 * i + 2]) for i in range(len(exits))]
+        routes = dict(zip(routed, answers[2 * len(exits) :], strict=True))
         place = {node: i for i, node in enumerate(self.nodes)}
-        ends = [max(place.get(node, -1) for node in pair) for pair in pairs]
+        ends = [
+            max(place.get(node, -1) for node in (*pair, *([routes[exit]] if exit in routes else [])))
+            for exit, pair in zip(exits, pairs, strict=True)
+        ]
         self.stage = {self.images: 0}
         for node, i in place.items():
             inside = next((number for number, end in enumerate(ends) if i <= end), len(ends) - 1)
@@ -105,7 +119,11 @@ class _Cutter:
             # Images are there already, for whoever takes them later, as a cascade does.
             gives = [n for n in self.from_images if n in later and self.stage[n] == number and n is not self.images]
             gives.sort(key=lambda node: place.get(node, -1))
-            stages.append(self._stage(number, exit, reads[number], [*pair, *gives]))
+            if exit in routes:
+                gives = [node for node in gives if node is not routes[exit]] + [routes[exit]]
+            stage = self._stage(number, exit, reads[number], [*pair, *gives])
+            route = stage.gives[-1].name if exit in routes else None
+            stages.append(replace(stage, answers=exit in on or exit == exits[-1], route=route))
         return stages
 
     def _reads(self, number: int, answers: Sequence[fx.Node]) -> list[fx.Node]:

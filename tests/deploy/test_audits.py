@@ -65,7 +65,7 @@ def test_other_thresholds_share_the_stages(folder: Path) -> None:
     patient = runner.at([math.inf] * len(runner.exits))
     assert (patient.predict(x).exit == len(runner.exits)).all()
     assert runner.thresholds == before
-    assert patient._sessions is runner._sessions
+    assert patient._steps is runner._steps
 
 
 def test_a_certificate_is_for_its_thresholds(folder: Path) -> None:

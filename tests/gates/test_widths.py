@@ -1,0 +1,190 @@
+"""A few nested widths, of which routers at the exits choose one for each sample."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import dynnet
+from dynnet import DynamicModel, GateConfig
+from dynnet.deploy.one_width import at_widths
+from dynnet.errors import ExitError, GateError
+from dynnet.gates.routers import Routers
+from tests.cases import CASES, FEW, Case
+
+WIDTHS = (0.3, 0.6, 1.0)
+FIXED = {"test_nfnet", "test_mambaout"}  # nothing in them can change its width from sample to sample
+ABLE = [case for case in CASES if case.name not in FIXED]
+SOME = [case for case in ABLE if case in FEW or case.name in {"test_efficientnet", "regnetx_002", "efficientvim_m1"}]
+
+
+def routed(case: Case) -> tuple[DynamicModel, Routers, Tensor]:
+    """A model whose routers disagree on six images, which are given too, and whose norms remember much."""
+    model = case.wrapped(gates=GateConfig(unit=2, widths=WIDTHS))
+    gates = model.gates
+    assert isinstance(gates, Routers)
+    for module in model.backbone.modules():
+        if getattr(module, "running_var", None) is not None:
+            _scatter(module.running_mean, module.running_var)
+    for norm in gates.norms:
+        _scatter(norm.mean, norm.var)
+    images = case.images(6)
+    for number, region in enumerate(gates.plan.regions):
+        router: nn.Module = gates.networks[number]
+        nn.init.normal_(router.logits.weight, 0, 5.0)
+        decisions = model.forward_exits(images).decisions
+        assert decisions is not None
+        with torch.no_grad():  # so that no width is the best for all
+            router.logits.bias -= decisions.taken[number].logits.mean(0)
+        assert len(region.widths) == len(WIDTHS)
+    return model, gates, images
+
+
+def _scatter(mean: Tensor, var: Tensor) -> None:
+    mean.normal_(0, 0.2)
+    var.uniform_(0.5, 2)
+
+
+def widths_taken(model: DynamicModel, images: Tensor) -> list[list[int]]:
+    """By region, the width of each image."""
+    decisions = model.forward_exits(images).decisions
+    assert decisions is not None
+    return [decisions.taken[number].logits.argmax(1).tolist() for number in sorted(decisions.taken)]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in SOME else pytest.mark.sweep) for case in ABLE], ids=str
+)
+def test_narrow_is_masked_and_nobody_looks_at_neighbours(case: Case) -> None:
+    model, _, images = routed(case)
+    assert max(len(set(taken)) for taken in widths_taken(model, images)) > 1
+    model.thresholds = [0.5, 0.5]
+    together = model.predict(images)
+    scale = together.logits.abs().max() + 1e-6
+    model.execution = "masked"
+    masked = model.predict(images)
+    model.execution = "sparse"
+    assert (masked.logits - together.logits).abs().max() < 1e-4 * scale
+    assert torch.equal(masked.macs, together.macs)
+    alone = [model.predict(image[None]) for image in images]
+    assert (torch.cat([one.logits for one in alone]) - together.logits).abs().max() < 1e-4 * scale
+    assert torch.equal(torch.cat([one.macs for one in alone]), together.macs)
+    assert all(check.kept for check in dynnet.verify(model, images[:3]).checks)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_each_width_is_a_narrow_network_cut_for_good(case: Case) -> None:
+    model, gates, images = routed(case)
+    regions = gates.plan.regions
+    parameters = []
+    for widths in itertools.islice(itertools.product(range(3), repeat=len(regions)), 9):
+        narrow = at_widths(model, widths)
+        gates.choose(widths)
+        ours, theirs = model.predict(images), narrow.predict(images)
+        assert (ours.logits - theirs.logits).abs().max() < 1e-5 * (ours.logits.abs().max() + 1e-6)
+        assert torch.equal(ours.macs, theirs.macs)
+        parameters.append(sum(p.numel() for p in narrow.backbone.parameters()))
+    gates.thaw()
+    assert parameters[0] < parameters[-1] <= sum(p.numel() for p in model.backbone.parameters())
+    folded = dynnet.fold(model)
+    ours, theirs = model.predict(images), folded.predict(images)
+    assert (ours.logits - theirs.logits).abs().max() < 1e-4 * (ours.logits.abs().max() + 1e-6)
+    assert torch.equal(ours.macs, theirs.macs)
+
+
+def test_containers_hold_all_that_changes_and_nothing_that_is_seen_elsewhere() -> None:
+    backbone = timm.create_model("resnet18", num_classes=5).eval()
+    model = dynnet.wrap(backbone, ["layer1", "layer2.0"], gates="width", input_size=(3, 64, 64))
+    names = [container.name for container in model.gates.plan.containers]
+    assert names == ["layer2.0", "layer2.1", "layer3", "layer4"]  # layer2 itself ends behind an exit
+    assert [region.segment for region in model.gates.plan.regions] == [1, 2]
+    assert not any(site.layer.startswith("layer1") for site in model.gates.plan.sites)
+    assert "forward" in vars(backbone.layer3)
+    model.unwrap()
+    assert not any("forward" in vars(module) for module in backbone.modules())
+
+
+def test_the_widest_is_the_backbone_and_routers_cost_what_they_cost() -> None:
+    case = FEW[0]
+    model, gates, images = routed(case)
+    plain = model.run_every_exit(images).logits[-1]
+    gates.choose([2, 2])
+    assert torch.equal(model.predict(images).logits, plain)
+    assert model.predict(images).macs.tolist() == [model.ledger().dense] * 6
+    gates.thaw()
+    routers = sum(region.macs for region in gates.plan.regions)
+    assert 0 < routers < 0.01 * model.ledger().dense
+    chosen = torch.tensor(widths_taken(model, images))
+    bills = {}
+    for widths in sorted({tuple(column) for column in chosen.T.tolist()}):
+        gates.choose(widths)
+        bills[widths] = int(model.predict(images[:1]).macs) + routers
+        gates.thaw()
+    assert model.predict(images).macs.tolist() == [bills[tuple(column)] for column in chosen.T.tolist()]
+
+
+def test_a_router_that_gives_nan_takes_the_widest() -> None:
+    model, gates, images = routed(FEW[0])
+    for network in gates.networks:
+        nn.init.constant_(network.logits.bias, float("nan"))
+    gates_free = model.run_every_exit(images).logits[-1]
+    assert torch.equal(model.predict(images).logits, gates_free)
+
+
+def test_all_widths_learn_and_routers_feel_what_others_would_have_given() -> None:
+    model, gates, images = routed(FEW[0])
+    model.train()
+    before = [norm.mean.clone() for norm in gates.norms]
+    outputs = model(images)
+    assert outputs.decisions is not None
+    price = outputs.decisions.price(model.ledger(), len(images)).sum() / model.ledger().dense
+    (dynnet.loss(outputs, torch.arange(6)) + price).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+    assert any(p.grad.abs().sum() > 0 for p in gates.networks[0].parameters())
+    assert all(not torch.equal(old, norm.mean) for old, norm in zip(before, gates.norms, strict=True))
+
+
+def test_files_keep_widths_routers_and_what_norms_remember(tmp_path) -> None:
+    model, _, images = routed(FEW[0])
+    dynnet.save(model, tmp_path / "model.safetensors")
+    again = dynnet.load(tmp_path / "model.safetensors")
+    assert again.config.gates == GateConfig(unit=2, widths=WIDTHS)
+    ours, theirs = model.predict(images), again.predict(images)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.macs, theirs.macs)
+
+
+@pytest.mark.parametrize(
+    ("gates", "exits", "error", "message"),
+    [
+        ("width", [], GateError, "widths are picked at exits, and there are none; give exits="),
+        (GateConfig(widths=(0.5,)), 1, GateError, r"widths=\(0.5,\): give 2 to 8 shares .* rising, such as \(0.25"),
+        (GateConfig(widths=(1.0, 0.5)), 1, GateError, "rising"),
+        (GateConfig(widths=(0.0, 0.5)), 1, GateError, "rising"),
+        (GateConfig(widths=tuple(n / 10 for n in range(1, 10))), 1, GateError, "give 2 to 8"),
+        (GateConfig(unit=0, widths=(0.5, 1.0)), 1, GateError, "unit=0: give a number of 1 or more"),
+        (GateConfig(exclude=("layer9",), widths=(0.5, 1.0)), 1, GateError, "layer9"),
+        (GateConfig(exclude=("layer2", "layer3"), widths=(0.5, 1.0)), 1, GateError, "has no channels to gate: .*excl"),
+        (GateConfig(widths=(0.5, 1.0)), ["layer7"], ExitError, "no boundary 'layer7'"),
+    ],
+)
+def test_impossible_widths_are_refused(gates: object, exits: object, error: type[Exception], message: str) -> None:
+    backbone = FEW[0].backbone()
+    with pytest.raises(error, match=message):
+        dynnet.wrap(backbone, exits, gates=gates, input_size=(3, 32, 32))
+    assert not any("forward" in vars(module) for module in backbone.modules())
+
+
+def test_routers_are_asked_for_widths_that_there_are() -> None:
+    model, gates, _ = routed(FEW[0])
+    with pytest.raises(GateError, match=r"widths \[3, 0\]: give a number from 0 to 2 for each of 2 regions"):
+        gates.choose([3, 0])
+    with pytest.raises(GateError, match="this model has no routers; wrap it with gates='width'"):
+        at_widths(FEW[0].wrapped(), [0])
+    assert gates.chosen is None
+    assert model.gates is gates
