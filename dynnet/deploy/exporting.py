@@ -119,7 +119,7 @@ def export(
 
 
 def _ready(model: nn.Module, exits: str, size: tuple[int, int, int] | None) -> DynamicModel:
-    """A copy to be exported: wrapped, in eval mode, with all exits on that get a stage; folded, where it has one width."""
+    """A copy to be exported: wrapped, in eval mode, with all exits on that get a stage; of one width, folded."""
     if exits not in ("running", "all"):
         raise ExportError(f"exits={exits!r}: choose from running, all")
     weight = next(model.parameters(), torch.zeros(()))

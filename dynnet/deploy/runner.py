@@ -171,7 +171,7 @@ class Runner:
         answers: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         route: str | None = None
         for ways, later in zip(self._steps, self._later, strict=True):
-            widths = None if len(ways) == 1 or route is None else _widest_where_nan(live[route])
+            widths = None if len(ways) == 1 or route is None else wanted(live[route])
             (logits, confidence, *given), adds = _through(ways, widths, live)
             spent = spent + adds
             part = ways[0].part
@@ -241,8 +241,8 @@ def _priced(stages: Sequence[Part]) -> list[list[tuple[Part, int]]]:
     return found
 
 
-def _widest_where_nan(route: np.ndarray) -> np.ndarray:
-    """(b,) the widths that a router wants, of its (b, widths) logits."""
+def wanted(route: np.ndarray) -> np.ndarray:
+    """(b,) the widths that a router wants, of its (b, widths) logits; of NaN the widest."""
     return np.where(np.isnan(route).any(1), route.shape[1] - 1, route.argmax(1))
 
 
@@ -256,15 +256,15 @@ def _through(
         widths: (b,) of each sample; None where there is one way.
         live: tensors by name.
     """
-    wanted = [0] if widths is None else np.unique(widths).tolist()
-    if len(wanted) == 1:
-        way = ways[wanted[0]]
+    there = [0] if widths is None else np.unique(widths).tolist()
+    if len(there) == 1:
+        way = ways[there[0]]
         return way.session.run([live[port.name] for port in way.part.takes]), way.adds
     assert widths is not None
-    places = [np.flatnonzero(widths == width) for width in wanted]
+    places = [np.flatnonzero(widths == width) for width in there]
     made = [
         ways[width].session.run([_rows(live[port.name], here, port) for port in ways[width].part.takes])
-        for width, here in zip(wanted, places, strict=True)
+        for width, here in zip(there, places, strict=True)
     ]
     back = np.concatenate(places).argsort()
     ports = [_EACH, _EACH, *ways[0].part.gives]

@@ -40,7 +40,8 @@ def decisions_of(gates: Gates, sparse: bool) -> Decisions:
 
 def pooled(output: Any, feature: Feature) -> Tensor:
     """(B, C) the mean of what a router reads of a boundary's output."""
-    x = features(output)[feature.leaf].detach()
+    x = features(output)[feature.leaf]
+    x = x.detach() if torch.is_grad_enabled() else x  # what is exported shall not hold it
     dims = _PIXELS[feature.layout]
     wide = x.float() if x.dtype in HALF else x
     return wide.mean(dims).to(x.dtype) if dims else x

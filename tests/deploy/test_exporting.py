@@ -226,7 +226,7 @@ def _altered(change: Any) -> Any:
         (lambda folder: (folder / "stage_0.onnx").write_bytes(b"x"), "stage_0.onnx' .*its SHA-256"),
         (lambda folder: (folder / NAME).unlink(), "holds no exported model: manifest.json: No such file"),
         (lambda folder: (folder / NAME).write_text("{"), "is damaged: it is no JSON"),
-        (_altered(lambda said: said.update(format=2)), "has format 2, this dynnet reads up to 1; upgrade dynnet"),
+        (_altered(lambda said: said.update(format=3)), "has format 3, this dynnet reads up to 2; upgrade dynnet"),
         (_altered(lambda said: said.update(engine="ort")), "unknown engine 'ort'.*choose from onnxruntime"),
         (_altered(lambda said: said["stages"].pop()), r"is damaged: stages end at exits \[0, 1\], of 2"),
         (_altered(lambda said: said["stages"][0]["gives"].clear()), "nothing gives .*, which stage_1.onnx takes"),

@@ -3,57 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import dynnet
-from dynnet import DynamicModel, GateConfig
+from dynnet import GateConfig
 from dynnet.deploy.one_width import at_widths
 from dynnet.errors import ExitError, GateError
-from dynnet.gates.routers import Routers
-from tests.cases import CASES, FEW, Case
-
-WIDTHS = (0.3, 0.6, 1.0)
-FIXED = {"test_nfnet", "test_mambaout"}  # nothing in them can change its width from sample to sample
-ABLE = [case for case in CASES if case.name not in FIXED]
-SOME = [case for case in ABLE if case in FEW or case.name in {"test_efficientnet", "regnetx_002", "efficientvim_m1"}]
-
-
-def routed(case: Case) -> tuple[DynamicModel, Routers, Tensor]:
-    """A model whose routers disagree on six images, which are given too, and whose norms remember much."""
-    model = case.wrapped(gates=GateConfig(unit=2, widths=WIDTHS))
-    gates = model.gates
-    assert isinstance(gates, Routers)
-    for module in model.backbone.modules():
-        if getattr(module, "running_var", None) is not None:
-            _scatter(module.running_mean, module.running_var)
-    for norm in gates.norms:
-        _scatter(norm.mean, norm.var)
-    images = case.images(6)
-    for number, region in enumerate(gates.plan.regions):
-        router: nn.Module = gates.networks[number]
-        nn.init.normal_(router.logits.weight, 0, 5.0)
-        decisions = model.forward_exits(images).decisions
-        assert decisions is not None
-        with torch.no_grad():  # so that no width is the best for all
-            router.logits.bias -= decisions.taken[number].logits.mean(0)
-        assert len(region.widths) == len(WIDTHS)
-    return model, gates, images
-
-
-def _scatter(mean: Tensor, var: Tensor) -> None:
-    mean.normal_(0, 0.2)
-    var.uniform_(0.5, 2)
-
-
-def widths_taken(model: DynamicModel, images: Tensor) -> list[list[int]]:
-    """By region, the width of each image."""
-    decisions = model.forward_exits(images).decisions
-    assert decisions is not None
-    return [decisions.taken[number].logits.argmax(1).tolist() for number in sorted(decisions.taken)]
+from tests.cases import FEW, Case
+from tests.gates.routed import ABLE, SOME, WIDTHS, routed, widths_taken
 
 
 @pytest.mark.parametrize(
@@ -149,7 +111,7 @@ def test_all_widths_learn_and_routers_feel_what_others_would_have_given() -> Non
     assert all(not torch.equal(old, norm.mean) for old, norm in zip(before, gates.norms, strict=True))
 
 
-def test_files_keep_widths_routers_and_what_norms_remember(tmp_path) -> None:
+def test_files_keep_widths_routers_and_what_norms_remember(tmp_path: Path) -> None:
     model, _, images = routed(FEW[0])
     dynnet.save(model, tmp_path / "model.safetensors")
     again = dynnet.load(tmp_path / "model.safetensors")
