@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dynnet import errors as errors
     from dynnet import pruning as pruning
     from dynnet.cascading import cascade
+    from dynnet.consolidating import consolidate
     from dynnet.deploy.exporting import export
     from dynnet.deploy.folding import fold
     from dynnet.evaluation.measurement import measure
@@ -38,6 +39,7 @@ __all__ = [
     "WrapConfig",
     "calibrate",
     "cascade",
+    "consolidate",
     "create_model",
     "errors",
     "export",
@@ -61,6 +63,7 @@ _HOMES = {
     "WrapConfig": "model",
     "calibrate": "thresholds.calibration",
     "cascade": "cascading",
+    "consolidate": "consolidating",
     "create_model": "zoo",
     "export": "deploy.exporting",
     "fold": "deploy.folding",

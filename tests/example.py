@@ -40,6 +40,9 @@ def use(model: DynamicModel, images: Tensor) -> None:
         print(dynnet.load("model.safetensors").exits)
     except dynnet.errors.DynnetError as error:
         print(error)
+    gated = dynnet.wrap(timm.create_model("cifar_resnet20", num_classes=10), 2, gates="channel").eval()
+    pair = dynnet.cascade([dynnet.consolidate(gated, batches()).unwrap(), model])
+    print(pair.exits)
     manifest = dynnet.export(model, "stages", int8=True, loader=batches())
     print(manifest.precision, dynnet.list_models(), dynnet.create_model("digits").thresholds)
 

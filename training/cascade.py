@@ -30,10 +30,9 @@ from dynnet.files.bundles import read_bundle, write_atomically
 from dynnet.files.checkpoints import load, save
 from dynnet.learning.data import Data
 from dynnet.learning.recipes import Recipe, read_recipe, recipe_to_yaml
-from dynnet.zoo import folder, list_models
 from training.distributed import World
 from training.log import Log
-from training.program import open_data, run_program
+from training.program import folder_of, open_data, run_program
 
 _SPLITTING = ("train_split", "test_split", "calibration", "test", "seed")  # what decides which images are held out
 
@@ -52,7 +51,7 @@ def put_in_a_row(recipe: Recipe, out: Path, resume: bool, here: World) -> Dynami
     if resume:
         raise CheckpointError("nothing is trained here, so that there is nothing to resume; leave out --resume")
     keep_freed_memory()
-    members = [_folder(name) for name in recipe.cascade.members]
+    members = [folder_of(name) for name in recipe.cascade.members]
     if len(members) < 2:
         raise RecipeError(f"cascade.members has {len(members)} entries; give two or more models, the cheapest first")
     recipes = [read_recipe(path / "recipe.yaml") for path in members]
@@ -81,16 +80,6 @@ def put_in_a_row(recipe: Recipe, out: Path, resume: bool, here: World) -> Dynami
         save(_bare(members[-1]), out / "backbone.safetensors", _create(members[-1]))
     save(model, out / "model.safetensors", [_create(path) for path in members])
     return model
-
-
-def _folder(name: str) -> Path:
-    """Of a member: a model of the zoo, or a run."""
-    path = folder() / name if name in list_models() else Path(name)
-    if not ((path / "recipe.yaml").is_file() and (path / "model.safetensors").is_file()):
-        raise CheckpointError(
-            f"{name!r} is neither a finished run nor a model of the zoo, which has {', '.join(list_models())}"
-        )
-    return path
 
 
 def _check_data(recipe: Recipe, other: Recipe, path: Path) -> None:

@@ -23,6 +23,7 @@ from dynnet.files.weights import load_weights_
 from dynnet.learning.data import Data, load_data
 from dynnet.learning.recipes import BackboneConfig, Recipe, read_recipe, recipe_parser
 from dynnet.model import DynamicModel
+from dynnet.zoo import folder, list_models
 from training.distributed import World, world
 from training.folder import hold
 from training.state import State
@@ -82,6 +83,20 @@ def open_data(recipe: Recipe, here: World) -> tuple[Data, dict[str, Any]]:
         **kwargs,
     }
     return data, create
+
+
+def folder_of(name: str) -> Path:
+    """Of a trained model: one of the zoo, or a finished run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = folder() / name if name in list_models() else Path(name)
+    if not ((path / "recipe.yaml").is_file() and (path / "model.safetensors").is_file()):
+        raise CheckpointError(
+            f"{name!r} is neither a finished run nor a model of the zoo, which has {', '.join(list_models())}"
+        )
+    return path
 
 
 def make_backbone(config: BackboneConfig, create: dict[str, Any], state: State | None = None) -> nn.Module:

@@ -15,6 +15,7 @@ The folder of a run holds recipe.yaml (resolved), log.jsonl, state.safetensors (
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dynnet import DynamicModel, calibrate, wrap
+from dynnet import DynamicModel, calibrate, consolidate, wrap
 from dynnet.backbone.host import prepare_
 from dynnet.errors import CalibrationError, RecipeError
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.files.bundles import write_atomically
-from dynnet.files.checkpoints import save
+from dynnet.files.checkpoints import load, save
 from dynnet.files.creation import pruned_shape
 from dynnet.gates.routers import Routers
 from dynnet.learning.data import Data
@@ -41,7 +42,7 @@ from training.distributed import World
 from training.identity import identity_of
 from training.log import Log
 from training.loop import Desk, Objective, Stage, run_stage
-from training.program import make_backbone, open_data, run_program
+from training.program import folder_of, make_backbone, open_data, run_program
 from training.state import Position, State
 from training.tools import make_tools
 from training.widths import Sandwich, Widths, widths_loss
@@ -224,9 +225,27 @@ def _runs(model: DynamicModel, stage: str, config: StageConfig) -> bool:
 
 def _build(recipe: Recipe, data: Data, create: dict[str, Any], state: State | None) -> DynamicModel:
     """The wrapped backbone, with the weights that the recipe names or in the shape that a checkpoint has."""
+    if recipe.consolidate.gated is not None and state is None:
+        return _consolidated(recipe, data)
     backbone = make_backbone(recipe.backbone, create, state)
     prepare_(backbone, data.preparation)
     return wrap(backbone, recipe.wrap, input_size=data.input_size)
+
+
+def _consolidated(recipe: Recipe, data: Data) -> DynamicModel:
+    """The widths of the recipe, from the gates of a trained model."""
+    gates, path = recipe.wrap.gates, folder_of(str(recipe.consolidate.gated))
+    gated = load(path / "model.safetensors")
+    if gates is None or not gates.widths:
+        raise RecipeError("consolidate.gated wants wrap.gates.widths, such as [0.25, 0.5, 0.75, 1.0]")
+    if not isinstance(gated, DynamicModel):
+        raise RecipeError(f"consolidate.gated: {str(path)!r} holds a plain model; give one with gates on channels")
+    if isinstance(recipe.wrap.exits, int):
+        raise RecipeError(f"consolidate.gated wants names in wrap.exits, where routers stand, not {recipe.wrap.exits}")
+    seen = itertools.islice(data.sample_loader(128, seed=recipe.seed), recipe.consolidate.batches)
+    images = [(batch.images, batch.labels) for batch in seen]
+    print(f"consolidating {path.name}: {len(images)} batches", flush=True)
+    return consolidate(gated, images, gates.widths, exits=recipe.wrap.exits, unit=gates.unit)
 
 
 def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None:

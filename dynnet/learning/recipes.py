@@ -119,6 +119,19 @@ class CascadeConfig:
 
 
 @dataclass(frozen=True)
+class ConsolidateConfig:
+    """Gates on channels that are made into the widths of `wrap.gates.widths`, see `dynnet.consolidate`.
+
+    Attributes:
+        gated: a model of the zoo, or the folder of a run, that has them; None where widths are trained from the start.
+        batches: of the training images, which tell how often channels are open.
+    """
+
+    gated: str | None = None
+    batches: int = 40
+
+
+@dataclass(frozen=True)
 class PruningConfig(CutConfig):
     """What `training.prune` takes away, and how: `dynnet.pruning.config.CutConfig`, and
 
@@ -180,6 +193,7 @@ class Recipe:
         joint: trains everything together.
         calibration: for the thresholds that are saved with the model.
         cascade: what `training.cascade` puts in a row.
+        consolidate: the model whose gates become widths; its backbone takes the place of that which `backbone` names.
         pruning: what `training.prune` does after the dense stage.
         finetune: trains what pruning has left, all cuts together.
         amp: bfloat16 autocast, where the processor has instructions for it; float32 elsewhere.
@@ -202,6 +216,7 @@ class Recipe:
     joint: StageConfig = field(default_factory=StageConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     cascade: CascadeConfig = field(default_factory=CascadeConfig)
+    consolidate: ConsolidateConfig = field(default_factory=ConsolidateConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     finetune: StageConfig = field(default_factory=StageConfig)
     amp: bool = False
