@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dynnet import errors as errors
     from dynnet import pruning as pruning
     from dynnet.cascading import cascade
+    from dynnet.config import WrapConfig
     from dynnet.consolidating import consolidate
     from dynnet.deploy.exporting import export
     from dynnet.deploy.folding import fold
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from dynnet.files.checkpoints import load, save
     from dynnet.gates.plan import GateConfig
     from dynnet.learning.losses import loss
-    from dynnet.model import DynamicModel, WrapConfig
+    from dynnet.model import DynamicModel
     from dynnet.outputs import Prediction
     from dynnet.pruning.channels import prune
     from dynnet.thresholds.calibration import calibrate
@@ -60,7 +61,7 @@ _HOMES = {
     "DynamicModel": "model",
     "GateConfig": "gates.plan",
     "Prediction": "outputs",
-    "WrapConfig": "model",
+    "WrapConfig": "config",
     "calibrate": "thresholds.calibration",
     "cascade": "cascading",
     "consolidate": "consolidating",

@@ -22,12 +22,13 @@ from dynnet.backbone.host import preparation_of
 from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.names import title
 from dynnet.backbone.twin import copy_of
+from dynnet.config import WrapConfig
 from dynnet.errors import CascadeError
 from dynnet.exits.boundaries import Boundary, Places
 from dynnet.exits.confidence import MEASURES
 from dynnet.exits.heads import HeadFactory
 from dynnet.gates.plan import GateConfig
-from dynnet.model import DynamicModel, WrapConfig
+from dynnet.model import DynamicModel
 from dynnet.wrapping import is_wrapped, wrap
 
 Size = tuple[int, int, int]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +18,7 @@ from dynnet.backbone.dry_run import BATCH, Trace, trace
 from dynnet.backbone.gradients import at_risk, right_gradients
 from dynnet.backbone.host import Hosted, Preparation, preparation_of, prepare_
 from dynnet.belongings import Belongings
+from dynnet.config import WrapConfig
 from dynnet.cost.ledger import Ledger, price
 from dynnet.errors import ForwardError, GateError, InputError
 from dynnet.exits import flow
@@ -31,7 +31,7 @@ from dynnet.exits.sizes import Size, Sizes
 from dynnet.exits.threshold import check_thresholds, to_json
 from dynnet.gates import attaching
 from dynnet.gates.decisions import Decisions, least_macs
-from dynnet.gates.plan import GateConfig, GatePlan
+from dynnet.gates.plan import GatePlan
 from dynnet.gates.routers import gates_of
 from dynnet.gates.routing import decisions_of
 from dynnet.outputs import ExitOutputs, Prediction, only_logits
@@ -40,28 +40,6 @@ Execution = Literal["sparse", "masked"]
 
 STATE = "_extra_state"  # the key under which torch keeps in a state_dict what a model says besides its weights
 _RENAMED = {"active": "running", "remembers": "measure.every_vote"}
-
-
-@dataclass(frozen=True)
-class WrapConfig:
-    """How a backbone is wrapped.
-
-    Attributes:
-        exits: module names ("layer2"), fractions of the backbone's MACs (0.5), both mixed, or a number of exits spread
-            evenly in MACs; of a wrapped model the module names, in running order.
-        gates: how channels are gated; None where they are not.
-        head_share: MACs for which a fitted head is made, as a share of the backbone's; it costs at most twice that, and
-            where not even the narrowest can, `wrap` warns.
-        confidence: name of the measure, see `dynnet.exits.confidence`.
-        input_size: (C, H, W) of the images, for which fractions, heads and prices are computed; None for what the
-            backbone was made for.
-    """
-
-    exits: int | tuple[str | float, ...] = 2
-    gates: GateConfig | None = None
-    head_share: float = 0.03
-    confidence: str = "max_probability"
-    input_size: tuple[int, int, int] | None = None
 
 
 class DynamicModel(Hosted):

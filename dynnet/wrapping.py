@@ -15,6 +15,7 @@ from dynnet.backbone.input_size import input_size_of
 from dynnet.backbone.modes import learning
 from dynnet.backbone.names import check_fields, title
 from dynnet.channels.finding import find_groups
+from dynnet.config import WrapConfig
 from dynnet.errors import ExitError, ForwardError, HeadError
 from dynnet.exits import flow
 from dynnet.exits.boundaries import Boundary, Places
@@ -25,7 +26,7 @@ from dynnet.gates import attaching
 from dynnet.gates.plan import GateConfig, GatePlan, check_gates
 from dynnet.gates.planning import plan_gates
 from dynnet.gates.widths import plan_widths
-from dynnet.model import DynamicModel, WrapConfig
+from dynnet.model import DynamicModel
 from dynnet.outputs import only_logits
 
 
@@ -73,7 +74,7 @@ def wrap(
     placement = _placed(places, config)
     config = replace(config, exits=tuple(boundary.name for boundary in placement.exits))
     plan = None if config.gates is None else _plan(places, placement.exits, config.gates)
-    factory = heads or _fitted(places, config.head_share)
+    factory = heads or _fitted(places, config)
     modules = [_checked(factory(boundary, places.num_classes), backbone, boundary) for boundary in placement.exits]
     measure = make_measure(confidence, len(placement.exits))
     model = DynamicModel(backbone, modules, placement, config, places.num_classes, measure, plan)
@@ -172,11 +173,11 @@ def is_wrapped(model: nn.Module) -> bool:
     return isinstance(model, DynamicModel) or flow.is_attached(model) or attaching.is_attached(model)
 
 
-def _fitted(places: Places, head_share: float) -> HeadFactory:
-    budget = head_share * places.trace.macs
+def _fitted(places: Places, config: WrapConfig) -> HeadFactory:
+    budget = config.head_share * places.trace.macs
 
     def build(boundary: Boundary, num_classes: int) -> nn.Module:
-        return ExitHead(boundary, num_classes, places.last_grid, budget)
+        return ExitHead(boundary, num_classes, places.last_grid, budget, config.head_blocks)
 
     return build
 

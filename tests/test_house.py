@@ -11,9 +11,9 @@ PACKAGE = ROOT / "dynnet"
 
 # A room, or a module that stands between rooms, imports only what comes before it.
 ORDER = (
-    "errors", "schema", "registration", "backbone", "channels", "cost", "exits", "gates", "outputs", "belongings",
-    "model", "certificate", "wrapping", "cascading", "deploy", "thresholds", "evaluation", "pruning", "consolidating",
-    "files", "learning", "zoo", "__init__",
+    "errors", "schema", "registration", "backbone", "channels", "cost", "exits", "gates", "config", "outputs",
+    "belongings", "model", "certificate", "wrapping", "cascading", "deploy", "thresholds", "evaluation", "pruning",
+    "consolidating", "files", "learning", "zoo", "__init__",
 )  # fmt: skip
 LONGEST, MEDIAN = 350, 180  # lines of a file
 

@@ -69,7 +69,7 @@ def test_the_zoo_keeps_what_it_promises() -> None:
     assert "digits" in dynnet.list_models()
     for name in dynnet.list_models():
         model, results = dynnet.create_model(name), zoo.results(name)
-        assert list(model.exits) == results["exits"]
+        assert [*model.exits, "end"] == [exit["name"] for exit in results["exits"]]
         assert model.ledger().dense == results["dense_macs"]
         assert (zoo.folder() / name / "recipe.yaml").is_file()
         assert (zoo.folder() / name / "README.md").is_file()
@@ -84,7 +84,7 @@ def test_the_digits_model_gives_its_published_figures() -> None:
     model, results = dynnet.create_model("digits"), zoo.results("digits")
     measured = dynnet.measure(model, load_data(recipe.data).loader("test", 64))
     assert measured.accuracy == pytest.approx(results["accuracy"], abs=0.003)
-    assert measured.macs_share == pytest.approx(results["macs_share"], abs=0.003)
+    assert measured.macs.mean() == pytest.approx(results["mean_macs"], rel=0.01)
     assert measured.accuracy >= results["dense_accuracy"] - 0.005
     assert measured.macs_share <= 0.6
 

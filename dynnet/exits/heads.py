@@ -1,8 +1,9 @@
 """Exit heads made to fit a boundary: from any nesting of features to (B, K) logits.
 
 Maps with more pixels than the backbone's last ones are brought down by strided 3x3 convolutions first (as in MSDNet,
-https://arxiv.org/abs/1703.09844): pooling them at once would lose what a classifier needs. Average and maximum are
-pooled side by side (as in Shallow-Deep Networks, https://arxiv.org/abs/1810.07052).
+https://arxiv.org/abs/1703.09844): pooling them at once would lose what a classifier needs. What they leave of a budget
+makes residual blocks of them, from the last on: a head early in a network does the work of all stages that it cuts off.
+Average and maximum are pooled side by side (as in Shallow-Deep Networks, https://arxiv.org/abs/1810.07052).
 
 Maps of many channels get a lean head: averaged over 2x2 pixels, a 1x1 convolution (the shortcut of ResNet-D,
 https://arxiv.org/abs/1812.01187), averaged. One image at a time, starting an operator costs more than its MACs.
@@ -41,12 +42,13 @@ class ExitHead(nn.Module):
         grid: pixels a side of the backbone's last maps; larger maps are brought down to it.
         budget: MACs that the head may cost, and up to twice that where a step narrower would be too little or too
             much; its widths follow from it. What cannot be had for that is made as narrow as can be.
+        blocks: may it have residual blocks?
     """
 
-    def __init__(self, boundary: Boundary, num_classes: int, grid: int, budget: float) -> None:
+    def __init__(self, boundary: Boundary, num_classes: int, grid: int, budget: float, blocks: bool = True) -> None:
         super().__init__()
         self.leaves = [feature.leaf for feature in boundary.features]
-        necks, width, _ = _shape(boundary.features, num_classes, grid, budget)
+        necks, width, _ = _shape(boundary.features, num_classes, grid, budget, blocks)
         found = sum(neck.out_features for neck in necks)
         self.necks = nn.ModuleList(necks)
         self.factor = None if width is None else nn.Linear(found, width, bias=False)
@@ -62,12 +64,32 @@ class ExitHead(nn.Module):
 
 class Conv(NamedTuple):
     """One convolution of a neck; batch norm and ReLU follow. Where the stride is wider than the kernel, an average over
-    what would be skipped goes before."""
+    what would be skipped goes before. `block` makes a residual block of it, with a second convolution."""
 
     inputs: int
     outputs: int
     kernel: int
     stride: int
+    block: bool = False
+
+
+class Residual(nn.Module):
+    """A block of a neck: two 3x3 convolutions, and a 1x1 convolution around them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.around = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H / stride, W / stride), rounded up."""
+        return (self.inside(x) + self.around(x)).relu()
 
 
 class MapNeck(nn.Module):
@@ -84,7 +106,10 @@ class MapNeck(nn.Module):
         super().__init__()
         self.feature = feature
         layers: list[nn.Module] = []
-        for inputs, outputs, kernel, stride in convs:
+        for inputs, outputs, kernel, stride, block in convs:
+            if block:
+                layers.append(Residual(inputs, outputs, stride))
+                continue
             if stride > kernel:
                 layers.append(nn.AvgPool2d(stride, ceil_mode=True))
                 stride = 1
@@ -151,20 +176,22 @@ class _Shape(NamedTuple):
     macs: float
 
 
-def _shape(features: Sequence[Feature], classes: int, grid: int, budget: float) -> _Shape:
+def _shape(features: Sequence[Feature], classes: int, grid: int, budget: float, blocks: bool) -> _Shape:
     """The first shape that keeps within twice the budget, else the cheapest."""
     dear: list[_Shape] = []
-    for shape in _shapes(features, classes, grid, budget):  # one by one: what is not built draws no random numbers
+    for shape in _shapes(
+        features, classes, grid, budget, blocks
+    ):  # one by one: what is not built draws no random numbers
         if shape.macs <= 2 * budget:
             return shape
         dear.append(shape)
     return min(dear, key=lambda shape: shape.macs)
 
 
-def _shapes(features: Sequence[Feature], classes: int, grid: int, budget: float) -> Iterator[_Shape]:
+def _shapes(features: Sequence[Feature], classes: int, grid: int, budget: float, blocks: bool) -> Iterator[_Shape]:
     """Necks that have the whole budget, half of it, or nothing but pooling; the classifier as wide as they leave it."""
     for share in (budget, budget / 2, 0):
-        necks = [_neck(feature, grid, share / len(features)) for feature in features]
+        necks = [_neck(feature, grid, share / len(features), blocks) for feature in features]
         spent, found = sum(neck.macs for neck in necks), sum(neck.out_features for neck in necks)
         yield _Shape(necks, None, spent + found * classes)
         if share < budget:
@@ -172,10 +199,12 @@ def _shapes(features: Sequence[Feature], classes: int, grid: int, budget: float)
             yield _Shape(necks, width, spent + width * (found + classes))
 
 
-def _neck(feature: Feature, grid: int, budget: float) -> Neck:
+def _neck(feature: Feature, grid: int, budget: float, blocks: bool) -> Neck:
     if feature.layout == "vector":
         return VectorNeck(feature)
     convs = _convs(feature, grid, budget)
+    if blocks:
+        convs = _with_blocks(feature, convs, budget)
     if feature.layout == "tokens" and not convs:
         return TokenNeck(feature)
     return MapNeck(feature, convs)
@@ -200,6 +229,16 @@ def _convs(feature: Feature, grid: int, budget: float) -> list[Conv]:
     return best
 
 
+def _with_blocks(feature: Feature, convs: list[Conv], budget: float) -> list[Conv]:
+    """As many residual blocks as the budget has room for, from the last convolution on."""
+    for at in reversed(range(len(convs))):
+        more = [conv._replace(block=conv.block or number == at) for number, conv in enumerate(convs)]
+        if convs[at].kernel != 3 or _conv_macs(feature, more) > budget:
+            break
+        convs = more
+    return convs
+
+
 def _plan(channels: int, last: int, steps: int) -> list[Conv]:
     """Two strided 3x3 convolutions at most, channels doubling up to `last` as the pixels are quartered, or the one
     convolution of a lean head; what pixels remain are pooled."""
@@ -217,7 +256,8 @@ def _plan(channels: int, last: int, steps: int) -> list[Conv]:
 def _conv_macs(feature: Feature, convs: Sequence[Conv]) -> int:
     height, width = feature.grid
     macs = 0
-    for inputs, outputs, kernel, stride in convs:
+    for inputs, outputs, kernel, stride, block in convs:
         height, width = -(-height // stride), -(-width // stride)
-        macs += kernel**2 * inputs * outputs * height * width
+        weights = kernel**2 * inputs * outputs + (kernel**2 * outputs**2 + inputs * outputs if block else 0)
+        macs += weights * height * width
     return macs

@@ -22,13 +22,14 @@ _LONGEST = 16  # members of a cascade
 
 @dataclass(frozen=True)
 class Wrapping:
-    """How a backbone was wrapped: as `dynnet.model.WrapConfig`, with names of exits and nothing left to be chosen."""
+    """How a backbone was wrapped: as `dynnet.WrapConfig`, with names of exits and nothing left to be chosen."""
 
     exits: tuple[str, ...]
     gates: GateConfig | None
     head_share: float
     confidence: str
     input_size: tuple[Side, Side, Side]
+    head_blocks: bool = False  # of files that do not say
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dynnet.backbone.layers.table import cut_, kind_of
 from dynnet.errors import GateError
 from dynnet.gates.decisions import Decisions, Taken
 from dynnet.gates.networks import Gates
-from dynnet.gates.plan import GatePlan
+from dynnet.gates.plan import GatePlan, Region
 from dynnet.gates.routers import Routers
 
 
@@ -20,7 +20,7 @@ def mean_masks(masks: Sequence[np.ndarray], plan: GatePlan) -> list[Tensor]:
     """The decisions that gates take on average, for `Gates.freeze`.
 
     Of every group as many units as are open on average, rounded, those that are open most often: about the same compute
-    for every image.
+    for every image. Of widths, the one in the middle of what routers choose.
 
     Args:
         masks: for each region (N, U) bool, what was decided for N images.
@@ -28,12 +28,21 @@ def mean_masks(masks: Sequence[np.ndarray], plan: GatePlan) -> list[Tensor]:
     """
     found = []
     for mask, region in zip(masks, plan.regions, strict=True):
+        if region.widths:
+            found.append(region.masks[round(float(np.mean(widths_of(mask, region))))])
+            continue
         rates = torch.from_numpy(mask).double().mean(0)
         steady = torch.zeros(region.units, dtype=torch.bool)
         for part, rate in zip(steady.split(region.groups), rates.split(region.groups), strict=True):
             part[rate.topk(max(1, round(float(rate.sum())))).indices] = True
         found.append(steady)
     return found
+
+
+def widths_of(masks: np.ndarray, region: Region) -> np.ndarray:
+    """(N,) int64, which width of a region each of (N, U) decisions is."""
+    units = region.masks.sum(1).numpy()
+    return np.searchsorted(units, masks.sum(1))
 
 
 def cut_frozen_(backbone: nn.Module, gates: Gates) -> None:

@@ -93,8 +93,23 @@ class Routers(Gates):
             raise GateError(
                 f"widths {list(widths)}: give a number from 0 to {count - 1} for each of {len(regions)} regions"
             )
-        self.chosen = tuple(widths)
         self.freeze([region.masks[width] for region, width in zip(regions, widths, strict=True)])
+
+    def freeze(self, masks: Sequence[Tensor]) -> None:
+        """As `choose`, of what the widths leave open.
+
+        Raises:
+            GateError: a mask that is no width.
+        """
+        super().freeze(masks)
+        chosen = []
+        for number, (mask, region) in enumerate(zip(masks, self.plan.regions, strict=True)):
+            same = (region.masks == mask.cpu()).all(1).nonzero()
+            if not len(same):
+                self.thaw()
+                raise GateError(f"the mask of region {number} (at {region.layer}) is none of its widths; call choose()")
+            chosen.append(int(same[-1]))
+        self.chosen = tuple(chosen)
 
     def thaw(self) -> None:
         super().thaw()

@@ -12,6 +12,7 @@ import yaml
 
 from dynnet.backbone.chain import Combine
 from dynnet.certificate import Harm
+from dynnet.config import WrapConfig
 from dynnet.errors import RecipeError
 from dynnet.learning.data import DataConfig
 from dynnet.learning.limits import check_limits
@@ -20,7 +21,6 @@ from dynnet.learning.optimisers import check_optimiser, check_schedule
 from dynnet.learning.overrides import override_, pairs
 from dynnet.learning.plain_yaml import read_yaml_file
 from dynnet.learning.ranges import check_range
-from dynnet.model import WrapConfig
 from dynnet.pruning.config import CutConfig
 from dynnet.schema import flat, shown, typed
 

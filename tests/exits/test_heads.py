@@ -10,7 +10,7 @@ from torch import nn
 import dynnet
 from dynnet.backbone.dry_run import trace
 from dynnet.exits.boundaries import Boundary, Feature
-from dynnet.exits.heads import ExitHead, TokenNeck, VectorNeck
+from dynnet.exits.heads import ExitHead, Residual, TokenNeck, VectorNeck
 
 
 def head(*features: Feature, budget: float = 1e6, grid: int = 4, classes: int = 5) -> ExitHead:
@@ -40,9 +40,27 @@ def test_the_same_picture_in_any_layout_answers_the_same() -> None:
 
 def test_large_maps_get_convolutions_and_small_ones_do_not() -> None:
     def convs(side: int) -> int:
-        return sum(isinstance(m, nn.Conv2d) for m in head(Feature(0, (8, side, side), "nchw")).modules())
+        neck = head(Feature(0, (8, side, side), "nchw")).necks[0]
+        return sum(isinstance(layer, nn.Conv2d | Residual) for layer in neck.convs)
 
     assert [convs(side) for side in (4, 8, 16, 32)] == [0, 1, 2, 2]
+
+
+def test_what_the_widest_convolutions_leave_makes_residual_blocks_from_the_last_on() -> None:
+    feature = Feature(0, (16, 32, 32), "nchw")
+
+    def shape(budget: float, blocks: bool = True) -> list[str]:
+        boundary = Boundary("b", ((0, 1),), (feature,), 0.5)
+        made = ExitHead(boundary, 10, 8, budget, blocks).eval()
+        macs = trace(made, feature.shape, 1).macs
+        assert macs == made.necks[0].macs + 10 * made.classifier.in_features
+        assert macs <= 1.01 * budget
+        return [type(layer).__name__ for layer in made.necks[0].convs if isinstance(layer, nn.Conv2d | Residual)]
+
+    assert shape(3e6) == ["Conv2d", "Conv2d"]
+    assert shape(5.1e6) == ["Conv2d", "Residual"]
+    assert shape(7.6e6) == ["Residual", "Residual"]
+    assert shape(7.6e6, blocks=False) == ["Conv2d", "Conv2d"]
 
 
 def test_width_follows_the_budget() -> None:

@@ -14,6 +14,8 @@ import dynnet
 from dynnet import GateConfig
 from dynnet.deploy.one_width import at_widths
 from dynnet.errors import ExitError, GateError
+from dynnet.gates.freezing import mean_masks, widths_of
+from dynnet.thresholds.answers import collect
 from tests.cases import FEW, Case
 from tests.gates.routed import ABLE, SOME, WIDTHS, routed, widths_taken
 
@@ -148,5 +150,21 @@ def test_routers_are_asked_for_widths_that_there_are() -> None:
         gates.choose([3, 0])
     with pytest.raises(GateError, match="this model has no routers; wrap it with gates='width'"):
         at_widths(FEW[0].wrapped(), [0])
+    masks = [region.masks[1] for region in gates.plan.regions]
+    gates.freeze(masks)
+    assert gates.chosen == (1, 1)
+    masks[0] = ~masks[0]
+    with pytest.raises(GateError, match=r"the mask of region 0 \(at layer2.0.conv1\) is none of its widths"):
+        gates.freeze(masks)
     assert gates.chosen is None
     assert model.gates is gates
+
+
+def test_the_mean_of_what_routers_choose_is_a_width() -> None:
+    model, gates, images = routed(FEW[0])
+    answers = collect(model, [(images, torch.zeros(6, dtype=torch.long))])
+    taken = widths_taken(model, images)
+    for mask, region, widths in zip(answers.masks, gates.plan.regions, taken, strict=True):
+        assert widths_of(mask, region).tolist() == widths
+    gates.freeze(mean_masks(answers.masks, gates.plan))
+    assert gates.chosen == tuple(round(sum(widths) / 6) for widths in taken)

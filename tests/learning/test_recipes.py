@@ -8,13 +8,13 @@ from typing import Any, get_args
 
 import pytest
 
+from dynnet.config import WrapConfig
 from dynnet.errors import RecipeError
 from dynnet.gates.plan import GateConfig
 from dynnet.learning.limits import LIMITS
 from dynnet.learning.losses import BudgetConfig, LossConfig
 from dynnet.learning.overrides import dotted_keys
 from dynnet.learning.recipes import PruningConfig, Recipe, StageConfig, read_recipe, recipe_to_yaml
-from dynnet.model import WrapConfig
 
 
 def write(path: Path, text: str) -> Path:
