@@ -1,0 +1,1 @@
+"""The command `dynnet`: look at models, ask them, export and time them."""

@@ -1,0 +1,60 @@
+"""Image files, prepared as a model takes them; numpy and Pillow, no torch.
+
+C channels, H x W pixels
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dynnet.errors import DataError
+from dynnet.learning.pictures import decode
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def prepared(path: Path, input_size: Sequence[int], preparation: Mapping[str, Any]) -> np.ndarray:
+    """An image as timm would evaluate it: the short side resized, the middle cut out, normalised.
+
+    Args:
+        path: of the file.
+        input_size: (C, H, W).
+        preparation: "mean", "std", "crop_pct" and "interpolation", as far as the model says.
+
+    Returns:
+        (C, H, W) float32.
+
+    Raises:
+        DataError: the file is missing or no image.
+    """
+    if not path.is_file():
+        raise DataError(f"no image file {str(path)!r}")
+    channels, height, width = input_size
+    picture = decode(path.read_bytes(), str(path), "L" if channels == 1 else "RGB")
+    crop = float(preparation.get("crop_pct") or 1.0)
+    # As torchvision's Resize and CenterCrop round, for images as high as wide.
+    wanted = math.floor(width / crop), math.floor(height / crop)
+    scale = max(wanted[0] / picture.width, wanted[1] / picture.height)
+    size = max(wanted[0], int(picture.width * scale)), max(wanted[1], int(picture.height * scale))
+    if size != picture.size:
+        chosen = _FILTERS.get(str(preparation.get("interpolation")), Image.Resampling.BICUBIC)
+        picture = picture.resize(size, chosen)
+    left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+    pixels = np.asarray(picture.crop((left, top, left + width, top + height)), np.float32) / 255
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    mean, std = (
+        np.asarray(preparation.get(key) or default, np.float32).reshape(-1, 1, 1)
+        for key, default in (("mean", (0.0,)), ("std", (1.0,)))
+    )
+    return np.ascontiguousarray((pixels - mean) / std)
