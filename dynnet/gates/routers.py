@@ -26,20 +26,26 @@ TEMPERATURE = 1.0  # of the softmax
 
 
 class Router(nn.Module):
-    """From features of an exit to one logit a width."""
+    """From features of an exit to one logit a width.
+
+    Attributes:
+        lean: (K,) what is added to the logits: how far widths are preferred for what they cost.
+    """
 
     masks: Tensor
+    lean: Tensor
 
     def __init__(self, region: Region) -> None:
         super().__init__()
         self.register_buffer("masks", region.masks.float(), persistent=False)  # (K, U)
+        self.register_buffer("lean", torch.zeros(len(region.widths)))
         self.norm = nn.LayerNorm(region.inputs)
         self.hidden = nn.Linear(region.inputs, region.hidden)
         self.logits = nn.Linear(region.hidden, len(region.widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C) mean features to (B, K) logits."""
-        return cast(Tensor, self.logits(self.hidden(self.norm(x)).relu()))
+        return cast(Tensor, self.logits(self.hidden(self.norm(x)).relu()) + self.lean)
 
 
 class WidthNorm(nn.Module):
@@ -77,6 +83,13 @@ class Routers(Gates):
     @staticmethod
     def network(region: Region) -> nn.Module:
         return Router(region)
+
+    def lean_(self, weight: float) -> None:
+        """Let every router prefer narrow widths, or wide ones where `weight` is negative: it is taken from the logit of a
+        width, times its share of the units."""
+        for network in self.networks:
+            router = cast(Router, network)
+            router.lean.copy_(-weight * router.masks.sum(1) / router.masks[-1].sum())
 
     def choose(self, widths: Sequence[int]) -> None:
         """Take these widths for every sample from now on, until `thaw`; routers do not run and cost nothing.

@@ -21,6 +21,7 @@ from dynnet.deploy import engines
 from dynnet.deploy.stage_times import StageTimes
 from dynnet.deploy.whole import fits_a_graph
 from dynnet.errors import CalibrationError
+from dynnet.gates.routers import Routers
 from dynnet.model import DynamicModel
 from dynnet.thresholds.certified import safe_steps, samples_needed
 from dynnet.thresholds.search import explore, frontier, trade_off
@@ -144,6 +145,11 @@ class Latency(Goal):
                 f"as 0.5, and at least one image"
             )
         engines.engine(self.engine)
+        if isinstance(model.gates, Routers):
+            raise CalibrationError(
+                "stages of several widths are not timed one by one: fit a budget= of the MACs, and time what comes "
+                "out, with dynnet.latency(model, images, engine=...)"
+            )
         if not fits_a_graph(model.measure, model.num_classes):
             raise CalibrationError(
                 f"the measure {model.measure.name!r} is Python code, which no engine runs, and its time is not told; "

@@ -13,7 +13,7 @@ from torch import nn
 import dynnet
 from dynnet import GateConfig
 from dynnet.deploy.one_width import at_widths
-from dynnet.errors import ExitError, GateError
+from dynnet.errors import CalibrationError, ExitError, GateError
 from dynnet.gates.freezing import mean_masks, widths_of
 from dynnet.thresholds.answers import collect
 from tests.cases import FEW, Case
@@ -168,3 +168,25 @@ def test_the_mean_of_what_routers_choose_is_a_width() -> None:
         assert widths_of(mask, region).tolist() == widths
     gates.freeze(mean_masks(answers.masks, gates.plan))
     assert gates.chosen == tuple(round(sum(widths) / 6) for widths in taken)
+
+
+def test_a_budget_is_met_by_thresholds_and_by_how_far_routers_lean() -> None:
+    model, gates, images = routed(FEW[0])
+    loader = [(images + 0.01 * n, torch.arange(6)) for n in range(4)]
+    bills = {}
+    for weight in (-1e3, 0.0, 1e3):
+        gates.lean_(weight)
+        bills[weight] = float(model.predict(images).macs.double().mean())
+    assert bills[1e3] < bills[0.0] < bills[-1e3]
+    narrowest = bills[1e3] / model.ledger().dense
+    gates.lean_(0.0)
+    fitted = dynnet.calibrate(model, iter(loader), budget=1.05 * narrowest)
+    assert fitted.lean is not None
+    assert fitted.macs <= 1.05 * narrowest * model.ledger().dense
+    assert dynnet.measure(model, loader).macs.mean() == pytest.approx(fitted.macs)
+    before = [network.lean.clone() for network in gates.networks]
+    with pytest.raises(CalibrationError, match="stages of several widths are not timed one by one: fit a budget="):
+        dynnet.calibrate(model, loader, latency=0.5)
+    with pytest.raises(CalibrationError, match="a budget of 0.01 of the dense MACs cannot be met"):
+        dynnet.calibrate(model, loader, budget=0.01)
+    assert all(torch.equal(old, network.lean) for old, network in zip(before, gates.networks, strict=True))
