@@ -85,8 +85,8 @@ class Routers(Gates):
         return Router(region)
 
     def lean_(self, weight: float) -> None:
-        """Let every router prefer narrow widths, or wide ones where `weight` is negative: so much, times its share of the
-        units, is taken from the logit of a width."""
+        """Let every router prefer narrow widths, or wide ones where `weight` is negative: that, times its share of the
+        units, is taken from the logit of each width."""
         for network in self.networks:
             router = cast(Router, network)
             router.lean.copy_(-weight * router.masks.sum(1) / router.masks[-1].sum())
