@@ -35,12 +35,14 @@ from dynnet.files.bundles import write_atomically
 from dynnet.learning.data import Data
 from eval import figures
 from eval.in_engine import time_in_engine
+from eval.play import PAGE, pictures, playground, read_pictures
 from eval.programs import errors_told, write_json
 from eval.results import evaluate
 from eval.runs import Run, open_run, test_images
 from eval.saved import read_report
 from eval.static import beside, read_static, time_beside
 
+PICTURES = "pictures.json"  # of inputs, for the page
 GALLERIES = ("easiest", "hardest", "overthought")
 
 
@@ -103,6 +105,7 @@ def _measure(run: Run, out: Path, latency_samples: int, batch_size: int) -> dict
     write_table(table, out / "table.csv")
     write_json(results, out / "results.json")
     _galleries(table, run.data, out)
+    write_json(pictures(table, run.data), out / PICTURES)
     return results
 
 
@@ -117,11 +120,12 @@ def _engine_told(results: dict[str, Any]) -> str:
 def _draw(table: figures.Table, results: dict[str, Any], out: Path) -> None:
     """Write the figures, and the page with them and the galleries."""
     shown = figures.drawable(table, results)
+    play = playground(table, results, read_pictures(out / PICTURES))
     with plt.rc_context(figures.STYLE):
         for name, draw in shown.items():
             _save(draw(), out / f"{name}.png")
     drawn = [*shown, *(GALLERIES if results["exits"] else GALLERIES[:2])]
-    write_atomically(out / "index.html", page(results, out, drawn).encode())
+    write_atomically(out / "index.html", page(results, out, drawn, play).encode())
 
 
 def _galleries(table: dict[str, np.ndarray], data: Data, out: Path) -> None:
@@ -155,20 +159,21 @@ def _galleries(table: dict[str, np.ndarray], data: Data, out: Path) -> None:
             _save(figures.gallery(title, images), out / f"{name}.png")
 
 
-def page(results: dict[str, Any], out: Path, names: Sequence[str]) -> str:
-    """One HTML page with the figures of these names inside.
+def page(results: dict[str, Any], out: Path, names: Sequence[str], play: dict[str, Any] | None = None) -> str:
+    """One HTML page with the figures of these names inside, and what one can play with.
 
     Raises:
         CheckpointError: a figure is not there.
     """
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True)
     missing = [name for name in names if not (out / f"{name}.png").is_file()]
     if missing:
         raise CheckpointError(f"{str(out)!r} has no {missing[0]}.png; write the report anew, without --redraw")
     drawn = {
         name: "data:image/png;base64," + base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in names
     }
-    return environment.get_template("report.html.j2").render(r=results, figures=drawn)
+    style = (PAGE / "style.css").read_text()
+    return environment.get_template("report.html.j2").render(r=results, figures=drawn, p=play, style=style)
 
 
 def _save(figure: Figure, path: Path) -> None:

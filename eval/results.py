@@ -47,14 +47,16 @@ def evaluate(run: Run, latency_samples: int, batch_size: int) -> tuple[Columns, 
     print(measured, flush=True)
     table = _answers(run, measured, test)
     held_out = collect(model, data.loader("calibration", batch_size))
-    table |= _operating_points(model, measured, held_out)
+    points, columns = _operating_points(model, measured, held_out)
+    table |= columns
     gates = None
     if model.gates is not None:
         columns, gates = _gates(model, model.gates, measured, held_out, test)
         table |= columns
     columns, timed = _times(run, latency_samples)
     table |= columns
-    return table, {**_summary(run, measured, table), "gates": gates, **_latencies(timed)}
+    told = {"gates": gates, "points": [[to_json(t) for t in thresholds] for thresholds in points]}
+    return table, {**_summary(run, measured, table), **told, **_latencies(timed)}
 
 
 def _answers(run: Run, measured: Measurement, test: Loader) -> Columns:
@@ -69,18 +71,21 @@ def _answers(run: Run, measured: Measurement, test: Loader) -> Columns:
     return table | {f"macs_{e}": bills[:, e] for e in range(bills.shape[1])}
 
 
-def _operating_points(model: DynamicModel, measured: Measurement, held_out: Answers) -> Columns:
-    """Compute and hits at thresholds all along the trade-off, which are fitted on held-out images."""
+def _operating_points(
+    model: DynamicModel, measured: Measurement, held_out: Answers
+) -> tuple[list[tuple[float, ...]], Columns]:
+    """Thresholds all along the trade-off, fitted on held-out images, and columns of compute and hits there."""
     points = trade_off(Table(held_out, measured.ledger, model.measure))
+    chosen = [points[i].thresholds for i in np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))]
     every = np.arange(len(measured.exit))
     columns: Columns = {}
-    for k, i in enumerate(np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))):
-        taken = measured.answers.route(points[i].thresholds)
-        running = model.measure.running(points[i].thresholds)
+    for k, thresholds in enumerate(chosen):
+        taken = measured.answers.route(thresholds)
+        running = model.measure.running(thresholds)
         columns[f"point{k}_macs"] = measured.answers.bills(measured.ledger, running)[every, taken]
         columns[f"point{k}_exit"] = taken
         columns[f"point{k}_correct"] = measured.answers.correct[every, taken].astype(int)
-    return columns
+    return chosen, columns
 
 
 def _gates(

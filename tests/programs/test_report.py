@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from playwright.sync_api import Browser, sync_playwright
 
 import dynnet
 from dynnet.errors import InputError
 from dynnet.evaluation.tables import read_table
 from dynnet.files import bundles as bundle
 from dynnet.gates.plan import GatePlan, Region
+from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe, recipe_to_yaml
-from eval import report, speed
+from eval import play, report, speed
 from eval.figures import classifiers
 from eval.results import gate_use
 from eval.static import beside
@@ -55,11 +58,93 @@ def test_the_table_tells_what_each_input_got(reported: Path, run: Path) -> None:
 
 def test_the_page_stands_alone(reported: Path) -> None:
     page = (reported / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 8
+    assert page.count('<img src="data:image/png;base64,') == 8
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "MMAC" in page
     assert "MFLOP" in page
     assert len(list(reported.glob("*.png"))) == 8
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; `.ci/run` installs one."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium here")
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+def test_what_a_browser_computes_is_what_measure_says(reported: Path, run: Path, browser: Browser) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto((reported / "index.html").as_uri())
+    model, data = dynnet.load(run / "model.safetensors"), load_data(read_recipe(run / "recipe.yaml").data)
+    images = data.loader("test", 256)
+
+    def seen(id: str) -> float:
+        return float(page.locator(f"#{id}").get_attribute("data-value") or "nan")
+
+    saved = dynnet.measure(model, images)
+    assert seen("play-accuracy") == pytest.approx(saved.accuracy, abs=1e-12)
+    assert seen("play-macs") == pytest.approx(saved.macs.mean(), rel=1e-12)
+    positions = [*[("play-joint", str(at)) for at in (0, 2, 5)], ("play-exit-0", "120"), ("play-exit-1", "0")]
+    for slider, position in positions:
+        page.locator(f"#{slider}").fill(position)
+        code = page.locator("#play-code").inner_text()
+        model.thresholds = eval(code.removeprefix("model.thresholds = "), {"float": float})
+        found = dynnet.measure(model, images)
+        assert seen("play-accuracy") == pytest.approx(found.accuracy, abs=1e-12), code
+        assert seen("play-macs") == pytest.approx(found.macs.mean(), rel=1e-12), code
+        left = page.locator("#play-bars .share").all_inner_texts()
+        assert [float(text.split("%")[0]) for text in left] == [round(100 * rate, 1) for rate in found.rates]
+    assert len(set(model.thresholds)) > 1
+    # One class alone.
+    page.locator("#play-class").select_option("3")
+    of_class = saved.answers.labels == 3
+    assert seen("play-accuracy") == pytest.approx(found.correct[of_class].mean(), abs=1e-12)
+    page.locator("#play-class").select_option("-1")
+    # By keyboard, and as quickly as a hand moves.
+    page.locator("#play-joint").focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("document.activeElement.id") == "play-joint"
+    move = (
+        "(() => { const t = performance.now(); dynnet.set(dynnet.state.thresholds); return performance.now() - t; })()"
+    )
+    assert page.evaluate(move) < 1000
+    for width, scheme in ((390, "dark"), (1280, "light")):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert not errors
+    page.close()
+
+
+def test_without_javascript_the_figures_are_there(reported: Path, browser: Browser) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((reported / "index.html").as_uri())
+    assert not page.locator("#play").is_visible()
+    assert page.get_by_alt_text("Accuracy against mean MACs: exits, thresholds and the bare backbone").is_visible()
+    context.close()
+
+
+def test_a_page_of_many_inputs_has_some_of_them_and_says_so(
+    reported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, results = read_table(reported / "table.csv"), report.read_report(reported / "results.json")
+    shown = play.read_pictures(reported / report.PICTURES)
+    assert 30 <= len(shown) <= 120
+    monkeypatch.setattr(play, "MOST", 200)
+    some = play.playground(table, results, shown)
+    assert some["of"] == 359
+    assert 150 <= some["images"] <= 200
+    text = report.page(results, reported, [path.stem for path in reported.glob("*.png")], some)
+    assert f"{some['images']} of the 359 test inputs, drawn at random" in " ".join(text.split())
+    assert json.loads(some["data"].replace("<\\/", "</"))["images"] == some["images"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +196,7 @@ def test_a_report_shows_what_gates_do_and_what_deciding_is_worth(gated_run: Path
     page = (gated_run / "report" / "index.html").read_text()
     assert "frozen at their mean decision" in page
     assert ("Exit by exit" in page) == bool(model.exits)
-    assert page.count("data:image/png;base64,") == (8 if model.exits else 6)
+    assert page.count('<img src="data:image/png;base64,') == (8 if model.exits else 6)
 
 
 def test_gate_use_counts_units_and_masks() -> None:
