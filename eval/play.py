@@ -81,7 +81,7 @@ def playground(table: Table, results: Mapping[str, Any], shown: Sequence[Mapping
         "dense_ms": None if engine is None else engine["dense_ms"],
         "engine": None if engine is None else engine["engine"],
         "static": _static(results),
-        "confidence": _base64(np.array([table[f"confidence_{e}"][rows] for e in range(last)]).reshape(last, -1).T),
+        "confidence": _base64(np.array([table[f"confidence_{e}"][rows] for e in range(last)]).T),
         "correct": _base64(np.stack([table[f"correct_{e}"][rows] for e in range(last + 1)], 1), np.uint8),
         "spent": _base64(without[0] if alike else without[rows]),
         "label": _base64(labels[rows], np.uint16),
