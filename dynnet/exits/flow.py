@@ -104,8 +104,8 @@ class Flow:
         for i, dim, per_sample in leaves:
             rows = self.rows.since(tensors[i].shape[dim] // per_sample)
             if rows is not None:
-                late[i] = _take(tensors[i], rows, dim, per_sample)
-        return tree_unflatten(_replace(flat, late), spec) if late else None
+                late[i] = take_rows(tensors[i], rows, dim, per_sample)
+        return tree_unflatten(with_tensors(flat, late), spec) if late else None
 
 
 def thinned(output: Any, leaves: Sequence[tuple[int, int]], kept: Tensor) -> Any:
@@ -118,7 +118,7 @@ def thinned(output: Any, leaves: Sequence[tuple[int, int]], kept: Tensor) -> Any
     """
     flat, spec = tree_flatten(output)
     tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
-    return tree_unflatten(_replace(flat, {i: _take(tensors[i], kept, 0, n) for i, n in leaves}), spec)
+    return tree_unflatten(with_tensors(flat, {i: take_rows(tensors[i], kept, 0, n) for i, n in leaves}), spec)
 
 
 @contextlib.contextmanager
@@ -212,7 +212,7 @@ def features(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _replace(flat: Sequence[Any], new: dict[int, Tensor]) -> list[Any]:
+def with_tensors(flat: Sequence[Any], new: dict[int, Tensor]) -> list[Any]:
     """`flat` with some of its tensors replaced, counted among the tensors only."""
     positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
     result = list(flat)
@@ -221,7 +221,15 @@ def _replace(flat: Sequence[Any], new: dict[int, Tensor]) -> list[Any]:
     return result
 
 
-def _take(x: Tensor, rows: Tensor, dim: int, per_sample: int) -> Tensor:
+def take_rows(x: Tensor, rows: Tensor, dim: int, per_sample: int) -> Tensor:
+    """Some samples of a tensor.
+
+    Args:
+        x: any tensor.
+        rows: (b,) int64, which.
+        dim: its dimension of the batch.
+        per_sample: entries of that, side by side, that belong to one sample.
+    """
     if per_sample > 1:
-        return _take(x.unflatten(dim, (-1, per_sample)), rows, dim, 1).flatten(dim, dim + 1)
+        return take_rows(x.unflatten(dim, (-1, per_sample)), rows, dim, 1).flatten(dim, dim + 1)
     return pick(x, dim, rows)

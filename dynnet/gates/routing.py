@@ -8,7 +8,7 @@ they come together again. In training all widths run, and what they give is weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dynnet.backbone.gather import pick
 from dynnet.backbone.layers.kind import HALF
 from dynnet.backbone.layers.norms import run_with
 from dynnet.backbone.layers.table import channel_dim, run
 from dynnet.backbone.subsets import Subset
 from dynnet.exits.boundaries import Feature
-from dynnet.exits.flow import features
+from dynnet.exits.flow import features, take_rows, with_tensors
 from dynnet.exits.rows import Rows
 from dynnet.gates.containers import Place
 from dynnet.gates.decisions import Decisions, Taken
@@ -162,52 +161,33 @@ def _mask(there: Subset, x: Tensor, dim: int) -> Tensor:
     return mask.view([-1 if d == dim else 1 for d in range(x.ndim)])
 
 
-def _tensors(flat: Sequence[Any]) -> list[int]:
-    return [at for at, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
-
-
 def _some(given: Any, places: Sequence[Place], rows: Tensor) -> Any:
     """Any nesting of tensors with only some samples."""
     flat, spec = tree_flatten(given)
-    return tree_unflatten(_changed(flat, {at: _rows(flat, at, dim, each, rows) for at, dim, each in places}), spec)
-
-
-def _rows(flat: Sequence[Any], at: int, dim: int, each: int, rows: Tensor) -> Tensor:
-    x = flat[_tensors(flat)[at]]
-    if each > 1:
-        rows = (rows[:, None] * each + torch.arange(each, device=rows.device)).flatten()
-    return pick(x, dim, rows)
+    tensors = _tensors(flat)
+    new = {at: take_rows(tensors[at], rows, dim, each) for at, dim, each in places}
+    return tree_unflatten(with_tensors(flat, new), spec)
 
 
 def _together(parts: Sequence[Any], places: Sequence[Place], order: Tensor) -> Any:
     """What groups of samples gave, one after the other, in the order of the batch."""
-    flats = [tree_flatten(part) for part in parts]
-    first, spec = flats[0]
-    changed = {}
-    for at, dim, each in places:
-        whole = torch.cat([flat[_tensors(flat)[at]] for flat, _ in flats], dim)
-        changed[at] = _rows([whole], 0, dim, each, order)
-    return tree_unflatten(_changed(first, changed), spec)
+    flat, spec = tree_flatten(parts[0])
+    tensors = [_tensors(tree_flatten(part)[0]) for part in parts]
+    new = {at: take_rows(torch.cat([one[at] for one in tensors], dim), order, dim, each) for at, dim, each in places}
+    return tree_unflatten(with_tensors(flat, new), spec)
 
 
 def _sum(parts: Sequence[Any], places: Sequence[Place], weights: Tensor) -> Any:
     """What all widths gave, weighed by (B, K)."""
-    flats = [tree_flatten(part) for part in parts]
-    first, spec = flats[0]
-    changed = {}
+    flat, spec = tree_flatten(parts[0])
+    tensors = [_tensors(tree_flatten(part)[0]) for part in parts]
+    new = {}
     for at, dim, each in places:
-        tensors = [flat[_tensors(flat)[at]] for flat, _ in flats]
-        shape = [-1 if d == dim else 1 for d in range(tensors[0].ndim)]
-        of_rows = weights if each == 1 else weights.repeat_interleave(each, 0)
-        weighed = [x * of_rows[:, k].to(x.dtype).view(shape) for k, x in enumerate(tensors)]
-        changed[at] = torch.stack(weighed).sum(0)
-    return tree_unflatten(_changed(first, changed), spec)
+        shape = [-1 if d == dim else 1 for d in range(tensors[0][at].ndim)]
+        of_rows = (weights if each == 1 else weights.repeat_interleave(each, 0)).to(tensors[0][at].dtype)
+        new[at] = torch.stack([one[at] * of_rows[:, k].view(shape) for k, one in enumerate(tensors)]).sum(0)
+    return tree_unflatten(with_tensors(flat, new), spec)
 
 
-def _changed(flat: Sequence[Any], new: Mapping[int, Tensor]) -> list[Any]:
-    """The same leaves, with some of the tensors, counted among themselves, replaced."""
-    found = list(flat)
-    tensors = _tensors(flat)
-    for at, tensor in new.items():
-        found[tensors[at]] = tensor
-    return found
+def _tensors(flat: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in flat if isinstance(leaf, Tensor)]
