@@ -20,6 +20,7 @@ from dynnet.files.bundles import read_bundle, write_bundle
 from dynnet.files.creation import not_architecture, timm_name
 from dynnet.files.description import Description, Row, description_of, row_of
 from dynnet.files.packed import outline, pack
+from dynnet.gates.routers import Routers
 from dynnet.model import STATE, DynamicModel
 
 
@@ -53,11 +54,17 @@ def save(
         sparse: write tensors with many zeros as bits and values; reading takes no option.
 
     Raises:
-        CheckpointError: some weights are masked, or no plain parameters for another reason; `create` says more than an
-            architecture; or what belongs to the model, its classes' names say, has a form that no file has.
+        CheckpointError: a folded model of several widths; some weights are masked, or no plain parameters for another
+            reason; `create` says more than an architecture; or what belongs to the model, its classes' names say, has a
+            form that no file has.
     """
     if told := not_plain(model):
         raise CheckpointError(told)
+    if isinstance(model, DynamicModel) and isinstance(model.gates, Routers) and len(model.gates.copies):
+        raise CheckpointError(
+            "a model of several widths that is folded has copies of its weights; save what it was folded from, and "
+            "fold it again when it is loaded"
+        )
     if isinstance(model, DynamicModel) and isinstance(model.backbone, Chain):
         row, tensors = _row_of(model, create, sparse)
         write_bundle(path, tensors, row.to_json())

@@ -13,7 +13,7 @@ from torch import nn
 import dynnet
 from dynnet import GateConfig
 from dynnet.deploy.one_width import at_widths
-from dynnet.errors import CalibrationError, ExitError, GateError
+from dynnet.errors import CalibrationError, CascadeError, CheckpointError, ExitError, GateError
 from dynnet.gates.freezing import mean_masks, widths_of
 from dynnet.thresholds.answers import collect
 from tests.cases import FEW, Case
@@ -121,6 +121,14 @@ def test_files_keep_widths_routers_and_what_norms_remember(tmp_path: Path) -> No
     ours, theirs = model.predict(images), again.predict(images)
     assert torch.equal(ours.logits, theirs.logits)
     assert torch.equal(ours.macs, theirs.macs)
+    with pytest.raises(CheckpointError, match="folded has copies of its weights; save what it was folded from"):
+        dynnet.save(dynnet.fold(model), tmp_path / "folded.safetensors")
+
+
+def test_in_a_row_a_router_would_stand_elsewhere() -> None:
+    model, _, _ = routed(FEW[0])
+    with pytest.raises(CascadeError, match="gates of the members decide on other regions in a row than alone"):
+        dynnet.cascade([FEW[0].backbone(), model])
 
 
 @pytest.mark.parametrize(
