@@ -34,6 +34,12 @@ from eval.shelf import Other, Shown, shelved
 BEGIN, END = "<!-- written by python -m eval.cards -->", "<!-- until here -->"
 README = Path(__file__).parent.parent / "README.md"
 DIGITS = "digits"  # what needs no folder
+GOALS = {
+    "budget": "a budget of {:g}% of the MACs",
+    "latency": "{:g}% of the time",
+    "accuracy_drop": "an accuracy drop of {:g} points",
+    "risk": "a risk of {:g}%",
+}
 
 
 def main(
@@ -60,7 +66,7 @@ def main(
                 write_json(_measure(name, data, beside, engine, batch_size), folder() / name / "results.json")
             shown = read_shown(folder() / name / "results.json")
             write_atomically(folder() / name / "accuracy.png", picture(name, shown))
-            rewrite(folder() / name / "README.md", card(name, shown))
+            rewrite(folder() / name / "README.md", card(shown))
         rewrite(README, shelf({name: read_shown(folder() / name / "results.json") for name in list_models()}))
 
 
@@ -82,7 +88,15 @@ def read_shown(path: Path) -> Shown:
     Raises:
         CheckpointError: the file is missing, or says something else.
     """
-    return checked(Shown, read_json(path), path)
+    found = checked(Shown, read_json(path), path)
+    sizes = {"1", str(found["batch_size"])}
+    times = [found["ms"], found["dense_ms"], *(row["ms"] for row in found["beside"])]
+    goal = found["calibration"]
+    if any(one.keys() != sizes for one in times) or (goal is not None and goal["goal"] not in GOALS):
+        raise CheckpointError(f"{str(path)!r} is damaged: it has other batch sizes, or another goal; write it anew")
+    if min([found["dense_macs"], *(ms for one in times for ms in one.values())]) <= 0:
+        raise CheckpointError(f"{str(path)!r} is damaged: something in it costs nothing; write it anew")
+    return found
 
 
 def rewrite(path: Path, text: str) -> None:
@@ -99,7 +113,7 @@ def rewrite(path: Path, text: str) -> None:
     write_atomically(path, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
 
 
-def card(name: str, shown: Shown) -> str:
+def card(shown: Shown) -> str:
     """The tables of a model's card."""
     return "\n\n".join(
         filter(None, [_summary(shown), _of_exits(shown), _others(shown), _picture_line(shown), _how(shown)])
@@ -146,13 +160,7 @@ def _thresholds(shown: Shown) -> str:
     goal = shown["calibration"]
     if goal is None:
         return "thresholds set by hand"
-    words = {
-        "budget": f"a budget of {goal['value']:.0%} of the MACs",
-        "latency": f"{goal['value']:.0%} of the time",
-        "accuracy_drop": f"an accuracy drop of {100 * goal['value']:g} points",
-        "risk": f"a risk of {goal['value']:.1%}",
-    }
-    return f"thresholds for {words[goal['goal']]}"
+    return f"thresholds for {GOALS[goal['goal']].format(100 * goal['value'])}"
 
 
 def _of_exits(shown: Shown) -> str:

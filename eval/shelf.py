@@ -147,13 +147,15 @@ def shelved(
         ExportError: one cannot be exported.
         InputError: the test split does not fill a batch.
     """
+    if len(data.test) < batch_size:
+        raise InputError(f"got {len(data.test)} test images for batches of {batch_size}; give a smaller --batch_size")
+    rows = [_measured(path, data) for path in others]
     fit_threads(model, model.input_size, 256)
     found = measure(model, data.loader("test", 256))
     held_out = collect(model, data.loader("calibration", 256))
     alone = measure(bare_of(model), data.loader("test", 256))
     frozen = None if model.gates is None else frozen_gates(model, model.gates, held_out, data.loader("test", 256))
     points = trade_off(Table(held_out, found.ledger, model.measure))
-    rows = [_measured(path, data) for path in others]
     images = test_images(data, max(_SINGLE, _BATCHES * batch_size))[1]
     fit_threads(model, model.input_size, 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -203,8 +205,6 @@ def _times(runs: Mapping[str, Runner], images: Tensor, size: int) -> dict[str, f
         times = one_at_a_time(runs, images)
         return {name: typical(times[name], _taken(run, images)) for name, run in runs.items()}
     whole = [batch for batch in images.split(size) if len(batch) == size]
-    if not whole:
-        raise InputError(f"got {len(images)} test images for batches of {size}; give a smaller --batch_size")
     batches = [whole[i % len(whole)] for i in range(_WARMUP + _BATCHES)]
     times = take_turns(runs, batches, _WARMUP)
     return {name: float(np.median(calls)) / size for name, calls in times.items()}

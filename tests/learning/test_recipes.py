@@ -143,7 +143,7 @@ def test_nonsense_is_found_when_a_recipe_is_read(key: str, tmp_path: Path) -> No
     for number in [below, math.nan, *([limit.high + 1] if limit.high < math.inf else [])]:
         if limit.whole and isinstance(number, float):
             continue
-        text = f"[{number}, 1, 1]" if key in ("loss.weights", "wrap.input_size") else str(number)
+        text = f"[{number}, 1, 1]" if key in ("loss.weights", "wrap.input_size", "wrap.gates.widths") else str(number)
         with pytest.raises(RecipeError, match=f"recipe .*: {key} is .*{'whole' if limit.whole else 'finite'} number"):
             read_recipe(file, [f"--{key}={text.replace('nan', '.nan')}"])
 

@@ -27,7 +27,7 @@ def test_a_card_says_what_its_results_say(name: str) -> None:
     shown = cards.read_shown(zoo.folder() / name / "results.json")
     before, _, rest = page.partition(cards.BEGIN)
     written, _, after = rest.partition(cards.END)
-    assert written.strip() == cards.card(name, shown)
+    assert written.strip() == cards.card(shown)
     assert not MEASURED.findall(before + after)
     assert (zoo.folder() / name / "accuracy.png").is_file()
 
@@ -60,7 +60,7 @@ def test_what_is_measured_is_what_a_card_needs(run: Path, tmp_path: Path) -> Non
     accuracies = [point["accuracy"] for point in again["curve"]]
     assert max(accuracies) <= max(exit["accuracy_of_all"] for exit in again["exits"]) + 0.02
     assert cards.picture("digits", again).startswith(b"\x89PNG")
-    assert f"(`{other.name}`) | 5 |" in cards.card("digits", again)
+    assert f"(`{other.name}`) | 5 |" in cards.card(again)
 
 
 def test_a_card_without_marks_and_a_run_that_is_none_are_told(tmp_path: Path) -> None:

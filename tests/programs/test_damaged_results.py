@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from dynnet.errors import CheckpointError
+from eval.cards import card, read_shown
 from eval.report import page
 from eval.saved import LARGEST, read_report
 from eval.static import read_static
 from tests.programs.damage import alter
 
-REPORTS = [json.loads(path.read_text()) for path in sorted(Path("models").glob("*/results.json"))]
+REPORTS = json.loads((Path(__file__).parent / "reports.json").read_text())  # of eval.report, with exits and with gates
 ROW = {
     "name": "thin", "method": "l1", "accuracy": 0.9, "macs_share": 0.5, "sparsity": 0.0, "size_bytes": 1000,
     "epochs": 3, "dynamic": False, "p50_ms": 1.0, "speedup": 1.5, "dynamic_accuracy": None, "dynamic_macs_share": 0.5,
@@ -81,6 +82,12 @@ def test_damaged_results_of_pruning_stand_beside_or_are_refused_in_words(tmp_pat
         "l1 in 2 steps + distillation + int8",
     ]
     tried([PRUNED], run / "results.json", lambda: read_static(str(run), REPORTS[0]), 300)
+
+
+def test_damaged_results_of_a_card_make_one_or_are_refused_in_words(tmp_path: Path) -> None:
+    zoo = [json.loads(path.read_text()) for path in sorted(Path("models").glob("*/results.json"))]
+    file = tmp_path / "results.json"
+    tried(zoo, file, lambda: card(read_shown(file)), 300)
 
 
 @pytest.mark.parametrize(
