@@ -123,6 +123,7 @@ print(Runner({str(folder)!r}, threads=1).predict(np.load({str(tmp_path / "x.npy"
     assert json.loads(told) == model.predict(images()).exit.tolist()
 
 
+@pytest.mark.sweep
 def test_what_crosses_has_names_of_its_own(tmp_path: Path) -> None:
     case = Case("dla46x_c")  # in which a value inside of a stage would be named as one that it takes
     model = case.wrapped()

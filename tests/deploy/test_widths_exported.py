@@ -15,7 +15,7 @@ from dynnet.deploy.manifest import NAME
 from dynnet.deploy.runner import wanted
 from dynnet.errors import ExportError, InputError
 from tests.cases import FEW, Case
-from tests.gates.routed import SOME, routed, widths_taken
+from tests.gates.routed import MORE, SOME, routed, widths_taken
 
 OFF = float("inf")
 
@@ -29,21 +29,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case is FEW[0] else pytest.mark.sweep) for case in SOME], ids=str
-)
+def test_a_runner_answers_and_bills_as_the_model(folder: Path) -> None:
+    _as_the_model(FEW[0], Runner(folder, threads=1))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", [*SOME, *MORE], ids=str)
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
-def test_a_runner_answers_and_bills_as_the_model(case: Case, engine: str, tmp_path: Path) -> None:
+def test_so_it_does_of_other_families_and_in_other_engines(case: Case, engine: str, tmp_path: Path) -> None:
+    model, _, _ = routed(case)
+    model.thresholds = [OFF, 0.2]
+    dynnet.export(model, tmp_path / "stages", engine=engine)
+    _as_the_model(case, Runner(tmp_path / "stages", threads=1))
+
+
+def _as_the_model(case: Case, runner: Runner) -> None:
+    """Of a model whose first exit is off, where half of the images leave at the second."""
     model, gates, images = routed(case)
     assert max(len(set(taken)) for taken in widths_taken(model, images)) > 1
     model.thresholds = [OFF, OFF]
-    first = model.forward_exits(images).logits[0].detach().softmax(1).amax(1).sort().values
-    model.thresholds = [float(first[2:4].mean()), OFF]  # half of them leave
-    dynnet.export(model, tmp_path / "stages", engine=engine)
-    runner = Runner(tmp_path / "stages", threads=1)
+    second = model.forward_exits(images).logits[1].detach().softmax(1).amax(1).sort().values
+    model.thresholds = runner.thresholds = [OFF, float(second[2:4].mean())]
     expected, found = model.predict(images), runner.predict(images.numpy())
     assert found.exit.tolist() == expected.exit.tolist()
-    assert set(found.exit) == {0, 2}
+    assert set(found.exit) == {1, 2}
     scale = float(expected.logits.abs().max()) + 1e-6
     assert np.abs(found.logits - expected.logits.numpy()).max() < 1e-4 * scale
     # A router runs for all that come to it, also for those that leave there.

@@ -12,7 +12,8 @@ from tests.cases import CASES, Case
 WIDTHS = (0.3, 0.6, 1.0)
 FIXED = {"test_nfnet", "test_mambaout"}  # nothing in them can change its width from sample to sample
 ABLE = [case for case in CASES if case.name not in FIXED]
-SOME = [case for case in ABLE if case.name in {"cifar_resnet20", "test_vit", "test_efficientnet", "regnetx_002"}]
+SOME = [case for case in ABLE if case.name in {"cifar_resnet20", "test_vit", "test_efficientnet"}]
+MORE = [case for case in ABLE if case.name in {"regnetx_002", "test_convnext", "efficientvim_m1", "densenet121"}]
 
 
 def routed(case: Case) -> tuple[DynamicModel, Routers, Tensor]:

@@ -17,7 +17,7 @@ from dynnet.errors import CalibrationError, CascadeError, CheckpointError, ExitE
 from dynnet.gates.freezing import mean_masks, widths_of
 from dynnet.thresholds.answers import collect
 from tests.cases import FEW, Case
-from tests.gates.routed import ABLE, SOME, WIDTHS, routed, widths_taken
+from tests.gates.routed import ABLE, MORE, SOME, WIDTHS, routed, widths_taken
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_narrow_is_masked_and_nobody_looks_at_neighbours(case: Case) -> None:
     assert all(check.kept for check in dynnet.verify(model, images[:3]).checks)
 
 
-@pytest.mark.parametrize("case", SOME, ids=str)
+@pytest.mark.parametrize("case", [*SOME, *(pytest.param(case, marks=pytest.mark.sweep) for case in MORE)], ids=str)
 def test_each_width_is_a_narrow_network_cut_for_good(case: Case) -> None:
     model, gates, images = routed(case)
     regions = gates.plan.regions

@@ -39,7 +39,9 @@ def test_the_readme_says_what_the_results_say() -> None:
     assert written.strip() == cards.shelf(found)
 
 
-def test_what_is_measured_is_what_a_card_needs(run: Path, tmp_path: Path) -> None:
+def test_what_is_measured_is_what_a_card_needs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "_SINGLE", 40)
+    monkeypatch.setattr(shelf, "_BATCHES", 3)
     model, data = open_zoo("digits")
     recipe, file = read_recipe(zoo.folder() / "digits" / "recipe.yaml"), zoo.folder() / "digits" / "model.safetensors"
     other = tmp_path / "other"
