@@ -10,7 +10,7 @@ https://arxiv.org/abs/2012.01988)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -24,9 +24,9 @@ from dynnet.backbone.names import title
 from dynnet.backbone.twin import copy_of
 from dynnet.config import WrapConfig
 from dynnet.errors import CascadeError
-from dynnet.exits.boundaries import Boundary, Places
+from dynnet.exits.boundaries import Places
 from dynnet.exits.confidence import MEASURES
-from dynnet.exits.heads import HeadFactory
+from dynnet.exits.heads import heads_by_name
 from dynnet.gates.plan import GateConfig
 from dynnet.model import DynamicModel
 from dynnet.wrapping import is_wrapped, wrap
@@ -93,7 +93,7 @@ def cascade(
 
     measure = _measure(taken, confidence)
     config = WrapConfig(exits=tuple(heads), gates=_gates(taken), confidence=measure, input_size=size)
-    model = wrap(chain, config, heads=_heads(heads))
+    model = wrap(chain, config, heads=heads_by_name(heads))
     _carry_gates(model, taken)
     model.thresholds = list(thresholds.values())
     return model
@@ -115,22 +115,13 @@ def members_of(model: DynamicModel) -> list[nn.Module]:
         }
         if config is not None:
             plain = replace(config, confidence=WrapConfig().confidence)  # which is the cascade's to say
-            again = wrap(member, plain, heads=_heads({name: head for name, (head, _) in inside.items()}))
+            again = wrap(member, plain, heads=heads_by_name({name: head for name, (head, _) in inside.items()}))
             again.thresholds = [threshold for _, threshold in inside.values()]
             for (layer, groups), network in _networks(again).items():
                 network.load_state_dict(networks[f"{prefix}{layer}", groups].state_dict())
             member = again
         found.append(member)
     return found
-
-
-def _heads(there: Mapping[str, nn.Module]) -> HeadFactory:
-    """Gives heads that are there already, by the names of their boundaries."""
-
-    def build(boundary: Boundary, num_classes: int) -> nn.Module:
-        return there[boundary.name]
-
-    return build
 
 
 class JoinedHead(nn.Module):

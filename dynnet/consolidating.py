@@ -22,7 +22,6 @@ from dynnet.deploy.one_width import at_widths
 from dynnet.errors import GateError
 from dynnet.gates.plan import GatePlan
 from dynnet.gates.routers import Routers, WidthNorm
-from dynnet.gates.routing import Routed
 from dynnet.model import DynamicModel
 from dynnet.pruning.norms import recalibrate_
 from dynnet.pruning.ordering import reorder_
@@ -141,13 +140,12 @@ def _measure_norms_(model: DynamicModel, loader: Loader) -> None:
     gates = model.gates
     assert isinstance(gates, Routers)
     sides = {site.layer: site.reads for site in gates.plan.sites}
-    calls = Routed(gates, sparse=True)
     for width in range(len(gates.plan.regions[0].widths) - 1 if gates.plan.norms else 0):
         narrow = at_widths(model, [width] * len(gates.plan.regions))
         recalibrate_(narrow, loader)
         for name, number in gates.number.items():
             norm: Any = narrow.backbone.get_submodule(name)
             known = cast(WidthNorm, gates.norms[number])
-            there = calls.narrow(sides.get(name), width)
+            there = gates.narrow(sides.get(name), width)
             for mine, theirs in ((known.mean, norm.running_mean), (known.var, norm.running_var)):
                 mine[width] = theirs if there is None else mine[width].index_copy(0, there.channels(), theirs)

@@ -70,11 +70,7 @@ def _timed(
             runs[f"static {number}"] = Runner(place, threads)
         except ExportError as error:
             left_out.append(f"{row['name']}, {row['method']}: {error}")
-    times = one_at_a_time(runs, images)
-    taken = {
-        name: np.concatenate([run.predict(one.numpy()).exit for one in images.split(1)]) for name, run in runs.items()
-    }
-    ms = {name: typical(times[name], taken[name]) for name in runs}
+    ms = typical_ms(runs, images)
     keys = ("name", "method", "accuracy", "epochs", "dynamic")
     return {
         "engine": engines.named(engine),
@@ -91,3 +87,12 @@ def _timed(
         ],
         "left_out": left_out,
     }
+
+
+def typical_ms(runs: Mapping[str, Runner], images: Tensor) -> dict[str, float]:
+    """Typical milliseconds of an image, by name, in turns and one at a time: medians by exit taken, weighed."""
+    times = one_at_a_time(runs, images)
+    taken = {
+        name: np.concatenate([run.predict(one.numpy()).exit for one in images.split(1)]) for name, run in runs.items()
+    }
+    return {name: typical(times[name], taken[name]) for name in runs}

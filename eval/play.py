@@ -73,7 +73,7 @@ def playground(table: Table, results: Mapping[str, Any], shown: Sequence[Mapping
         "thresholds": results["thresholds"],
         "points": results.get("points", []),
         "heads": results["ledger"]["heads"],
-        "every_vote": results["confidence"] == "patience",
+        "every_vote": results.get("every_vote", False),
         "dense_macs": results["dense_macs"],
         "mean_macs": float(table["macs"][rows].mean()),
         "dense_accuracy": results["dense_accuracy"],

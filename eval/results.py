@@ -21,7 +21,7 @@ from dynnet.gates.plan import GatePlan
 from dynnet.learning.data import Loader
 from dynnet.thresholds.answers import Answers, collect, named_right
 from dynnet.thresholds.search import trade_off
-from dynnet.thresholds.table import Table
+from dynnet.thresholds.table import OperatingPoint, Table
 from eval.runs import Run, test_images
 
 Columns = dict[str, np.ndarray]  # of the table, each (N,)
@@ -71,12 +71,17 @@ def _answers(run: Run, measured: Measurement, test: Loader) -> Columns:
     return table | {f"macs_{e}": bills[:, e] for e in range(bills.shape[1])}
 
 
+def spread(points: Sequence[OperatingPoint], count: int) -> list[OperatingPoint]:
+    """So many of the points, or all if there are fewer, from the first to the last."""
+    return [points[i] for i in np.unique(np.linspace(0, len(points) - 1, count).round().astype(int))]
+
+
 def _operating_points(
     model: DynamicModel, measured: Measurement, held_out: Answers
 ) -> tuple[list[tuple[float, ...]], Columns]:
     """Thresholds all along the trade-off, fitted on held-out images, and columns of compute and hits there."""
     points = trade_off(Table(held_out, measured.ledger, model.measure))
-    chosen = [points[i].thresholds for i in np.unique(np.linspace(0, len(points) - 1, POINTS).round().astype(int))]
+    chosen = [point.thresholds for point in spread(points, POINTS)]
     every = np.arange(len(measured.exit))
     columns: Columns = {}
     for k, thresholds in enumerate(chosen):
@@ -176,6 +181,7 @@ def _summary(run: Run, measured: Measurement, table: Columns) -> dict[str, Any]:
         "exits": list(model.exits),
         "thresholds": [to_json(t) for t in model.thresholds],
         "confidence": model.config.confidence,
+        "every_vote": model.measure.every_vote,
         "calibration": model.calibration,
         "accuracy": measured.accuracy,
         "never_exiting_accuracy": measured.never_exiting_accuracy,

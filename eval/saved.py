@@ -201,6 +201,7 @@ class Report(Subject):
     latency_by_exit: dict[str, OfExit]
     epochs: NotRequired[int]
     gates: NotRequired[Gated | None]
+    every_vote: NotRequired[bool]
     points: NotRequired[list[list[float | Literal["inf", "-inf"]]]]
     static: NotRequired[list[Row]]
     static_timing: NotRequired[Beside]

@@ -23,7 +23,6 @@ from dynnet.deploy.turns import take_turns
 from dynnet.errors import CheckpointError, InputError
 from dynnet.evaluation.measurement import Measurement
 from dynnet.evaluation.threads import fit_threads
-from dynnet.evaluation.timing import one_at_a_time
 from dynnet.exits.threshold import to_json
 from dynnet.learning.data import Data
 from dynnet.learning.data_config import DataConfig
@@ -32,9 +31,9 @@ from dynnet.thresholds.answers import collect
 from dynnet.thresholds.search import trade_off
 from dynnet.thresholds.table import Table
 from eval.exported import Exported
-from eval.results import frozen_gates
+from eval.in_engine import typical_ms
+from eval.results import frozen_gates, spread
 from eval.runs import test_images
-from eval.savings import typical
 
 POINTS = 12  # of the trade-off
 _SINGLE = 700  # images timed one at a time
@@ -191,7 +190,7 @@ def shelved(
         "batch_size": batch_size,
         "ms": {"1": single["dynamic"], str(batch_size): many["dynamic"]},
         "dense_ms": {"1": single["dense"], str(batch_size): many["dense"]},
-        "curve": [_point(model, found, points[i].thresholds, by_exit) for i in _spread(len(points))],
+        "curve": [_point(model, found, point.thresholds, by_exit) for point in spread(points, POINTS)],
         "beside": [
             {**row, "ms": {"1": single[str(number)], str(batch_size): many[str(number)]}}
             for number, row in enumerate(rows)
@@ -202,16 +201,11 @@ def shelved(
 def _times(runs: Mapping[str, Runner], images: Tensor, size: int) -> dict[str, float]:
     """Milliseconds of an image, by name: typical ones of single images, medians of batches."""
     if size == 1:
-        times = one_at_a_time(runs, images)
-        return {name: typical(times[name], _taken(run, images)) for name, run in runs.items()}
+        return typical_ms(runs, images)
     whole = [batch for batch in images.split(size) if len(batch) == size]
     batches = [whole[i % len(whole)] for i in range(_WARMUP + _BATCHES)]
     times = take_turns(runs, batches, _WARMUP)
     return {name: float(np.median(calls)) / size for name, calls in times.items()}
-
-
-def _taken(run: Runner, images: Tensor) -> np.ndarray:
-    return np.concatenate([run.predict(one.numpy()).exit for one in images.split(1)])
 
 
 def _exits(model: DynamicModel, found: Measurement) -> list[Exit]:
@@ -241,10 +235,6 @@ def _point(model: DynamicModel, found: Measurement, thresholds: Sequence[float],
         "accuracy": float(found.answers.correct[every, taken].mean()),
         "ms": float(by_exit[taken].mean()),
     }
-
-
-def _spread(count: int) -> list[int]:
-    return [int(i) for i in np.unique(np.linspace(0, count - 1, POINTS).round().astype(int))]
 
 
 def _measured(path: Path, data: Data) -> Other:

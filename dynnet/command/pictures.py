@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dynnet.errors import DataError
-from dynnet.learning.pictures import decode
+from dynnet.learning.pictures import Stored, decode
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -41,7 +41,7 @@ def prepared(path: Path, input_size: Sequence[int], preparation: Mapping[str, An
     if not path.is_file():
         raise DataError(f"no image file {str(path)!r}")
     channels, height, width = input_size
-    picture = decode(path.read_bytes(), str(path), "L" if channels == 1 else "RGB")
+    picture = decode(Stored(str(path)), str(path), "L" if channels == 1 else "RGB")
     crop = float(preparation.get("crop_pct") or 1.0)
     # As torchvision's Resize and CenterCrop round, for images as high as wide.
     wanted = math.floor(width / crop), math.floor(height / crop)

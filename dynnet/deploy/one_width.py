@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import nn
-
 from dynnet.backbone.twin import copy_of
 from dynnet.errors import GateError
-from dynnet.exits.boundaries import Boundary
+from dynnet.exits.heads import heads_by_name
 from dynnet.gates.freezing import cut_frozen_
 from dynnet.gates.routers import Routers
 from dynnet.model import DynamicModel
@@ -34,11 +32,9 @@ def at_widths(model: DynamicModel, widths: Sequence[int]) -> DynamicModel:
     gates.choose(widths)
     backbone = twin.unwrap()
     cut_frozen_(backbone, gates)
-
-    def head(boundary: Boundary, num_classes: int) -> nn.Module:
-        return heads[boundary.name]
-
-    narrow = wrap(backbone, replace(model.config, gates=None), heads=head, confidence=model.measure.name)
+    narrow = wrap(
+        backbone, replace(model.config, gates=None), heads=heads_by_name(heads), confidence=model.measure.name
+    )
     narrow.measure = model.measure
     narrow.thresholds = model.thresholds
     return narrow

@@ -62,7 +62,6 @@ class EveryExit(Flow):
         self.logits: list[Tensor] = []
 
     def reach(self, index: int, output: Any, batched: Sequence[tuple[int, int]]) -> Any:
-        self.go_on(index, output)
         if not self.learns:
             self.logits.append(self.heads(index, output))
             return None
@@ -100,12 +99,10 @@ class Answering(Flow):
 
     def reach(self, index: int, output: Any, batched: Sequence[tuple[int, int]]) -> Any:
         if not self.active[index] and not self.heads.wanted(index):
-            self.go_on(index, output)
             return None
         with aside() if self.learns else nullcontext():
             logits = self.heads(index, output)
             if not self.active[index]:
-                self.go_on(index, output)
                 return None
             confidence, memory = self.measure(logits, self.memory)
         # The one synchronisation of an exit. For a single sample Python compares, in less time than operators take.
@@ -114,7 +111,6 @@ class Answering(Flow):
         count = int(leaving if single else leaving.sum())
         if count == 0:
             self.memory = memory
-            self.go_on(index, output)
             return None
         if self.learns and checkpointed():
             raise InputError(
@@ -128,9 +124,7 @@ class Answering(Flow):
         self.answers.append((logits[gone], confidence[gone]))
         self.memory = None if memory is None else memory[kept]
         self.heads.keep(kept)
-        stays = thinned(output, batched, kept)
-        self.go_on(index, stays)
-        return stays
+        return thinned(output, batched, kept)
 
     def finish(self, logits: Tensor) -> None:
         """The backbone's own head has answered."""

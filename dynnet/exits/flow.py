@@ -72,11 +72,6 @@ class Flow:
         """Called with the output of boundary `index`; returns what goes on, None to leave it untouched."""
         raise NotImplementedError
 
-    def go_on(self, index: int, output: Any) -> None:
-        """Rows go on from boundary `index`, of which this is the output."""
-        if self.decisions is not None:
-            self.decisions.arrive(index, output, self.rows)
-
     def check_reached(self, exits: Sequence[str]) -> None:
         """Refuse a forward that has run to its end without coming to every boundary once.
 
@@ -162,7 +157,10 @@ class ExitHook:
         if flow is None:
             return None
         flow.reached.append(self.index)
-        return flow.reach(self.index, output, self.leaves)
+        onward = flow.reach(self.index, output, self.leaves)
+        if flow.decisions is not None:
+            flow.decisions.arrive(self.index, output if onward is None else onward, flow.rows)
+        return onward
 
 
 @dataclass(eq=False)

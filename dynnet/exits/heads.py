@@ -16,7 +16,7 @@ of ALBERT, https://arxiv.org/abs/1909.11942, are).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,15 @@ _NARROWEST = 16  # channels of a head's convolutions, and features of a factored
 _MANY = 128  # more channels than these get a lean head
 _LEAN = 96  # channels of a lean head's convolution, at most
 _HIDDEN = 512  # units of a token head's hidden layer, at most
+
+
+def heads_by_name(there: Mapping[str, nn.Module]) -> HeadFactory:
+    """Gives heads that are there already, by the names of their boundaries."""
+
+    def build(boundary: Boundary, num_classes: int) -> nn.Module:
+        return there[boundary.name]
+
+    return build
 
 
 class ExitHead(nn.Module):

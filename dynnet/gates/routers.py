@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from dynnet.backbone.layers.kind import replace_
 from dynnet.backbone.names import is_inside
+from dynnet.backbone.subsets import Subset
 from dynnet.errors import GateError
 from dynnet.gates.networks import Gates
-from dynnet.gates.plan import GatePlan, Region
+from dynnet.gates.plan import GatePlan, Region, Side
 
 TEMPERATURE = 1.0  # of the softmax
 
@@ -77,6 +78,7 @@ class Routers(Gates):
         self.norms = nn.ModuleList(WidthNorm(backbone.get_submodule(name), widths) for name in plan.norms)
         self.number = {name: number for number, name in enumerate(plan.norms)}
         self.place = {container.name: place for place, container in enumerate(plan.containers)}
+        self._subsets: dict[tuple[Side, int, torch.device], Subset | None] = {}
         self.chosen: tuple[int, ...] | None = None
         self.copies = nn.ModuleList()
 
@@ -127,6 +129,20 @@ class Routers(Gates):
     def thaw(self) -> None:
         super().thaw()
         self.chosen = None
+
+    def narrow(self, side: Side | None, width: int) -> Subset | None:
+        """The channels of one side of a layer that a width leaves open; None for all."""
+        if side is None:
+            return None
+        device = next(self.parameters()).device
+        key = side, width, device
+        if key not in self._subsets:  # looked up once a model, not once a call
+            masks = [self.plan.regions[number].masks[width] for number in side.regions]
+            known = torch.cat([*masks, torch.ones(1, dtype=torch.bool)])
+            there = known[side.units].nonzero().squeeze(1)
+            whole = len(there) == len(side.units)
+            self._subsets[key] = None if whole else Subset(there.to(device), side.size, side.width)
+        return self._subsets[key]
 
     def remember_(self, backbone: nn.Module) -> None:
         """Give the batch norms of a backbone what they remember of the widths that are chosen for every sample."""

@@ -26,7 +26,7 @@ from dynnet.exits.rows import Rows
 from dynnet.gates.containers import Place
 from dynnet.gates.decisions import Decisions, Taken
 from dynnet.gates.networks import Gates
-from dynnet.gates.plan import Container, Side, Site
+from dynnet.gates.plan import Container, Site
 from dynnet.gates.routers import Router, Routers
 
 _PIXELS = {"nchw": (2, 3), "nhwc": (1, 2), "tokens": (1,), "vector": ()}
@@ -60,7 +60,6 @@ class Routed(Decisions):
         super().__init__(gates, sparse)
         self.width: int | None = None
         self._choices: dict[int, Tensor] = {}  # (b, K) by region
-        self._narrow: dict[tuple[Side, int], Subset | None] = {}
 
     def arrive(self, exit: int, output: Any, rows: Rows) -> None:
         for number, region in enumerate(self.gates.plan.regions):
@@ -131,7 +130,7 @@ class Routed(Decisions):
     def apply(self, site: Site, layer: nn.Module, x: Tensor, rows: Rows) -> Tensor:
         if self.width is None:
             return run(layer, x, None, None)
-        reads, makes = self.narrow(site.reads, self.width), self.narrow(site.makes, self.width)
+        reads, makes = self.gates.narrow(site.reads, self.width), self.gates.narrow(site.makes, self.width)
         if not self.sparse:
             if reads is not None and site.zeroes:
                 x = x * _mask(reads, x, channel_dim(layer, x))
@@ -141,19 +140,6 @@ class Routed(Decisions):
             return run(layer, x, reads, makes) if number is None else run_with(layer, x, reads, None)
         norm: Any = self.gates.norms[number]
         return run_with(layer, x, reads, (norm.mean[self.width], norm.var[self.width]))
-
-    def narrow(self, side: Side | None, width: int) -> Subset | None:
-        """The channels of one side of a layer that a width leaves open; None for all."""
-        if side is None:
-            return None
-        if (side, width) not in self._narrow:
-            masks = [self.gates.plan.regions[number].masks[width] for number in side.regions]
-            known = torch.cat([*masks, torch.ones(1, dtype=torch.bool)])
-            there = known[side.units].nonzero().squeeze(1)
-            device = next(self.gates.parameters()).device
-            whole = len(there) == len(side.units)
-            self._narrow[side, width] = None if whole else Subset(there.to(device), side.size, side.width)
-        return self._narrow[side, width]
 
 
 def _mask(there: Subset, x: Tensor, dim: int) -> Tensor:

@@ -205,18 +205,20 @@ def _leaning(
     """
     before = {name: tensor.clone() for name, tensor in routers.state_dict().items()}
     found: list[tuple[float, Table, Choice]] = []
-    failed: CalibrationError | None = None
-    for lean in _LEANINGS:
-        routers.lean_(lean)
-        table = _asked(model, loader)
-        try:
-            found.append((lean, table, goal.choose(table)))
-        except CalibrationError as error:
-            failed = failed or error
-    if not found:
+    failed: list[CalibrationError] = []
+    try:
+        for lean in _LEANINGS:
+            routers.lean_(lean)
+            table = _asked(model, loader)
+            try:
+                found.append((lean, table, goal.choose(table)))
+            except CalibrationError as error:
+                failed.append(error)
+        if not found:
+            raise failed[0]
+    except BaseException:
         routers.load_state_dict(before)
-        assert failed is not None
-        raise failed
+        raise
     best = max(found, key=lambda one: (one[2].point.accuracy, -one[2].point.macs))
     routers.lean_(best[0])
     return best
