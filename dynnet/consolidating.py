@@ -18,6 +18,7 @@ from dynnet.backbone.batches import Loader
 from dynnet.backbone.twin import copy_of
 from dynnet.channels.finding import find_groups
 from dynnet.channels.groups import Group, Member
+from dynnet.config import WrapConfig
 from dynnet.deploy.one_width import at_widths
 from dynnet.errors import GateError
 from dynnet.gates.plan import GatePlan
@@ -75,8 +76,10 @@ def consolidate(
     heads = {name: (head, t) for name, head, t in zip(twin.exits, twin.heads, twin.thresholds, strict=True)}
     names = twin.exits if exits is None else tuple(exits)
     measure = twin.measure
-    found = wrap(twin.unwrap(), replace(model.config, exits=names, gates=of_widths))
-    found.measure = measure
+    plain = replace(model.config, exits=names, gates=of_widths, confidence=WrapConfig().confidence)
+    found = wrap(twin.unwrap(), plain)
+    found.measure = measure  # which may be somebody's own
+    found.config = replace(found.config, confidence=measure.name)
     _sort_(found, _openness(gates.plan, masks))
     for number, name in enumerate(found.exits):
         if name in heads:

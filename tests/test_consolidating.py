@@ -90,6 +90,18 @@ def test_the_narrowest_width_holds_what_gates_leave_open() -> None:
     assert model.predict(images).macs.float().mean() < gated.ledger().dense
 
 
+def test_a_measure_of_ones_own_goes_along() -> None:
+    def surest(logits: torch.Tensor) -> torch.Tensor:
+        return logits.amax(1)
+
+    gated = FEW[0].wrapped(["layer1"], gates="channel", confidence=surest)
+    gated.thresholds = [0.25]
+    model = dynnet.consolidate(gated, loader(FEW[0]), [0.5, 1.0])
+    assert model.measure.name == model.config.confidence == gated.measure.name
+    images = FEW[0].images(4)
+    assert torch.equal(dynnet.fold(model).predict(images).exit, model.predict(images).exit)
+
+
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
 def test_shares_of_widths_rise_and_end_with_all(count: int) -> None:
     generator = np.random.default_rng(0)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dynnet.backbone.twin import copy_of
+from dynnet.config import WrapConfig
 from dynnet.errors import GateError
 from dynnet.exits.heads import heads_by_name
 from dynnet.gates.freezing import cut_frozen_
@@ -32,9 +33,8 @@ def at_widths(model: DynamicModel, widths: Sequence[int]) -> DynamicModel:
     gates.choose(widths)
     backbone = twin.unwrap()
     cut_frozen_(backbone, gates)
-    narrow = wrap(
-        backbone, replace(model.config, gates=None), heads=heads_by_name(heads), confidence=model.measure.name
-    )
-    narrow.measure = model.measure
+    config = replace(model.config, gates=None, confidence=WrapConfig().confidence)
+    narrow = wrap(backbone, config, heads=heads_by_name(heads))
+    narrow.measure = model.measure  # which may be somebody's own
     narrow.thresholds = model.thresholds
     return narrow
