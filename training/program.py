@@ -21,7 +21,8 @@ from dynnet.files.checkpoints import load
 from dynnet.files.creation import not_architecture
 from dynnet.files.weights import load_weights_
 from dynnet.learning.data import Data, load_data
-from dynnet.learning.recipes import BackboneConfig, Recipe, read_recipe, recipe_parser
+from dynnet.learning.overrides import pairs
+from dynnet.learning.recipes import BackboneConfig, Recipe, read_recipe, recipe_keys
 from dynnet.model import DynamicModel
 from dynnet.zoo import folder, list_models
 from training.distributed import World, world
@@ -56,7 +57,8 @@ def run_program(
             raise CheckpointError(
                 f"--resume goes on with {str(saved)!r}; leave out --recipe and {overrides or 'overrides'}"
             )
-        recipe = read_recipe(saved if options.resume else options.recipe, overrides)
+        named = saved if options.resume else options.recipe
+        recipe = read_recipe(_template(overrides) if named is None else named, overrides)
         if options.data is not None:
             recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=options.data))
         with world() as here, hold(out, here):
@@ -66,6 +68,11 @@ def run_program(
     except DynnetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        saved_some = (Path(options.out) / "state.safetensors").is_file()
+        on = f"go on with: python -m {name} --out {options.out} --resume" if saved_some else "nothing was saved yet"
+        print(f"\nstopped; {on}", file=sys.stderr)
+        return 130  # as shells do
     return 0
 
 
@@ -76,6 +83,8 @@ def open_data(recipe: Recipe, here: World) -> tuple[Data, dict[str, Any]]:
         raise RecipeError(f"backbone.kwargs: {told}; give what makes the architecture")
     with here.first_goes_first():  # it may have to download
         data = load_data(recipe.data, prepared)
+    if here.first:
+        print(f"images: {data.origin}", flush=True)
     create = {
         "model_name": recipe.backbone.name,
         "num_classes": len(data.classes),
@@ -111,10 +120,11 @@ def make_backbone(config: BackboneConfig, create: dict[str, Any], state: State |
         RecipeError: timm cannot create it.
         CheckpointError: the weights cannot be read, or are of another model.
     """
+    fetched = config.pretrained and state is None and config.weights is None
     try:
-        backbone = timm.create_model(pretrained=config.pretrained and state is None, **create)
+        backbone = timm.create_model(pretrained=fetched, **create)
     except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise RecipeError(f"timm cannot create {create} (pretrained={config.pretrained}): {error}") from error
+        raise RecipeError(f"timm cannot create {create} (pretrained={fetched}): {error}") from error
     if state is not None:
         state.shape_(backbone, create)
     elif config.weights and is_bundle(config.weights):
@@ -163,19 +173,36 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 def _command_line(
     name: str, doc: str | None, argv: Sequence[str] | None, short: Mapping[str, str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(name, description=doc, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--recipe", default=None, help="YAML file; the zoo's are models/*/recipe.yaml")
-    parser.add_argument("--data", default=None, help="folder of the dataset, in place of the recipe's data.root")
+    parser = argparse.ArgumentParser(
+        f"python -m {name}", description=doc, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe",
+        help="YAML file; the zoo's are models/*/recipe.yaml. Without one that of finetune.yaml beside this program,\n"
+        "where --backbone.pretrained or --backbone.weights is given, and else that of scratch.yaml",
+    )
+    parser.add_argument("--data", help="folder of the dataset, in place of the recipe's data.root")
     parser.add_argument("--out", required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     for option, key in short.items():
         parser.add_argument(f"--{option}", metavar="VALUE", help=f"{key} of the recipe")
     wanted = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(wanted):
-        parser.epilog = "Every key of a recipe is an option as well:\n\n" + recipe_parser().format_help()
+        parser.epilog = "every key of a recipe, as --KEY VALUE, is an option as well:\n" + recipe_keys()
     options, overrides = parser.parse_known_args(argv)
     given = {key: getattr(options, option) for option, key in short.items()}
     overrides += [f"--{key}={value}" for key, value in given.items() if value is not None]
-    if not options.recipe and not options.resume:
-        parser.error("give --recipe, or --resume with the --out of a run")
+    data = options.data or any(key.startswith("--data.") for key in overrides)
+    if not (options.recipe or options.resume or data):
+        parser.error("give --recipe, --data with the folder of your images, or --resume with the --out of a run")
     return options, overrides
+
+
+def _template(overrides: Sequence[str]) -> Path:
+    """The recipe for images of one's own, where none is named."""
+    given = dict(pairs(overrides))
+    fine = given.get("backbone.pretrained") == "true" or bool(given.get("backbone.weights"))
+    path = Path(__file__).parent / ("finetune.yaml" if fine else "scratch.yaml")
+    new = "" if fine else "; from new weights, for neither --backbone.pretrained true nor --backbone.weights was given"
+    print(f"no --recipe given: as training/{path.name} says{new}", flush=True)
+    return path

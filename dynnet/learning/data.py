@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dynnet.errors import DataError
 from dynnet.learning.data_config import DataConfig
+from dynnet.learning.in_memory import crop_and_flip, enlarged
 from dynnet.learning.origins import DIGITS
 from dynnet.learning.randomness import generator_of, seeded
-from dynnet.learning.sources import MemorySource, Source, StreamSource, digits, enlarges, open_splits
+from dynnet.learning.sources import MemorySource, Source, StreamSource, digits, enlarges, open_splits, origin
 
 
 class Batch(NamedTuple):
@@ -77,6 +77,11 @@ class Data:
     @property
     def label(self) -> str:
         return self.config.label or self.config.name or Path(self.config.root).name
+
+    @property
+    def origin(self) -> str:
+        """Where they come from, in words."""
+        return origin(self.config.name, self.config.root, self.config.splits)
 
     def loader(
         self, split: Literal["train", "calibration", "test"], batch_size: int, *, rank: int = 0, world: int = 1
@@ -155,8 +160,8 @@ class Loader:
             images = source.images[rows[mine]].float()
             if self.augment:
                 # Drawn for the global batch, then sliced: the same pixels whatever the number of processes.
-                images = _crop_and_flip(images, self.data.config, len(rows), mine, generator_of(self.seed, epoch, step))
-            images = _enlarged(images, self.data)
+                images = crop_and_flip(images, self.data.config, len(rows), mine, generator_of(self.seed, epoch, step))
+            images = enlarged(images, self.data.input_size[1:], self.data.interpolation)
             yield Batch((images - mean) / std, source.labels[rows[mine]], rows[mine])
 
     def _from_stream(self, source: StreamSource, epoch: int, batches: list[Tensor]) -> Iterator[Batch]:
@@ -218,12 +223,16 @@ def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Da
 
 def _open_splits(config: DataConfig) -> tuple[Source, Source, tuple[str, ...]]:
     """What is there to learn from, the test split, and the names of the K classes."""
+    pool: Source
+    test: Source | None = None
     if config.name == DIGITS:
-        source, classes = digits()
-        rest, test = _split(len(source), config.test, config.seed)
-        return source.subset(rest), source.subset(test), classes
-    splits = (config.train_split, config.test_split)
-    return open_splits(config.name, config.root, splits, config.input_size, config.download)
+        pool, classes = digits()
+    else:
+        pool, test, classes = open_splits(config.name, config.root, config.splits, config.input_size, config.download)
+    if test is not None:
+        return pool, test, classes
+    rest, held = _split(len(pool), config.test, config.seed)
+    return pool.subset(rest), pool.subset(held), classes
 
 
 def _input_size(config: DataConfig, model_cfg: dict[str, Any], pool: Source) -> tuple[int, int, int]:
@@ -270,30 +279,6 @@ def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
 def _processors() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _crop_and_flip(images: Tensor, config: DataConfig, total: int, mine: slice, generator: torch.Generator) -> Tensor:
-    """Zero-padded random crops and mirrored halves, a batch at a time; rows `mine` of a global batch of `total`."""
-    shifts = torch.randint(0, 2 * config.crop + 1, (2, total), generator=generator)[:, mine]
-    mirrored = torch.rand(total, generator=generator)[mine] < 0.5
-    batch, _, height, width = images.shape
-    if config.crop:
-        padded = F.pad(images, (config.crop,) * 4).permute(0, 2, 3, 1)
-        rows = shifts[0].view(-1, 1, 1) + torch.arange(height).view(1, -1, 1)
-        columns = shifts[1].view(-1, 1, 1) + torch.arange(width).view(1, 1, -1)
-        images = padded[torch.arange(batch).view(-1, 1, 1), rows, columns].permute(0, 3, 1, 2)
-    if config.flip:
-        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-    return images
-
-
-def _enlarged(images: Tensor, data: Data) -> Tensor:
-    """(B, C, h, w), 0..255, as Pillow would resize them to the size that the model sees, but not rounded."""
-    size = data.input_size[1:]
-    if images.shape[2:] == size:
-        return images
-    mode = "bicubic" if data.interpolation == "bicubic" else "bilinear"  # torch weighs by area in these two alone
-    return F.interpolate(images, size, mode=mode, antialias=True, align_corners=False).clamp(0, 255)
 
 
 class _Stream(Dataset[tuple[Tensor, int, int] | DataError]):

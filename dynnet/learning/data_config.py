@@ -21,8 +21,9 @@ class DataConfig:
 
     Attributes:
         name: "digits" (scikit-learn's, no download); "" for a folder that holds a folder or a tar for each split, in
-            it class folders; "torch/cifar10" and others of torchvision that timm knows, "torch/image_folder" for a
-            folder whose classes are the first folders in a split and not the last; "hfds/OWNER/NAME" of Hugging Face.
+            it class folders, or class folders alone; "torch/cifar10" and others of torchvision that timm knows,
+            "torch/image_folder" for a folder whose classes are the first folders in a split and not the last;
+            "hfds/OWNER/NAME" of Hugging Face.
         root: folder of the dataset; unused by "digits".
         label: how tables name the data; None takes the name.
         input_size: (C, H, W) that the model sees, C of 1 or 3; None takes the images' own size if they are small and
@@ -55,6 +56,11 @@ class DataConfig:
     auto_augment: str | None = None
     workers: int = 2
     download: bool = False
+
+    @property
+    def splits(self) -> tuple[str, str]:
+        """To train on, and to test on."""
+        return self.train_split, self.test_split
 
     def check(self) -> None:
         """Refuse what cannot be meant; nothing is opened for it.

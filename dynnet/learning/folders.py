@@ -1,4 +1,4 @@
-"""A dataset on disk: one folder or tar a split, in it one folder a class.
+"""A dataset on disk: one folder or tar a split, in it one folder a class; or class folders alone.
 
 What is hidden (its name begins with a dot) is not there. An image whose class nobody knows is refused, never left out,
 and so is one that would be there twice.
@@ -50,7 +50,11 @@ def list_split(root: Path, split: str, by_first: bool = False) -> Listing:
     Raises:
         DataError: the split is missing, has no images, images beside class folders, or loops.
     """
-    place = split_place(root, split)
+    return list_place(split_place(root, split), by_first)
+
+
+def list_place(place: Path, by_first: bool = False) -> Listing:
+    """The images of a folder or tar, see `list_split`."""
     if by_first and not place.is_dir():
         raise DataError(f"{str(place)!r} is a tar, which torchvision does not read; leave data.name empty")
     images, folders = _walk(place) if place.is_dir() else scan(place)
@@ -80,6 +84,17 @@ def split_place(root: Path, split: str) -> Path:
     raise DataError(
         f"{str(root)!r} has no {split!r} folder or {split}.tar; it holds {found}{did_you_mean(split, found)}"
     )
+
+
+def is_undivided(root: Path, splits: tuple[str, str]) -> bool:
+    """Does a folder hold class folders alone, and nothing that is called like a split?"""
+    try:
+        inside = [path for path in root.iterdir() if not path.name.startswith(".")]
+    except OSError:
+        return False  # whoever lists it tells
+    known = {name.lower() for split in splits for name in (split, *_SYNONYMS.get(split, ()))}
+    named = any(path.name.lower().removesuffix(".tar") in known for path in inside)
+    return not named and sum(path.is_dir() for path in inside) > 1
 
 
 def check_apart(root: Path, splits: tuple[str, str]) -> None:

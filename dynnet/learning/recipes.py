@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,15 +286,16 @@ def _refuse_renamed(key: str) -> None:
             raise RecipeError(f"unknown key {key!r}; it is {new + key.removeprefix(old)!r} now")
 
 
-def recipe_parser() -> Any:
-    """A jsonargparse parser with every key of a recipe as a dotted option, for --help."""
+def recipe_keys() -> str:
+    """Every key of a recipe as a dotted option, with what it means and its default, for --help."""
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
         raise RecipeError("the keys are listed by jsonargparse; install it with `pip install dynnet[train]`") from None
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     parser.add_class_arguments(Recipe, as_group=False)
-    return parser
+    # A section as a whole is no option of ours.
+    return re.sub(r"(?m)^  --\S+ CONFIG .*\n", "", parser.format_help()).removeprefix("options:\n")
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

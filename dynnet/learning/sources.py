@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynnet.errors import DataError
-from dynnet.learning.folders import Listing, check_apart, list_split
+from dynnet.learning.folders import Listing, check_apart, is_undivided, list_place, list_split, split_place
 from dynnet.learning.hosted import Hosted
 from dynnet.learning.origins import FOLDER, TORCH_FOLDERS
 from dynnet.learning.pictures import decode
@@ -138,8 +138,8 @@ def digits() -> tuple[MemorySource, tuple[str, ...]]:
 
 def open_splits(
     name: str, root: str, splits: tuple[str, str], input_size: tuple[int, int, int] | None, download: bool
-) -> tuple[Source, Source, tuple[str, ...]]:
-    """What to learn from, what to test on, and the names of the K classes.
+) -> tuple[Source, Source | None, tuple[str, ...]]:
+    """What to learn from, what to test on, and the names of the K classes; None for a folder that has no splits.
 
     Args:
         name: of the dataset, as `DataConfig` has it.
@@ -159,17 +159,29 @@ def open_splits(
     if max(first.size) <= _SMALL_SIDE and (input_size is None or enlarges((first.height, first.width), input_size[1:])):
         try:
             shape = (channels, first.height, first.width)
-            held = [_hold(source, mode, shape, split) for source, split in zip(images, splits, strict=True)]
-            return held[0], held[1], classes
+            held = [_hold(source, mode, shape, split) for source, split in zip(images, splits, strict=False)]
+            return held[0], (held[1] if len(held) > 1 else None), classes
         except _SizeError as error:
             if input_size is None:
                 raise DataError(f"{error}; set data.input_size to have all resized") from None
     streams = [StreamSource(source, torch.arange(len(source.labels)), mode) for source in images]
-    return streams[0], streams[1], classes
+    return streams[0], (streams[1] if len(streams) > 1 else None), classes
+
+
+def origin(name: str, root: str, splits: tuple[str, str]) -> str:
+    """Where `open_splits` takes images from, in words."""
+    if name not in (FOLDER, *TORCH_FOLDERS):
+        return name
+    if is_undivided(Path(root), splits):
+        return (
+            f"{root}, which has no folders {splits[0]!r} and {splits[1]!r}: some of its images are held out for testing"
+        )
+    train, test = (split_place(Path(root), split) for split in splits)
+    return f"{train} to learn from, {test} to test on"
 
 
 def _open_images(name: str, root: str, splits: tuple[str, str], download: bool) -> tuple[list[Images], tuple[str, ...]]:
-    """The images of both splits, whose labels mean the same, and the names of the K classes."""
+    """The images of both splits, whose labels mean the same, or all that are there; the names of the K classes."""
     if name not in (FOLDER, *TORCH_FOLDERS):
         train, test = (Hosted.open(name, root, split, download) for split in splits)
         _check_classes(root or name, splits, train.classes, test.classes)
@@ -179,6 +191,9 @@ def _open_images(name: str, root: str, splits: tuple[str, str], download: bool) 
                 "give two of one order"
             )
         return [train, test], train.classes
+    if is_undivided(Path(root), splits):
+        listing = list_place(Path(root), by_first=name in TORCH_FOLDERS)
+        return [OnDisk(listing, listing.classes)], listing.classes
     check_apart(Path(root), splits)
     listings = [list_split(Path(root), split, by_first=name in TORCH_FOLDERS) for split in splits]
     classes = listings[0].classes
