@@ -54,7 +54,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", params=["[]", "[layer2.0]"], ids=["gates", "gates and exits"])
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param("[]", id="gates", marks=pytest.mark.sweep), pytest.param("[layer2.0]", id="gates and exits")],
+)
 def gated_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with gates; not to be written to, except by one report."""
     out = tmp_path_factory.mktemp("gated")

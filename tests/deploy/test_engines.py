@@ -68,6 +68,7 @@ def test_threads_share_a_runner_in_every_engine(folder: Path) -> None:
     assert found == [True] * 60
 
 
+@pytest.mark.sweep  # maps do in the suite
 @pytest.mark.parametrize("name", OTHERS)
 def test_tokens_cross_cuts_in_every_engine(name: str, tmp_path: Path) -> None:
     case = next(case for case in CASES if case.name == "test_vit")

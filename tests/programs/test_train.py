@@ -58,7 +58,7 @@ log_steps: 5
 """
 
 
-@pytest.mark.parametrize(("exits", "target"), [("[]", 0.7), ("[layer2.0]", 0.5)])
+@pytest.mark.parametrize(("exits", "target"), [pytest.param("[]", 0.7, marks=pytest.mark.sweep), ("[layer2.0]", 0.5)])
 def test_gates_learn_to_keep_a_budget(exits: str, target: float, tmp_path: Path) -> None:
     path, out = tmp_path / "recipe.yaml", tmp_path / "run"
     path.write_text(GATED % (exits, target))
