@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   dynnet predict cifar10-resnet56 cat.png dog.png
   dynnet export cifar10-resnet56 stages && dynnet predict stages cat.png
   dynnet bench cifar10-resnet56 --batch 64
+  dynnet report runs/cifar
 """
 _MODEL = "a model of the zoo, a file of dynnet.save, or a folder of dynnet.export"
 
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb = parser.add_subparsers(title="verbs", required=True, metavar="VERB").add_parser
-    for made in (_list(verb), _info(verb), _predict(verb)):
+    for made in (_list(verb), _info(verb), _predict(verb), _report(verb)):
         made.add_argument("--json", action="store_true", help="for machines")
     _export(verb)
     _bench(verb)
@@ -71,6 +72,15 @@ def _predict(verb: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentP
     made.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, each answered alone")
     made.add_argument("--threads", type=int, help="of the engine, or of PyTorch; by default its own number")
     made.set_defaults(run=verbs.predict)
+    return made
+
+
+def _report(verb: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    made = verb(
+        "report", help="sum up the per-input table of a report: who left where, how right they were, at what cost"
+    )
+    made.add_argument("table_or_run", type=Path, metavar="TABLE|RUN", help="a table.csv, or a run that has a report")
+    made.set_defaults(run=verbs.report)
     return made
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dynnet.command.per_input import find_table, summed_up
 from dynnet.command.pictures import prepared
 from dynnet.command.subjects import Subject, find
 from dynnet.command.tables import table
@@ -161,6 +162,44 @@ def bench(model: str, engine: str | None = None, batch: int = 1, calls: int = 20
     ready = subject.model if engine is not None else dynnet.fold(subject.model)
     print(told)
     print(dynnet.latency(ready, images, batch_size=batch, calls=calls, engine=engine))
+
+
+def report(table_or_run: Path, json: bool = False) -> None:
+    """Sum up a per-input table.
+
+    Args:
+        table_or_run: a table.csv, or a run that has a report.
+        json: for machines.
+    """
+    said = summed_up(find_table(table_or_run))
+    if json:
+        _tell(said)
+        return
+    dense = said.get("dense_macs")
+    of_dense = "" if dense is None else f", {said['mean_macs'] / dense:.1%} of the bare backbone's {dense / 1e6:.2f} M"
+    print(f"{said['inputs']:,} inputs, {said['accuracy']:.2%} right, {said['mean_macs'] / 1e6:.2f} MMAC{of_dense}")
+    for name, unit, scale in (("macs", "MMAC", 1e6), ("latency_ms", "ms", 1.0), ("dense_latency_ms", "ms", 1.0)):
+        if name in said:
+            quantiles = ", ".join(f"{key} {value / scale:.2f}" for key, value in said[name].items())
+            print(f"{name.replace('_', ' ')}: {quantiles} {unit}")
+    rows = [
+        [
+            str(row["exit"]),
+            f"{row['share']:.1%}",
+            _percent(row["right"]),
+            _percent(row["right_of_all"]),
+            "" if row["mean_macs"] is None else f"{row['mean_macs'] / 1e6:.2f} M",
+        ]
+        for row in said["exits"]
+    ]
+    print(table(["exit", "leave here", "right", "right of all", "MACs"], rows))
+    if said["points"]:
+        points = [[f"{p['mean_macs'] / 1e6:.2f} M", f"{p['accuracy']:.2%}"] for p in said["points"]]
+        print(table(["mean MACs", "accuracy"], points))
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
 
 
 def _tell(found: Any) -> None:

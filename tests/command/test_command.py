@@ -19,6 +19,7 @@ import dynnet
 from dynnet import zoo
 from dynnet.command import program
 from dynnet.command.pictures import prepared
+from dynnet.evaluation.tables import write_table
 from dynnet.learning.sources import digits
 
 
@@ -138,3 +139,37 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+def test_a_table_is_summed_up_as_it_was_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, (source, _) = dynnet.create_model("digits"), digits()
+    images = (source.images[:200].float() / 255 - 0.5) / 0.5
+    found = dynnet.measure(model, [(images, source.labels[:200])])
+    write_table(found.table(), tmp_path / "table.csv")
+    told = json.loads(said(capsys, "report", str(tmp_path), "--json"))
+    assert told["inputs"] == 200
+    assert told["accuracy"] == pytest.approx(found.accuracy)
+    assert told["mean_macs"] == pytest.approx(found.macs.mean())
+    assert [row["share"] for row in told["exits"]] == pytest.approx(found.rates)
+    assert [row["right_of_all"] for row in told["exits"]] == pytest.approx(found.answers.correct.mean(0))
+    assert told["points"] == []
+    assert f"200 inputs, {found.accuracy:.2%} right" in said(capsys, "report", str(tmp_path / "table.csv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("# a page\n\nwith, lines\n", "is no table of equal rows"),
+        ("exit,macs\n0,1\n", "has no column 'confidence' of numbers"),
+        ("exit,confidence,macs,correct\n", "has no"),
+        ("exit,confidence,macs,correct\n0,high,3,1\n", "has no column 'confidence' of numbers"),
+        (None, "no table in"),
+    ],
+)
+def test_what_is_no_table_is_told(
+    text: str | None, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "table.csv").write_text(text)
+    assert program.main(["report", str(tmp_path / "table.csv")]) == 2
+    assert words in capsys.readouterr().err
