@@ -1,4 +1,4 @@
-"""Measure models of the zoo, and write the tables and pictures of their cards and of README.md from what was found.
+"""Measure models of the zoo, and write the tables and pictures of their cards, of README.md and of the guide.
 
     python -m eval.cards --data path/to/cifar10    # all of the zoo anew; those of the digits need no folder
     python -m eval.cards --only [cifar10-resnet56] --data path/to/cifar10 --beside 'runs/static-*'
@@ -33,6 +33,7 @@ from eval.shelf import Other, Shown, shelved
 
 BEGIN, END = "<!-- written by python -m eval.cards -->", "<!-- until here -->"
 README = Path(__file__).parent.parent / "README.md"
+GUIDE = README.parent / "docs" / "choosing.md"
 DIGITS = "digits"  # what needs no folder
 GOALS = {
     "budget": "a budget of {:g}% of the MACs",
@@ -67,7 +68,9 @@ def main(
             shown = read_shown(folder() / name / "results.json")
             write_atomically(folder() / name / "accuracy.png", picture(name, shown))
             rewrite(folder() / name / "README.md", card(shown))
-        rewrite(README, shelf({name: read_shown(folder() / name / "results.json") for name in list_models()}))
+        found = {name: read_shown(folder() / name / "results.json") for name in list_models()}
+        rewrite(README, shelf(found))
+        rewrite(GUIDE, shelf(found, linked=False))
 
 
 def _measure(name: str, data: str, beside: str | None, engine: str, batch_size: int) -> Shown:
@@ -231,14 +234,14 @@ def _how(shown: Shown) -> str:
     )
 
 
-def shelf(models: Mapping[str, Shown]) -> str:
-    """The zoo's table."""
+def shelf(models: Mapping[str, Shown], linked: bool = True) -> str:
+    """The zoo's table, with links to the cards."""
     rows = []
     for name, shown in models.items():
         faster = [f"{shown['dense_ms'][size] / ms:.2f}x" for size, ms in shown["ms"].items()]
         rows.append(
             [
-                f"[{name}](models/{name}/README.md)",
+                f"[{name}](models/{name}/README.md)" if linked else f"`{name}`",
                 shown["dataset"],
                 f"{shown['accuracy']:.2%} ({shown['dense_accuracy']:.2%})",
                 f"{shown['mean_macs'] / shown['dense_macs']:.0%} of {shown['dense_macs'] / 1e6:.1f} M",

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 import dynnet
 from tests.cases import FEW
 from training import train
+
+ROOT = Path(__file__).parent.parent
 
 # The models are small: a second thread would only wait. Subprocesses and programs that choose threads are told so too.
 if "OMP_NUM_THREADS" not in os.environ:
@@ -88,3 +93,20 @@ def saved(saved_once: bytes, tmp_path: Path) -> Path:
     path = tmp_path / "m.safetensors"
     path.write_bytes(saved_once)
     return path
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh environment, in which the wheel is installed."""
+    folder = tmp_path_factory.mktemp("installed")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
+    python = folder / "env" / "bin" / "python"
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    # torch and timm are lent by the environment that runs the tests: a second copy would take minutes.
+    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()
+    (Path(site) / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    return python

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -39,23 +38,6 @@ def test_a_program_that_uses_every_public_name_is_typed_and_runs(installed: Path
     for command in (typed, [installed, "example.py"]):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a fresh environment, in which the wheel is installed."""
-    folder = tmp_path_factory.mktemp("installed")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
-    python = folder / "env" / "bin" / "python"
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
-    # torch and timm are lent by the environment that runs the tests: a second copy would take minutes.
-    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    site = subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()
-    (Path(site) / "lent.pth").write_text(sysconfig.get_path("purelib"))
-    return python
 
 
 def test_an_editable_install_shows_the_package_alone(tmp_path: Path) -> None:

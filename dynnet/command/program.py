@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   dynnet info cifar10-resnet56
   dynnet predict cifar10-resnet56 cat.png dog.png
   dynnet export cifar10-resnet56 stages && dynnet predict stages cat.png
-  dynnet bench cifar10-resnet56 --batch 64
+  dynnet bench cifar10-resnet56 photos/*.png --engine onnxruntime
   dynnet report runs/cifar
 """
 _MODEL = "a model of the zoo, a file of dynnet.save, or a folder of dynnet.export"
@@ -96,11 +96,12 @@ def _export(verb: Callable[..., argparse.ArgumentParser]) -> None:
 def _bench(verb: Callable[..., argparse.ArgumentParser]) -> None:
     made = verb(
         "bench",
-        help="time a model against its bare backbone, in turns, on noise",
-        description="Time a model against its bare backbone, in turns, on noise: there samples leave elsewhere than on "
-        "images. `python -m eval.deploy` in a checkout times the test images of a run.",
+        help="time a model against its bare backbone, in turns",
+        description="Time a model against its bare backbone, in turns, on image files or on noise: there samples leave "
+        "elsewhere than on images. `python -m eval.deploy` in a checkout times the test images of a run.",
     )
     made.add_argument("model", help="a model of the zoo, or a file")
+    made.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="files, taken again and again")
     made.add_argument("--engine", choices=list(ENGINES), help="in which both run; by default PyTorch")
     made.add_argument("--batch", type=int, default=1, help="images of a call (default: %(default)s)")
     made.add_argument("--calls", type=int, default=200, help="timed calls (default: %(default)s)")

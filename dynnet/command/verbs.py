@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +134,21 @@ def export(model: str, folder: Path, engine: str = "onnxruntime", pretrained: bo
     print(f"dynnet predict {folder} IMAGES... answers with it")
 
 
-def bench(model: str, engine: str | None = None, batch: int = 1, calls: int = 200, threads: int | None = None) -> None:
-    """Time a model against its bare backbone, in turns, on noise.
+def bench(
+    model: str,
+    images: Sequence[Path] = (),
+    engine: str | None = None,
+    batch: int = 1,
+    calls: int = 200,
+    threads: int | None = None,
+) -> None:
+    """Time a model against its bare backbone, in turns, on image files or on noise.
 
     On noise samples leave elsewhere than on images: what each exit takes is right, the mean is not that of your data.
 
     Args:
         model: of the zoo, or a file.
+        images: files, taken again and again; none for noise.
         engine: in which both run; by default PyTorch.
         batch: images of a call.
         calls: timed calls.
@@ -149,19 +157,26 @@ def bench(model: str, engine: str | None = None, batch: int = 1, calls: int = 20
     import torch
 
     import dynnet
+    from dynnet.backbone.host import preparation_of
     from dynnet.evaluation.threads import fit_threads
     from dynnet.model import DynamicModel
 
     subject = find(model)
     if not isinstance(subject.model, DynamicModel):
         raise InputError(f"{model!r} has no exits, and nothing to be compared with; name a model of the zoo, or a file")
-    told = fit_threads(subject.model, subject.model.input_size, batch) if threads is None else f"{threads} threads"
+    size = subject.model.input_size
+    told = fit_threads(subject.model, size, batch) if threads is None else f"{threads} thread{'s' * (threads != 1)}"
     if threads is not None:
         torch.set_num_threads(threads)
-    images = torch.randn(max(64, batch), *subject.model.input_size, generator=torch.Generator().manual_seed(0))
+    if images:
+        preparation = preparation_of(subject.model)
+        given = torch.from_numpy(np.stack([prepared(path, size, preparation) for path in images]))
+        pixels = given.repeat(-(-batch // len(given)), 1, 1, 1)
+    else:
+        pixels = torch.randn(max(64, batch), *size, generator=torch.Generator().manual_seed(0))
     ready = subject.model if engine is not None else dynnet.fold(subject.model)
-    print(told)
-    print(dynnet.latency(ready, images, batch_size=batch, calls=calls, engine=engine))
+    print(f"{told}; {f'{len(images)} images' if images else 'noise, on which samples leave elsewhere than on images'}")
+    print(dynnet.latency(ready, pixels, batch_size=batch, calls=calls, engine=engine))
 
 
 def report(table_or_run: Path, json: bool = False) -> None:

@@ -46,7 +46,7 @@ def save(
         model: a wrapped model, with its configuration, its thresholds and what they were fitted on (its heads must be
             dynnet's own if the file is to be loaded without further arguments); or a plain one. Either may be pruned,
             or folded.
-        path: of the file to write, usually named *.safetensors.
+        path: of the file to write, usually called something.safetensors.
         create: arguments of `timm.create_model` that make the architecture; by default its name, with the tag of its
             pretrained weights, and its number of classes. A warning says so where these make a model of other parts,
             settings or widths, or one that answers an image otherwise: the model is built from them to compare. Of a

@@ -102,6 +102,13 @@ def test_pictures_are_prepared_as_timm_does(size: tuple[int, int], tmp_path: Pat
 def test_times_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     told = said(capsys, "bench", "digits", "--batch", "2", "--calls", "3", "--threads", str(torch.get_num_threads()))
     assert "3 calls of 2 images: p50" in told
+    assert "noise, on which" in told
+
+
+def test_times_are_told_on_images(capsys: pytest.CaptureFixture[str], images: list[Path]) -> None:
+    files, threads = [str(path) for path in images[:3]], str(torch.get_num_threads())
+    told = said(capsys, "bench", "digits", *files, "--batch", "4", "--calls", "2", "--threads", threads)
+    assert "3 images\n2 calls of 4 images: p50" in told
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ def test_a_card_says_what_its_results_say(name: str) -> None:
     assert (zoo.folder() / name / "accuracy.png").is_file()
 
 
-def test_the_readme_says_what_the_results_say() -> None:
-    page = cards.README.read_text()
-    written = page.partition(cards.BEGIN)[2].partition(cards.END)[0]
+@pytest.mark.parametrize(("path", "linked"), [(cards.README, True), (cards.GUIDE, False)])
+def test_readme_and_guide_say_what_the_results_say(path: Path, linked: bool) -> None:
+    written = path.read_text().partition(cards.BEGIN)[2].partition(cards.END)[0]
     found = {name: cards.read_shown(zoo.folder() / name / "results.json") for name in NAMES}
-    assert written.strip() == cards.shelf(found)
+    assert written.strip() == cards.shelf(found, linked)
 
 
 def test_what_is_measured_is_what_a_card_needs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,52 @@
+"""What the guide shows of the command is what the wheel prints, outside of the checkout."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+DOCS = Path(__file__).parents[2] / "docs"
+NUMBER = re.compile(r"\d+(?:\.\d+)*(?:e[+-]\d+)?")
+# What times, and what versions and kernels decide.
+VOLATILE = re.compile(r"\bms\b|times as fast|engine onnxruntime|differ from PyTorch|\.png +\d")
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Of the page: a command, and the lines that it prints."""
+    found: list[tuple[str, list[str]]] = []
+    for block in re.findall(r"^```console\n(.*?)^```$", (DOCS / "command.md").read_text(), re.M | re.S):
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                found.append((line[2:], []))
+            else:
+                found[-1][1].append(line)
+    return found
+
+
+def comparable(line: str) -> str:
+    """Without times, and without how columns are filled up for them."""
+    if ".png" in line:  # the last column is a time
+        line = line.rpartition(" ")[0]
+    elif VOLATILE.search(line):
+        line = NUMBER.sub("#", line)
+    return " ".join(line.split())
+
+
+def test_a_fresh_environment_prints_the_transcript(installed: Path, tmp_path: Path) -> None:
+    for picture in (DOCS / "images" / "digits").glob("*.png"):
+        shutil.copy(picture, tmp_path)
+    # What [deploy] does not bring cannot be imported.
+    others = ("sklearn", "scipy", "jsonargparse", "matplotlib", "pandas")
+    blocked = f"import sys\nsys.modules.update(dict.fromkeys({others}))\n"
+    (tmp_path / "sitecustomize.py").write_text(blocked)
+    path = f"{installed.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    shown = commands()
+    assert {command.split()[1] for command, _ in shown} == {"list", "info", "predict", "export", "bench"}
+    for command, expected in shown:
+        done = subprocess.run(command.split(), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert [comparable(line) for line in done.stdout.splitlines()] == [comparable(line) for line in expected]
