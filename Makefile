@@ -1,6 +1,8 @@
 # make demo   train and evaluate on the embedded digits, write a report, export
 # make test   the test suite
 # make lint   ruff and mypy
+# make docs   the guide as a site, in docs/_build/html
+# make app    a page on this machine: drop an image, and watch where it leaves
 # make sweep  slow checks over all of timm's architectures, and tables written to runs/
 
 PYTHON ?= python3
@@ -15,7 +17,7 @@ SURVIVE := --dist worksteal --max-worker-restart 1000
 # Progress is seen as it happens, also where stdout is no terminal.
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test lint sweep clean
+.PHONY: demo test lint docs app sweep clean
 
 demo: $(READY)
 	rm -rf $(DEMO)
@@ -31,6 +33,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	@echo "guide: docs/_build/html/index.html"
+
+app: $(READY)
+	$(BIN)/python -m eval.app
+
 sweep: $(READY)
 	$(BIN)/python -m eval.coverage --out runs/coverage.csv
 	$(BIN)/python -m pytest -q -m sweep
@@ -43,4 +52,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) dist build docs/_build

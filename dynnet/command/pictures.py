@@ -36,7 +36,7 @@ def prepared(path: Path, input_size: Sequence[int], preparation: Mapping[str, An
         (C, H, W) float32.
 
     Raises:
-        DataError: the file is missing or no image.
+        DataError: the file is missing or no image, or the preparation is that of other channels.
     """
     if not path.is_file():
         raise DataError(f"no image file {str(path)!r}")
@@ -54,7 +54,12 @@ def prepared(path: Path, input_size: Sequence[int], preparation: Mapping[str, An
     pixels = np.asarray(picture.crop((left, top, left + width, top + height)), np.float32) / 255
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     mean, std = (
-        np.asarray(preparation.get(key) or default, np.float32).reshape(-1, 1, 1)
-        for key, default in (("mean", (0.0,)), ("std", (1.0,)))
+        np.asarray(preparation.get(key) or (default,) * channels, np.float32).reshape(-1, 1, 1)
+        for key, default in (("mean", 0.0), ("std", 1.0))
     )
+    if not len(mean) == len(std) == channels:
+        raise DataError(
+            f"images of {channels} channels, but the model's mean and std have {len(mean)} and {len(std)} values; set "
+            f"them in its pretrained_cfg"
+        )
     return np.ascontiguousarray((pixels - mean) / std)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from dynnet.files.bundles import read_bundle
 from training import train
@@ -51,3 +53,15 @@ def dead(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mine(dead: Path, tmp_path: Path) -> Path:
     """A copy of that run."""
     return Path(shutil.copytree(dead, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; `.ci/run` installs one."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium here")
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 import dynnet
 from dynnet.errors import InputError
@@ -63,18 +62,6 @@ def test_the_page_stands_alone(reported: Path) -> None:
     assert "MMAC" in page
     assert "MFLOP" in page
     assert len(list(reported.glob("*.png"))) == 8
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """A headless Chromium; `.ci/run` installs one."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium here")
-    with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 def test_what_a_browser_computes_is_what_measure_says(reported: Path, run: Path, browser: Browser) -> None:
