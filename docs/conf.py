@@ -10,6 +10,7 @@ html_title = f"dynnet {release}"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+default_role = "code"  # docstrings write names in single backticks
 html_static_path = ["images"]
 
 myst_heading_anchors = 3
@@ -17,3 +18,4 @@ nb_execution_mode = "off"  # a test runs the notebook; the site shows what it pr
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings tell shapes and units
 napoleon_use_ivar = True
+napoleon_use_rtype = False

@@ -6,6 +6,8 @@ import contextlib
 import doctest
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,3 +78,10 @@ def test_every_error_is_explained() -> None:
         if isinstance(found, type) and issubclass(found, errors.DynnetError) and found is not errors.DynnetError
     }
     assert told == raised
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    site = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--quiet", "-b", "html", str(DOCS), str(tmp_path)]
+    done = subprocess.run(site, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "index.html").is_file()
