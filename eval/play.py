@@ -112,6 +112,7 @@ def _static(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             "dynamic": row["dynamic"],
             "accuracy": row["accuracy"],
             "macs": row["macs_share"] * results["dense_macs"],
+            "line": [{"macs": share * results["dense_macs"], "accuracy": hit} for share, hit in row.get("line", [])],
             "ms": ms.get((row["name"], row["method"])),
         }
         for row in results.get("static", [])

@@ -64,7 +64,7 @@ def main(
         latency_samples: test images to time one at a time; p99 needs 662.
         batch_size: of the evaluation.
         static: pattern of folders that `training.prune` has finished, to be shown and timed beside; of the same model
-            and data. Runs of `training.train` on a pruned backbone that have a report may be among them.
+            and data. Other runs of `training.train` that have a report may be among them; their curves are shown too.
         device: by default a GPU where there is one.
         engine: in which this model, its bare backbone and `static` are timed too; null for none.
         redraw: draw again from an existing table; without the model, unless others are timed beside it. The galleries

@@ -142,6 +142,7 @@ class Row(TypedDict):
     size_bytes: int
     epochs: int
     dynamic: bool
+    line: NotRequired[list[tuple[float, float]]]
     p50_ms: float | None
     speedup: float | None
     dynamic_accuracy: float | None

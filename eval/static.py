@@ -13,6 +13,7 @@ from dynnet import DynamicModel, fold, load
 from dynnet.backbone.chain import bare_of
 from dynnet.backbone.modes import device_of
 from dynnet.errors import CheckpointError
+from dynnet.evaluation.tables import read_table
 from dynnet.evaluation.timing import one_at_a_time
 from dynnet.learning.recipes import read_recipe
 from eval.figures import Table, operating_line
@@ -32,7 +33,8 @@ def read_static(pattern: str, results: Mapping[str, Any]) -> list[dict[str, Any]
 
     Returns:
         One row a model, the most accurate first: "name", "method", "accuracy", "macs_share" of the bare backbone,
-        "sparsity", "size_bytes", "epochs" (after the dense stage), "dynamic": does it decide by the input?, and "file".
+        "sparsity", "size_bytes", "epochs" (after the dense stage), "dynamic": does it decide by the input?, "line": its
+        operating points then, [share of the MACs, accuracy] each, and "file".
 
     Unfinished runs are named on the screen and left out.
 
@@ -84,6 +86,7 @@ def _pruned(path: Path, found: Pruned, dense_macs: float) -> list[dict[str, Any]
             "size_bytes": measured["size_bytes"],
             "epochs": found["epochs"] + _epochs_before(path),
             "dynamic": False,
+            "line": [],
             "file": str(path / file),
         }
         for told, file, measured in kinds
@@ -104,9 +107,18 @@ def _hybrid(path: Path, found: Hybrid, dense_macs: float) -> list[dict[str, Any]
             "size_bytes": file.stat().st_size,
             "epochs": found["epochs"] + _epochs_before(path),
             "dynamic": True,
+            "line": _line(path / "report" / "table.csv", dense_macs),
             "file": str(file),
         }
     ]
+
+
+def _line(path: Path, dense_macs: float) -> list[list[float]]:
+    """The operating points of a report; none where its table is gone."""
+    if not path.is_file():
+        return []
+    macs, accuracies = operating_line(read_table(path))
+    return [[float(spent / dense_macs), float(accuracy)] for spent, accuracy in zip(macs, accuracies, strict=True)]
 
 
 def _epochs_before(path: Path) -> int:

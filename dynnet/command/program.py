@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dynnet.command import verbs
 from dynnet.deploy.engines import ENGINES
-from dynnet.errors import DynnetError
+from dynnet.errors import DynnetError, did_you_mean
 
 EXAMPLES = """examples:
   dynnet list
@@ -20,12 +20,16 @@ EXAMPLES = """examples:
   dynnet bench cifar10-resnet56 photos/*.png --engine onnxruntime
   dynnet report runs/cifar
 """
+VERBS = ("list", "info", "predict", "report", "export", "bench")
 _MODEL = "a model of the zoo, a file of dynnet.save, or a folder of dynnet.export"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; the exit status is 2 where something is wrong."""
-    given = vars(_parser().parse_args(argv))
+    parser, words = _parser(), list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-") and words[0] not in VERBS:
+        parser.error(f"unknown verb {words[0]!r}{did_you_mean(words[0], VERBS)}; choose from {', '.join(VERBS)}")
+    given = vars(parser.parse_args(words))
     run: Callable[..., None] = given.pop("run")
     try:
         run(**given)

@@ -106,7 +106,8 @@
     const unit = state.axis === "ms" ? 1 : 1e-6, x = (p) => p[state.axis] * unit;
     const others = data.static.filter((s) => s[state.axis] != null);
     const dense = { macs: data.dense_macs, ms: data.dense_ms, accuracy: data.dense_accuracy };
-    const all = [...points, ...single, ...others, dense, now];
+    const lines = state.axis === "macs" ? others.flatMap((s) => s.line) : [];
+    const all = [...points, ...single, ...others, ...lines, dense, now];
     const left = 52, right = 14, top = 12, bottom = 42;
     const xs = all.map(x), ys = all.map((p) => p.accuracy);
     const high = Math.max(...xs) * 1.04;
@@ -128,6 +129,8 @@
     svg.append(element("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle", class: "tick" }, told));
     const line = (list, css) => svg.append(element("path", { d: list.map((p, i) => `${i ? "L" : "M"}${X(x(p))} ${Y(p.accuracy)}`).join(""), class: css }));
     if (E) line(single.filter((p) => p.accuracy >= low), "single");
+    // Of others only MACs are known all along their lines.
+    if (state.axis === "macs") for (const other of others) if (other.line.length > 1) line(other.line, "other");
     if (points.length > 1) line([...points].sort((a, b) => x(a) - x(b)), "fitted");
     const dot = (p, css, title, click, r = 5) => {
       const made = element("circle", { cx: X(x(p)), cy: Y(p.accuracy), r, class: css }, element("title", {}, title));

@@ -99,6 +99,15 @@ def test_pictures_are_prepared_as_timm_does(size: tuple[int, int], tmp_path: Pat
     assert np.abs(found - transform(picture).numpy()).max() < 0.03
 
 
+def test_a_misspelt_verb_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["lst"])
+    assert "unknown verb 'lst'; did you mean 'list'?; choose from list, info, " in capsys.readouterr().err
+    for verb in program.VERBS:  # all that are named are there
+        with pytest.raises(SystemExit, match="0"):
+            program.main([verb, "--help"])
+
+
 def test_times_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     told = said(capsys, "bench", "digits", "--batch", "2", "--calls", "3", "--threads", str(torch.get_num_threads()))
     assert "3 calls of 2 images: p50" in told

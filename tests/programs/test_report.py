@@ -20,7 +20,7 @@ from dynnet.gates.plan import GatePlan, Region
 from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe, recipe_to_yaml
 from eval import play, report, speed
-from eval.figures import classifiers
+from eval.figures import classifiers, operating_line
 from eval.results import gate_use
 from eval.static import beside
 from tests.cases import FEW, leave_one_by_one, tiny
@@ -288,6 +288,7 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "two" / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     hybrid = {"accuracy": 0.15, "mean_macs": 0.3 * macs, "dense_macs": 0.5 * macs, "epochs": 2}
     (tmp_path / "two" / "report" / "results.json").write_text(json.dumps(same | hybrid))
+    shutil.copy(copied / "report" / "table.csv", tmp_path / "two" / "report")
     (tmp_path / "tomorrow").mkdir()
     report.main(copied, redraw=True, static=str(tmp_path / "[tw]*"), latency_samples=5, engine=None)
     assert re.search("left out, as not finished: .*tomorrow", capsys.readouterr().out)
@@ -295,6 +296,9 @@ def test_pruned_backbones_stand_beside(run: Path, tmp_path: Path, capsys: pytest
     wide, thin, two, small = results["static"]
     assert (wide["name"], wide["macs_share"], thin["macs_share"]) == ("wide", 1.0, 0.5)
     assert (two["method"], two["macs_share"]) == ("dynamic on a pruned backbone", pytest.approx(0.3))
+    assert thin["line"] == []
+    line = operating_line(read_table(copied / "report" / "table.csv"))
+    assert pytest.approx(np.array([line[0] / macs, line[1]])) == np.array(two["line"]).T
     assert (thin["epochs"], wide["epochs"], two["epochs"]) == (3, 3 + 3, 2 + 3)  # with those of their backbones
     assert small["method"] == "l1 + int8"
     assert all(row["p50_ms"] > 0 and row["speedup"] > 0 for row in results["static"] if row is not small)
