@@ -4,6 +4,7 @@
     python -m eval.report runs/cifar --data path/to/cifar10 --latency_samples 700
     python -m eval.report runs/cifar --static 'runs/cifar-pruned-*'   # pruned backbones beside, from training.prune
     python -m eval.report runs/digits --redraw true        # figures and page again, without the model
+    torchrun --nproc-per-node 2 -m eval.report runs/large  # processes share the images; the table is the same
 
 Accuracy is also shown against time in the engine that the model would be used in (`--engine null` leaves that out).
 With gates it also shows what every region leaves open, and the control: the same gates frozen at their mean decision on
@@ -33,12 +34,13 @@ from dynnet.evaluation.tables import read_table, write_table
 from dynnet.evaluation.threads import fit_threads
 from dynnet.files.bundles import write_atomically
 from dynnet.learning.data import Data
+from dynnet.learning.processes import world
 from eval import figures
 from eval.in_engine import time_in_engine
 from eval.play import PAGE, pictures, playground, read_pictures
 from eval.programs import errors_told, write_json
-from eval.results import evaluate
-from eval.runs import Run, open_run, test_images
+from eval.results import Columns, evaluate
+from eval.runs import open_run, test_images
 from eval.saved import read_report
 from eval.static import beside, read_static, time_beside
 
@@ -71,13 +73,18 @@ def main(
             stay as they are.
     """
     out = run / "report"
-    with errors_told():
+    with errors_told(), world() as here:
         if redraw and not (out / "table.csv").is_file():
             raise DynnetError(f"no table to draw from in {str(out)!r}; write the report first")
         keep_freed_memory()
-        opened = None if redraw and static is None else open_run(run, data, device)
+        if redraw and not here.first:
+            return
+        opened = None if redraw and static is None else open_run(run, data, device or str(here.device))
         if opened is not None and not redraw:
-            results = _measure(opened, out, latency_samples, batch_size)
+            measured = evaluate(opened, latency_samples, batch_size, here)
+            if measured is None:
+                return
+            results = _write(measured, opened.data, out)
         else:
             results = read_report(out / "results.json")
         table = read_table(out / "table.csv")
@@ -98,14 +105,14 @@ def main(
     print(f"report: {out / 'index.html'}")
 
 
-def _measure(run: Run, out: Path, latency_samples: int, batch_size: int) -> dict[str, Any]:
-    """The results on the test split; writes table.csv, results.json and the galleries, which need the images."""
+def _write(measured: tuple[Columns, dict[str, Any]], data: Data, out: Path) -> dict[str, Any]:
+    """Write table.csv, results.json and the galleries, which need the images; gives the results."""
+    table, results = measured
     out.mkdir(parents=True, exist_ok=True)
-    table, results = evaluate(run, latency_samples, batch_size)
     write_table(table, out / "table.csv")
     write_json(results, out / "results.json")
-    _galleries(table, run.data, out)
-    write_json(pictures(table, run.data), out / PICTURES)
+    _galleries(table, data, out)
+    write_json(pictures(table, data), out / PICTURES)
     return results
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from dynnet import DynamicModel, fold, latency, measure
 from dynnet.evaluation.measurement import Measurement
@@ -18,7 +19,8 @@ from dynnet.exits.threshold import to_json
 from dynnet.gates.freezing import mean_masks
 from dynnet.gates.networks import Gates
 from dynnet.gates.plan import GatePlan
-from dynnet.learning.data import Loader
+from dynnet.learning.data import Data, Loader
+from dynnet.learning.processes import ALONE, Found, World
 from dynnet.thresholds.answers import Answers, collect, named_right
 from dynnet.thresholds.search import trade_off
 from dynnet.thresholds.table import OperatingPoint, Table
@@ -29,44 +31,70 @@ Columns = dict[str, np.ndarray]  # of the table, each (N,)
 POINTS = 14
 
 
-def evaluate(run: Run, latency_samples: int, batch_size: int) -> tuple[Columns, dict[str, Any]]:
+class Splits:
+    """The images to evaluate on, of which each process takes whole batches: what they hold does not depend on how many
+    processes there are, and so the last digits of answers do not.
+
+    Args:
+        data: the splits.
+        batch_size: images of a batch.
+        here: this process among all.
+    """
+
+    def __init__(self, data: Data, batch_size: int, here: World) -> None:
+        self._here = here
+        self.test = data.loader("test", batch_size, rank=here.rank, world=here.size, whole=True)
+        self.held_out = data.loader("calibration", batch_size, rank=here.rank, world=here.size, whole=True)
+
+    def all(self, found: Found, of: Loader) -> Found:
+        """What all processes have found of the images of a loader, in their order."""
+        return self._here.gathered(found, torch.cat(of.rows()).numpy())
+
+
+def evaluate(
+    run: Run, latency_samples: int, batch_size: int, here: World = ALONE
+) -> tuple[Columns, dict[str, Any]] | None:
     """Measure on the test split, at the thresholds that are saved with the model.
 
     Args:
         run: finished.
-        latency_samples: images to time one at a time.
+        latency_samples: images to time one at a time, in the first process.
         batch_size: of all else.
+        here: this process, among those that share the images.
 
     Returns:
-        The columns of the table by name, each (N,), and the results, as JSON.
+        The columns of the table by name, each (N,), and the results, as JSON; None in all processes but the first.
     """
     model, data = run.model, run.data
-    test = data.loader("test", batch_size)
-    print(f"evaluation: {fit_threads(model, data.input_size, batch_size)}", flush=True)
-    measured = measure(model, test)
-    print(measured, flush=True)
-    table = _answers(run, measured, test)
-    held_out = collect(model, data.loader("calibration", batch_size))
+    splits = Splits(data, batch_size, here)
+    told = fit_threads(model, data.input_size, batch_size)
+    measured = splits.all(measure(model, splits.test), splits.test)
+    if here.first:
+        print(f"evaluation: {told}\n{measured}", flush=True)
+    table = _answers(run, measured, splits)
+    held_out = splits.all(collect(model, splits.held_out), splits.held_out)
     points, columns = _operating_points(model, measured, held_out)
     table |= columns
     gates = None
     if model.gates is not None:
-        columns, gates = _gates(model, model.gates, measured, held_out, test)
+        columns, gates = _gates(model, model.gates, measured, held_out, splits)
         table |= columns
+    if not here.first:
+        return None
     columns, timed = _times(run, latency_samples)
     table |= columns
-    told = {"gates": gates, "points": [[to_json(t) for t in thresholds] for thresholds in points]}
-    return table, {**_summary(run, measured, table), **told, **_latencies(timed)}
+    more = {"gates": gates, "points": [[to_json(t) for t in thresholds] for thresholds in points]}
+    return table, {**_summary(run, measured, table), **more, **_latencies(timed)}
 
 
-def _answers(run: Run, measured: Measurement, test: Loader) -> Columns:
+def _answers(run: Run, measured: Measurement, splits: Splits) -> Columns:
     """What every image got, what the dense model makes of it, and what each classifier would cost."""
     data, count = run.data, len(measured.exit)
     table = measured.table()
     table["class"] = np.array(data.classes)[measured.answers.labels]
     table["file"] = np.array([data.test.name(i) for i in range(len(data.test))])
     table["dense_macs"] = np.full(count, measured.ledger.dense)
-    table["dense_correct"] = named_right(run.dense, test).astype(int)
+    table["dense_correct"] = splits.all(named_right(run.dense, splits.test), splits.test).astype(int)
     bills = measured.answers.bills(measured.ledger, [True] * len(run.model.exits))
     return table | {f"macs_{e}": bills[:, e] for e in range(bills.shape[1])}
 
@@ -94,7 +122,7 @@ def _operating_points(
 
 
 def _gates(
-    model: DynamicModel, gates: Gates, measured: Measurement, held_out: Answers, test: Loader
+    model: DynamicModel, gates: Gates, measured: Measurement, held_out: Answers, splits: Splits
 ) -> tuple[Columns, dict[str, Any]]:
     """What the gates did, and what the control does in their place: the same gates, frozen at their mean decision."""
     regions = gates.plan.regions
@@ -105,7 +133,7 @@ def _gates(
         f"open:{region.layer}": np.where(got_there, mask.mean(1), np.nan)
         for mask, got_there, region in zip(masks, decided, regions, strict=True)
     }
-    frozen = frozen_gates(model, gates, held_out, test)
+    frozen = splits.all(frozen_gates(model, gates, held_out, splits.test), splits.test)
     columns |= {"frozen_macs": frozen.macs, "frozen_correct": frozen.correct.astype(int)}
     return columns, {
         "macs_share": gates.plan.macs_share,

@@ -29,8 +29,8 @@ from dynnet.evaluation.threads import fit_threads
 from dynnet.files.bundles import read_bundle, write_atomically
 from dynnet.files.checkpoints import load, save
 from dynnet.learning.data import Data
+from dynnet.learning.processes import World
 from dynnet.learning.recipes import Recipe, read_recipe, recipe_to_yaml
-from training.distributed import World
 from training.log import Log
 from training.program import folder_of, open_data, run_program
 

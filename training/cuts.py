@@ -24,6 +24,7 @@ from dynnet.files.bundles import read_bundle
 from dynnet.files.creation import pruned_shape
 from dynnet.files.weights import check_weights
 from dynnet.learning.data import Data, Loader
+from dynnet.learning.processes import World
 from dynnet.learning.recipes import PruningConfig, Recipe
 from dynnet.pruning import (
     CRITERIA,
@@ -40,7 +41,6 @@ from dynnet.pruning import (
 from dynnet.pruning.shape import bring_into_shape_
 from dynnet.pruning.single_weights import SparsityScope
 from training.compare import accuracy
-from training.distributed import World
 
 _DEFAULTS = {"macs": 0.5, "sparsity": 0.8}
 

@@ -1,83 +1,14 @@
-"""One process or many: the same code, the same global batch, the same losses.
-
-Start many with `torchrun --nproc-per-node 2 -m training.train ...`; gloo on CPU, NCCL on GPUs.
-"""
+"""Batch norms over all processes of a training."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all: its rank, how many there are, and its device."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        """Is this the process that writes files and speaks?"""
-        return self.rank == 0
-
-    def parallel(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients averaged over all processes."""
-        return nn.parallel.DistributedDataParallel(module) if self.size > 1 else module
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of `x` over all processes, on all of them."""
-        if self.size > 1:
-            dist.all_reduce(x)
-        return x
-
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean of `x` over all processes; gradients flow to all of them."""
-        return cast(Tensor, dist_nn.all_reduce(x)) / self.size if self.size > 1 else x
-
-    @contextlib.contextmanager
-    def first_goes_first(self) -> Iterator[None]:
-        """The first process does what follows before the others begin: it fills caches that they then find."""
-        if not self.first:
-            self.wait()
-        yield
-        if self.first:
-            self.wait()
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.size > 1:
-            dist.barrier()
-
-
-@contextlib.contextmanager
-def world() -> Iterator[World]:
-    """Join the processes that torchrun started, or be alone."""
-    cuda = torch.cuda.is_available()
-    if "WORLD_SIZE" not in os.environ:
-        yield World(0, 1, torch.device("cuda" if cuda else "cpu"))
-        return
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    # The first process evaluates and writes alone at the end, which may take longer than the default ten minutes.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
 
 
 class SyncedBatchNorm(TorchFunctionMode):

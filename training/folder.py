@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dynnet.errors import CheckpointError
 from dynnet.files.bundles import remove_half_written
-from training.distributed import World
+from dynnet.learning.processes import World
 
 try:
     import fcntl

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dynnet.errors import CheckpointError
-from training.distributed import World
+from dynnet.learning.processes import World
 
 
 class Log:

@@ -26,9 +26,10 @@ from dynnet.errors import NonFiniteError
 from dynnet.evaluation.threads import fit_threads
 from dynnet.learning.data import Batch, Data
 from dynnet.learning.limits import EPOCHS
+from dynnet.learning.processes import World
 from dynnet.learning.randomness import seed_of
 from dynnet.learning.recipes import Recipe, StageConfig
-from training.distributed import SyncedBatchNorm, World
+from training.distributed import SyncedBatchNorm
 from training.log import Log
 from training.precision import computes_bfloat16
 from training.state import Position, State

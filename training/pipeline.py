@@ -30,6 +30,7 @@ from dynnet.files.checkpoints import load, save
 from dynnet.files.creation import pruned_shape
 from dynnet.learning.data import Data
 from dynnet.learning.losses import distillation
+from dynnet.learning.processes import World
 from dynnet.learning.recipes import PruningConfig, Recipe, StageConfig
 from dynnet.pruning import sparsity
 from dynnet.pruning.criteria.weights import weight_of
@@ -37,7 +38,6 @@ from dynnet.pruning.norms import norm_scales, shrink_scales_
 from dynnet.pruning.single_weights import set_masks_
 from training.compare import accuracy, compare
 from training.cuts import METHODS, Cuts, read_early, target_of
-from training.distributed import World
 from training.identity import identity_of
 from training.loop import Desk, Objective, Stage
 from training.state import Position, State

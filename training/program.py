@@ -22,10 +22,10 @@ from dynnet.files.creation import not_architecture
 from dynnet.files.weights import load_weights_
 from dynnet.learning.data import Data, load_data
 from dynnet.learning.overrides import pairs
+from dynnet.learning.processes import World, world
 from dynnet.learning.recipes import BackboneConfig, Recipe, read_recipe, recipe_keys
 from dynnet.model import DynamicModel
 from dynnet.zoo import folder, list_models
-from training.distributed import World, world
 from training.folder import hold
 from training.state import State
 

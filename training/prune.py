@@ -24,10 +24,10 @@ from torch import nn
 from dynnet.backbone.host import prepare_
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.files.bundles import write_atomically
+from dynnet.learning.processes import World
 from dynnet.learning.recipes import Recipe, recipe_to_yaml
 from dynnet.pruning import make_permanent_
 from training.compare import table
-from training.distributed import World
 from training.log import Log
 from training.loop import Desk, run_stage
 from training.pipeline import Pipeline

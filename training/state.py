@@ -18,10 +18,10 @@ from dynnet.errors import CheckpointError
 from dynnet.files.bundles import read_bundle, write_bundle
 from dynnet.files.creation import pruned_shape
 from dynnet.files.weights import load_weights_
+from dynnet.learning.processes import World
 from dynnet.learning.recipes import StageConfig
 from dynnet.pruning.shape import Shape, bring_into_shape_
 from dynnet.schema import shown, typed
-from training.distributed import World
 from training.identity import check_same
 from training.log import Log
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from dynnet.errors import RecipeError
 from dynnet.learning.data import Data, Loader
+from dynnet.learning.processes import World
 from dynnet.learning.recipes import Recipe, StageConfig
-from training.distributed import World
 from training.state import saved
 
 

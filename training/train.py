@@ -34,11 +34,11 @@ from dynnet.files.creation import pruned_shape
 from dynnet.gates.routers import Routers
 from dynnet.learning.data import Data
 from dynnet.learning.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise, joint_loss
+from dynnet.learning.processes import World
 from dynnet.learning.recipes import Recipe, StageConfig, recipe_to_yaml
 from dynnet.outputs import ExitOutputs
 from dynnet.thresholds.calibration import make_goal
 from dynnet.thresholds.goals import Budget
-from training.distributed import World
 from training.identity import identity_of
 from training.log import Log
 from training.loop import Desk, Objective, Stage, run_stage

@@ -84,10 +84,16 @@ class Data:
         return origin(self.config.name, self.config.root, self.config.splits)
 
     def loader(
-        self, split: Literal["train", "calibration", "test"], batch_size: int, *, rank: int = 0, world: int = 1
+        self,
+        split: Literal["train", "calibration", "test"],
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        whole: bool = False,
     ) -> Loader:
         """The images of one split in order, each once, without augmentation; over `world` processes each has a part."""
-        return Loader(self, getattr(self, split), batch_size, rank=rank, world=world)
+        return Loader(self, getattr(self, split), batch_size, rank=rank, world=world, whole=whole)
 
     def sample_loader(self, batch_size: int, *, seed: int) -> Loader:
         """The training images shuffled, without augmentation: for whoever looks at the first few batches only. In their
@@ -106,7 +112,7 @@ class Loader:
     """Batches of one split. Iterating gives epoch 0; `epoch(e, start)` any epoch from any step.
 
     The pixels of a batch depend on (seed, epoch, step) alone. With `world` > 1, this process gets rows `rank::world` of
-    every global batch: nothing is seen twice, nothing left out.
+    every global batch, or, if they are to stay `whole`, batches `rank::world`: nothing is seen twice, nothing left out.
     """
 
     data: Data
@@ -118,6 +124,7 @@ class Loader:
     seed: int = 0
     rank: int = 0
     world: int = 1
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if len(self.source) == 0:
@@ -126,6 +133,11 @@ class Loader:
             raise DataError(
                 f"batch size {self.batch_size} exceeds the {len(self.source)} training images of "
                 f"{self.data.label!r}; choose a smaller batch"
+            )
+        if self.whole and len(self) < self.world:
+            raise DataError(
+                f"{len(self)} batches of {self.data.label!r} for {self.world} processes; start fewer, or choose a "
+                f"smaller batch"
             )
         if self.drop_last and self.batch_size % self.world:
             raise DataError(
@@ -142,19 +154,29 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from step `start` on."""
-        rows = torch.arange(len(self.source))
-        if self.shuffle:
-            rows = torch.randperm(len(rows), generator=generator_of(self.seed, epoch))
-        batches = [rows[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
+        batches = self.rows(epoch)[start:]
         if isinstance(self.source, MemorySource):
             return self._from_memory(self.source, epoch, start, batches)
         return self._from_stream(self.source, epoch, batches)
+
+    def rows(self, epoch: int = 0) -> list[Tensor]:
+        """Rows of the split, (B,) for each batch of an epoch; for those of this process alone if they are whole."""
+        rows = torch.arange(len(self.source))
+        if self.shuffle:
+            rows = torch.randperm(len(rows), generator=generator_of(self.seed, epoch))
+        batches = [rows[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
+        return batches[self.rank :: self.world] if self.whole else batches
+
+    @property
+    def _mine(self) -> slice:
+        """Of the rows of a batch."""
+        return slice(None) if self.whole else slice(self.rank, None, self.world)
 
     def _from_memory(self, source: MemorySource, epoch: int, start: int, batches: list[Tensor]) -> Iterator[Batch]:
         shape = (1, len(self.data.mean), 1, 1)
         mean, std = (torch.tensor(v).view(shape) * 255 for v in (self.data.mean, self.data.std))
         for step, rows in enumerate(batches, start):
-            mine = slice(self.rank, None, self.world)
+            mine = self._mine
             if len(rows[mine]) == 0:
                 continue  # the last batch of an evaluation may be smaller than the world
             images = source.images[rows[mine]].float()
@@ -179,7 +201,7 @@ class Loader:
         stream = _Stream(source, transform, across, seed=(self.seed, epoch) if self.augment else None)
         loader: DataLoader[Any] = DataLoader(
             stream,
-            batch_sampler=[b[self.rank :: self.world].tolist() for b in batches if len(b) > self.rank],
+            batch_sampler=[b[self._mine].tolist() for b in batches if len(b[self._mine])],
             num_workers=min(config.workers, _processors()),
             collate_fn=_collate,
         )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +16,16 @@ import torch
 from torch import Tensor, nn
 
 import dynnet
+from dynnet.errors import DataError
 from dynnet.gates.plan import GateConfig
+from dynnet.learning.data import load_data
 from dynnet.learning.losses import BudgetConfig, budget_loss, expected_macs
+from dynnet.learning.processes import World, world
+from dynnet.learning.recipes import read_recipe
 from tests.cases import open_at_random
-from training.distributed import SyncedBatchNorm, World, world
+from training.distributed import SyncedBatchNorm
+
+ROOT = Path(__file__).parents[2]
 
 
 def network() -> nn.Module:
@@ -84,3 +94,26 @@ def test_alone_nothing_is_asked_of_anybody() -> None:
         assert here.parallel(model) is model
         assert here.sum(torch.ones(2)).tolist() == [1, 1]
         here.wait()
+
+
+def test_processes_that_share_the_images_write_the_same_table(run: Path, tmp_path: Path) -> None:
+    """Byte for byte but for times, with a last batch that is not full, and one process more than batches is told."""
+    written = []
+    for name, launcher in (("one", []), ("two", ["torch.distributed.run", "--nproc-per-node", "2", "-m"])):
+        shutil.copytree(run, tmp_path / name)
+        command = [sys.executable, "-m", *launcher, "eval.report", str(tmp_path / name)]
+        more = ["--batch_size", "100", "--latency_samples", "5", "--engine", "null"]
+        done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("359 samples: accuracy") == 1
+        with (tmp_path / name / "report" / "table.csv").open(newline="") as file:
+            header, *rows = csv.reader(file)
+        kept = [i for i, column in enumerate(header) if "latency" not in column]
+        written.append([[row[i] for i in kept] for row in [header, *rows]])
+    assert len(written[0]) == 1 + 359
+    assert written[0] == written[1]
+    data = load_data(read_recipe(run / "recipe.yaml").data)
+    with pytest.raises(
+        DataError, match="2 batches of 'digits' for 3 processes; start fewer, or choose a smaller batch"
+    ):
+        data.loader("test", 200, rank=0, world=3, whole=True)

@@ -19,10 +19,10 @@ from dynnet.errors import CheckpointError
 from dynnet.files import bundles
 from dynnet.files.bundles import read_bundle, write_atomically
 from dynnet.learning import sources
+from dynnet.learning.processes import World
 from dynnet.learning.sources import MemorySource
 from tests.programs.damage import resign
 from training import folder, prune, train
-from training.distributed import World
 from training.log import Log
 
 HERE = World(0, 1, torch.device("cpu"))
@@ -156,7 +156,7 @@ WAIT = """
 import sys
 from pathlib import Path
 import torch
-from training.distributed import World
+from dynnet.learning.processes import World
 from training.folder import hold
 with hold(Path(sys.argv[1]), World(0, 1, torch.device("cpu"))):
     print("held", flush=True)

@@ -19,10 +19,10 @@ import dynnet
 from dynnet.errors import CheckpointError
 from dynnet.files import bundles as bundle
 from dynnet.learning.data import load_data
+from dynnet.learning.processes import World
 from dynnet.learning.recipes import read_recipe
 from eval.runs import open_run
 from training import loop, train
-from training.distributed import World
 from training.tools import make_tools
 
 
