@@ -5,10 +5,11 @@ B batch, K classes, E exits; exit number E is the backbone's own head
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -222,6 +223,12 @@ class DynamicModel(Hosted):
         attaching.detach(self.backbone)
         self._unwrapped = True
         return self.backbone
+
+    def push_to_hub(self, repo: str, **options: Any) -> str:
+        """Put it on the Hugging Face Hub, from where `dynnet.load("hf-hub:OWNER/NAME")` takes it; see
+        `dynnet.files.publishing.push_to_hub`, which also takes plain models."""
+        # By name: what is saved is made of models, and so stands below them in the house.
+        return cast(str, importlib.import_module("dynnet.files.publishing").push_to_hub(self, repo, **options))
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's, and gates: decay would draw logits to zero, where gates are open by chance."""

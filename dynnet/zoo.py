@@ -59,6 +59,11 @@ def folder() -> Path:
 
 
 def _folder_of(name: str) -> Path:
+    if name not in list_models() and (folder() / name / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"{name!r} is in the zoo without its {_WEIGHTS}: make it from its recipe.yaml in a checkout, or take it "
+            f"from the hub, dynnet.load('hf-hub:OWNER/{name}'), where somebody has put it"
+        )
     if name not in list_models():
         raise CheckpointError(
             f"the zoo has no model {name!r}{did_you_mean(name, list_models())}; it has {', '.join(list_models())}"

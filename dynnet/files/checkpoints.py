@@ -15,6 +15,7 @@ from dynnet.cascading import cascade, members_of
 from dynnet.errors import CheckpointError, DynnetError
 from dynnet.exits.heads import HeadFactory
 from dynnet.exits.threshold import to_json
+from dynnet.files import hub
 from dynnet.files.building import File, Own, check_confidence, describe, loaded, tell_void
 from dynnet.files.bundles import read_bundle, write_bundle
 from dynnet.files.creation import not_architecture, timm_name
@@ -124,7 +125,7 @@ def load(
     """Load whatever `save` saved, in eval mode; in the type of its weights, where the backbone is created.
 
     A file is only data: loading it asks no server, opens no other file, runs nothing that it says, and takes no more
-    memory than its model, whoever made it.
+    memory than its model, whoever made it. That of an address of the hub is fetched first, then read like any other.
 
     >>> import timm, tempfile, dynnet
     >>> model = dynnet.wrap(timm.create_model("cifar_resnet20"), exits=["layer1"])
@@ -136,7 +137,7 @@ def load(
     (('layer1',), (0.9,))
 
     Args:
-        path: the file.
+        path: the file, or "hf-hub:OWNER/NAME@REVISION", see `dynnet.files.hub`.
         backbone: to be used instead of creating one; must be like the one that was saved, or, where timm makes it, like
             it was before it was pruned.
         heads, confidence: what `wrap` was given, if the model has some of the user's own.
@@ -147,6 +148,8 @@ def load(
     Raises:
         CheckpointError: the file is missing, damaged, or of another model.
     """
+    if isinstance(path, str) and path.startswith(hub.PREFIX):
+        path = hub.fetched(path)
     tensors, said = read_bundle(path)
     own = Own(heads, confidence)
     if said.get("kind") == "cascade":
