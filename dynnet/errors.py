@@ -46,6 +46,18 @@ class InputError(DynnetError, ValueError):
     """A batch that the model cannot take."""
 
 
+class RequestError(DynnetError, ValueError):
+    """A request that a server does not answer.
+
+    Attributes:
+        status: of HTTP.
+    """
+
+    def __init__(self, told: str, status: int) -> None:
+        super().__init__(told)
+        self.status = status
+
+
 class NonFiniteError(DynnetError, ValueError):
     """NaN or infinity where a number was needed."""
 

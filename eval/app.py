@@ -12,7 +12,6 @@ from __future__ import annotations
 import html
 import math
 import os
-import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from dynnet.errors import DynnetError, InputError
 from dynnet.evaluation.threads import fit_threads
 from dynnet.learning.pictures import is_picture
 from dynnet.learning.sources import digits
+from dynnet.serving.door import check_free
 from eval.one_image import Observer, Seen
 from eval.programs import errors_told
 
@@ -53,7 +53,7 @@ def main(
         host: address to listen on; 0.0.0.0 lets others in.
     """
     with errors_told():
-        _check_free(host, port)
+        check_free(host, port)
         subject = find(model)
         if not isinstance(subject.model, DynamicModel):
             raise InputError(f"{model!r} decides nothing by the input; name a model of the zoo, or a file of one")
@@ -163,19 +163,6 @@ def _meter(share: float) -> str:
 def _theme() -> gradio.themes.Base:
     """Fonts of this machine: others would be fetched."""
     return gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-
-
-def _check_free(host: str, port: int) -> None:
-    """
-    Raises:
-        InputError: somebody listens there already, or the address is not this machine's.
-    """
-    with socket.socket() as door:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            door.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise InputError(f"port {port} of {host} cannot be had ({error}); choose another with --port") from None
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import dynnet
 from dynnet import DynamicModel
 from dynnet.backbone.chain import bare_of
 from dynnet.backbone.host import preparation_of
-from dynnet.command.pictures import prepared
 from dynnet.deploy import Runner
 from dynnet.deploy.turns import take_turns
+from dynnet.serving.images import prepared
 from dynnet.thresholds.answers import ask
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dynnet"
 ORDER = (
     "errors", "schema", "registration", "backbone", "channels", "cost", "exits", "gates", "config", "outputs",
     "belongings", "model", "certificate", "wrapping", "cascading", "deploy", "thresholds", "evaluation", "pruning",
-    "consolidating", "files", "learning", "zoo", "__init__", "command", "__main__",
+    "consolidating", "files", "learning", "zoo", "serving", "__init__", "command", "__main__",
 )  # fmt: skip
 LONGEST, MEDIAN = 350, 180  # lines of a file
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from dynnet.command.per_input import find_table, summed_up
-from dynnet.command.pictures import prepared
 from dynnet.command.subjects import Subject, find
 from dynnet.command.tables import table
 from dynnet.errors import InputError
+from dynnet.serving.images import prepared
 
 
 def list_models(filter: str = "*", json: bool = False) -> None:

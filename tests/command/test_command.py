@@ -18,9 +18,9 @@ from timm.data import create_transform
 import dynnet
 from dynnet import zoo
 from dynnet.command import program
-from dynnet.command.pictures import prepared
 from dynnet.evaluation.tables import write_table
 from dynnet.learning.sources import digits
+from dynnet.serving.images import prepared
 
 
 @pytest.fixture(scope="module")

@@ -90,9 +90,7 @@ def test_what_is_not_ours_is_refused(hub: Hub, saved_once: bytes) -> None:
             dynnet.load(f"hf-hub:me/{name}")
 
 
-def test_a_download_that_breaks_off_leaves_nothing(
-    hub: Hub, saved_once: bytes, tmp_path: Path
-) -> None:
+def test_a_download_that_breaks_off_leaves_nothing(hub: Hub, saved_once: bytes, tmp_path: Path) -> None:
     hub.put("me/small", {FILE: saved_once})
     hub.broken_off = True
     with pytest.raises(CheckpointError, match="the hub does not serve hf-hub:me/small"):

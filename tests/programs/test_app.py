@@ -18,8 +18,8 @@ from playwright.sync_api import Browser
 
 import dynnet
 from dynnet.backbone.host import preparation_of, prepare_
-from dynnet.command.pictures import prepared
 from dynnet.errors import DataError
+from dynnet.serving.images import prepared
 from eval import app
 from eval.one_image import Observer, Seen
 

@@ -1,4 +1,4 @@
-"""Image files, prepared as a model takes them; numpy and Pillow, no torch.
+"""Images in files or in requests, prepared as a model takes them; numpy and Pillow, no torch.
 
 C channels, H x W pixels
 """
@@ -24,11 +24,11 @@ _FILTERS = {
 }
 
 
-def prepared(path: Path, input_size: Sequence[int], preparation: Mapping[str, Any]) -> np.ndarray:
+def prepared(image: Path | bytes, input_size: Sequence[int], preparation: Mapping[str, Any]) -> np.ndarray:
     """An image as timm would evaluate it: the short side resized, the middle cut out, normalised.
 
     Args:
-        path: of the file.
+        image: the path of a file, or what is in it.
         input_size: (C, H, W).
         preparation: "mean", "std", "crop_pct" and "interpolation", as far as the model says.
 
@@ -38,10 +38,11 @@ def prepared(path: Path, input_size: Sequence[int], preparation: Mapping[str, An
     Raises:
         DataError: the file is missing or no image, or the preparation is that of other channels.
     """
-    if not path.is_file():
-        raise DataError(f"no image file {str(path)!r}")
+    if isinstance(image, Path) and not image.is_file():
+        raise DataError(f"no image file {str(image)!r}")
     channels, height, width = input_size
-    picture = decode(Stored(str(path)), str(path), "L" if channels == 1 else "RGB")
+    stored, name = (Stored(str(image)), str(image)) if isinstance(image, Path) else (image, "of the request")
+    picture = decode(stored, name, "L" if channels == 1 else "RGB")
     crop = float(preparation.get("crop_pct") or 1.0)
     # As torchvision's Resize and CenterCrop round, for images as high as wide.
     wanted = math.floor(width / crop), math.floor(height / crop)
