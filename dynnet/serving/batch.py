@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from dynnet.errors import CheckpointError, DataError, DynnetError, InputError
 from dynnet.learning.pictures import is_picture, printable
 from dynnet.serving.images import prepared
 
-_JOB = "job.json"
+_JOB = "_job.json"  # readers of Parquet folders pass over such names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +87,8 @@ def answer_folder(
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of it
             # One more than actors hold: what hands them their work needs one, too.
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=processes + 1)
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        ray.data.DataContext.get_current().enable_progress_bars = False  # parts are told as they are done
         items = [{"number": number, "names": inside} for number, inside in missing]
         work = ray.data.from_items(items, override_num_blocks=len(items))
         where = {"images": images.resolve(), "model": model.resolve(), "out": out.resolve()}

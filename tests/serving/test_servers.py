@@ -104,8 +104,8 @@ def children(process: subprocess.Popen[str], name: str) -> list[int]:
 
 def check_full(address: str, bodies: list[bytes]) -> None:
     """A full queue says so, and nothing hangs."""
-    with ThreadPoolExecutor(50) as clients:
-        said = list(clients.map(lambda body: ask(address, body), bodies[:150]))
+    with ThreadPoolExecutor(60) as clients:
+        said = list(clients.map(lambda body: ask(address, body), bodies))
         assert {status for status, _ in said} == {200, 503}
         refused = next(words for status, words in said if status == 503)
         assert refused["detail"] == "the queue is full; come again in a second"
@@ -114,7 +114,7 @@ def check_full(address: str, bodies: list[bytes]) -> None:
 
 def test_ray_answers_as_the_runner_does_and_loses_nothing_with_a_replica(folder: Path, bodies: list[bytes]) -> None:
     wanted = expected(folder, bodies)
-    more = ("--replicas", "2", "--queue", "4", "--batch", "2")
+    more = ("--replicas", "2", "--queue", "10", "--batch", "2")
     with served(folder, *more) as (address, process), ThreadPoolExecutor(8) as clients:
         answers = clients.map(lambda body: ask(address, body), bodies * 2)
         first = [next(answers) for _ in range(20)]
