@@ -2,26 +2,25 @@
 
     python -m eval.capacity path/to/images dense=stages-dense exits=stages --rate 10000 --p99_ms 50
     python -m eval.capacity path/to/images exits=stages --load load.json        # held against a load test
+    python -m eval.capacity path/to/images exits=stages --load load.json --rate 10000   # and planned with what it shows
 
 What a stage takes for 1 .. B rows, what decoding takes, and where each of the images leaves is measured here and now,
-with one thread. The simulation (seeded) draws Poisson arrivals, hands each to the shorter queue of two replicas that
-are drawn, forms batches as servers do (B images, or `wait_ms` after the first was taken), and runs each stage on the
-rows that are left. What lies between a user and a replica (HTTP, queues between processes) is taken from a load test: at
-its lowest rate each request is alone, and what its answer took beyond its own stages is the overhead, drawn anew for each
-request.
+with one thread; `eval/queueing.py` simulates. What a server adds is taken from a load test. At a rate above what a
+replica bears it answers as fast as it can: what each answer takes there beyond its stages is the handling, which keeps
+the replica busy. At the lowest rate each request is alone: what its answer took beyond stages, handling and the wait is
+the overhead, on the way to a replica and back, drawn anew for each request.
 
 B images of a batch, N images, E exits
 """
 
 from __future__ import annotations
 
-import heapq
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jsonargparse import ArgumentParser
@@ -32,64 +31,34 @@ from dynnet.learning.pictures import is_picture
 from dynnet.serving.door import Door
 from eval.load import named
 from eval.programs import errors_told, write_json
+from eval.queueing import Costs, Service, simulated
 
 _REPEATS = 15
 _MOST = 4096  # replicas
 
 
-class Costs(NamedTuple):
-    """What one model takes.
-
-    Attributes:
-        stage_ms: (B + 1, E + 1) of each step, for so many rows; 0 for none.
-        decode_ms: of one request.
-        exits: (N,) where images leave.
-    """
-
-    stage_ms: np.ndarray
-    decode_ms: float
-    exits: np.ndarray
-
-    def batch_ms(self, exits: np.ndarray) -> float:
-        """Of a batch of images that leave at these exits."""
-        steps = np.arange(self.stage_ms.shape[1])
-        rows = (exits[:, None] >= steps).sum(0)
-        return float(self.stage_ms[rows, steps].sum() + len(exits) * self.decode_ms)
-
-
-class Simulated(NamedTuple):
-    """What users of a simulated service meet.
-
-    Attributes:
-        latency_ms: of every request.
-        busy: share of the time in which replicas work.
-    """
-
-    latency_ms: np.ndarray
-    busy: float
-
-
 def main(
     images: Path,
     models: Sequence[str],
-    rate: float = 10_000.0,
+    rate: float | None = None,
     p99_ms: float = 50.0,
     batch: int = 8,
     wait_ms: float = 2.0,
+    queue: int = 100,
     seconds: float = 10.0,
     sample: int = 1000,
     seed: int = 0,
     load: Path | None = None,
     json: Path | None = None,
 ) -> None:
-    """Plan, or compare with a load test.
+    """Compare with a load test, plan, or both.
 
     Args:
         images: folder of image files.
         models: NAME=FOLDER of exported models.
-        rate: requests a second of the service.
+        rate: requests a second of a service to be planned.
         p99_ms: that ninety-nine of a hundred answers must keep.
-        batch, wait_ms: of replicas.
+        batch, wait_ms, queue: of replicas.
         seconds: that are simulated.
         sample: images, to see where they leave.
         seed: of all that is drawn.
@@ -97,20 +66,29 @@ def main(
         json: file for the figures.
     """
     with errors_told():
+        if rate is None and load is None:
+            raise InputError("nothing to do; give --rate of a service to be planned, --load of a load test, or both")
         paths = [path for path in sorted(images.rglob("*")) if is_picture(path.name)][:sample]
         if not paths:
             raise InputError(f"no images in {str(images)!r}; name a folder of some")
         bodies = [path.read_bytes() for path in paths]
         tested = None if load is None else read_load(load)
+        if tested:
+            batch, wait_ms, queue = (tested["options"][key] for key in ("batch", "wait_ms", "queue"))
+        takes = {name: measured(folder, bodies, batch) for name, folder in map(named, models)}
+        loads = {name: [one for one in tested["loaded"] if one["model"] == name] if tested else [] for name in takes}
+        handling = handling_of(takes, loads, batch)
+        if tested:
+            print(f"the server takes {handling:.2f} ms of a replica for every request", flush=True)
         found = []
-        for name, folder in map(named, models):
-            costs = measured(folder, bodies, batch)
-            mine = [one for one in tested["loaded"] if one["model"] == name] if tested else []
-            overhead = overhead_of(costs, mine, tested["options"]["wait_ms"]) if tested and mine else np.zeros(1)
+        for name, costs in takes.items():
+            costs = costs._replace(request_ms=costs.request_ms + handling)
+            overhead = overhead_of(costs, loads[name], wait_ms) if loads[name] else np.zeros(1)
+            service = Service(1, batch, wait_ms, queue)
             if tested:
-                found += compared(name, costs, mine, tested, overhead, seed)
-            else:
-                found.append(planned(name, costs, rate, p99_ms, batch, wait_ms, overhead, seconds, seed))
+                found += compared(name, costs, loads[name], service, float(tested["seconds"]), overhead, seed)
+            if rate is not None:
+                found.append(planned(name, costs, rate, p99_ms, service, overhead, seconds, seed))
         if json is not None:
             write_json(found, json)
 
@@ -124,7 +102,8 @@ def read_load(path: Path) -> dict[str, Any]:
     try:
         said = dict(json.loads(path.read_text()))
         assert {"options", "loaded"} <= said.keys()
-        assert all({"model", "rate", "p99_ms", "latencies_ms"} <= one.keys() for one in said["loaded"])
+        needed = {"model", "rate", "throughput", "refused", "p50_ms", "p99_ms", "latencies_ms"}
+        assert all(needed <= one.keys() for one in said["loaded"])
     except (OSError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise InputError(f"{str(path)!r} holds no figures of eval.load ({error}); write them with --json") from None
     return said
@@ -165,89 +144,20 @@ def _median_ms(call: Callable[[], object]) -> float:
     return float(np.median(taken)) * 1e3
 
 
-def simulated(
-    costs: Costs,
-    rate: float,
-    replicas: int,
-    batch: int,
-    wait_ms: float,
-    overhead_ms: np.ndarray,
-    seconds: float,
-    seed: int,
-) -> Simulated:
-    """Requests through replicas.
-
-    Args:
-        costs: of the model.
-        rate: requests a second, of all replicas together.
-        replicas: processes.
-        batch, wait_ms: as servers have them.
-        overhead_ms: of which each request's is drawn.
-        seconds: of arrivals.
-        seed: of all that is drawn.
-    """
-    generator = np.random.default_rng(seed)
-    count = max(1, round(rate * seconds))
-    arrivals = np.cumsum(generator.exponential(1e3 / rate, count))
-    exits = generator.choice(costs.exits, count)
-    chosen = generator.integers(replicas, size=(count, 2))
-    finish, busy = np.zeros(count), 0.0
-    waiting: list[list[int]] = [[] for _ in range(replicas)]  # requests, in their order
-    free = np.zeros(replicas)  # when each has done what it was doing
-    events: list[tuple[float, int, int]] = []  # when a batch closes, at which replica, of which generation
-    generation = [0] * replicas
-
-    def close_at(replica: int) -> None:
-        """The batch that the first request in the queue has begun, or will when the replica is free."""
-        begins = max(free[replica], arrivals[waiting[replica][0]])
-        generation[replica] += 1
-        heapq.heappush(events, (begins + (wait_ms if batch > 1 else 0.0), replica, generation[replica]))
-
-    def run(replica: int, now: float) -> None:
-        nonlocal busy
-        taken, waiting[replica] = waiting[replica][:batch], waiting[replica][batch:]
-        took = costs.batch_ms(exits[taken])
-        busy += took
-        free[replica] = now + took
-        finish[taken] = now + took
-        generation[replica] += 1
-        if waiting[replica]:
-            if len(waiting[replica]) >= batch:
-                generation[replica] += 1
-                heapq.heappush(events, (free[replica], replica, generation[replica]))
-            else:
-                close_at(replica)
-
-    arrived = 0
-    while arrived < count or events:
-        if events and (arrived == count or events[0][0] <= arrivals[arrived]):
-            now, replica, which = heapq.heappop(events)
-            if which == generation[replica]:
-                run(replica, now)
-            continue
-        now = arrivals[arrived]
-        one, other = chosen[arrived]
-        replica = int(one if _burden(waiting, free, one, now) <= _burden(waiting, free, other, now) else other)
-        waiting[replica].append(arrived)
-        arrived += 1
-        if len(waiting[replica]) == batch:  # it is full: it runs at once, or as soon as it can
-            if free[replica] <= now:
-                run(replica, now)
-            else:
-                generation[replica] += 1
-                heapq.heappush(events, (free[replica], replica, generation[replica]))
-        elif len(waiting[replica]) == 1:
-            close_at(replica)
-    latency = finish - arrivals + generator.choice(overhead_ms, count)
-    return Simulated(latency, busy / (replicas * max(float(finish.max()), 1e-9)))
-
-
-def _burden(waiting: Sequence[Sequence[int]], free: np.ndarray, replica: int, now: float) -> tuple[int, float]:
-    return len(waiting[replica]), max(0.0, float(free[replica]) - now)
+def handling_of(takes: Mapping[str, Costs], loads: Mapping[str, Sequence[dict[str, Any]]], batch: int) -> float:
+    """Milliseconds of a replica that a server takes for a request: of models that were loaded with more than they bear,
+    what an answer took there beyond its share of a full batch. Their median; 0 where there are none."""
+    found = []
+    for name, costs in takes.items():
+        if over := [one for one in loads[name] if one["throughput"] < 0.9 * one["rate"] and one["refused"]]:
+            full = costs.exits[: len(costs.exits) // batch * batch].reshape(-1, batch)
+            stages = np.mean([costs.batch_ms(exits) for exits in full]) / batch
+            found.append(1e3 / max(one["throughput"] for one in over) - stages)
+    return max(0.0, float(np.median(found))) if found else 0.0
 
 
 def overhead_of(costs: Costs, tested: Sequence[dict[str, Any]], wait_ms: float) -> np.ndarray:
-    """Milliseconds beyond decoding, waiting and stages, of requests that were alone: those of the lowest rate."""
+    """Milliseconds beyond the wait and what the replica does, of requests that were alone: those of the lowest rate."""
     lowest = min(tested, key=lambda one: float(one["rate"]))
     latencies = np.asarray(lowest["latencies_ms"])
     alone = np.array([costs.batch_ms(costs.exits[[i % len(costs.exits)]]) for i in range(len(latencies))])
@@ -259,31 +169,30 @@ def planned(
     costs: Costs,
     rate: float,
     p99_ms: float,
-    batch: int,
-    wait_ms: float,
+    service: Service,
     overhead: np.ndarray,
     seconds: float,
     seed: int,
 ) -> dict[str, Any]:
-    """The fewest replicas with which a service keeps its promise.
+    """The fewest replicas with which a service keeps its promise, and refuses nobody.
 
     Raises:
         InputError: none do.
     """
 
-    def p99(replicas: int) -> float:
-        found = simulated(costs, rate, replicas, batch, wait_ms, overhead, seconds, seed)
-        return float(np.quantile(found.latency_ms, 0.99))
+    def kept(replicas: int) -> bool:
+        found = simulated(costs, rate, service._replace(replicas=replicas), overhead, seconds, seed)
+        return not found.refused and float(np.quantile(found.latency_ms, 0.99)) <= p99_ms
 
     low, high = 0, 1
-    while p99(high) > p99_ms:
+    while not kept(high):
         low, high = high, 2 * high
         if high > _MOST:
             raise InputError(f"{name}: no {_MOST} replicas keep a p99 of {p99_ms:g} ms; give it more, or --batch 1")
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if p99(middle) <= p99_ms else (middle, high)
-    found = simulated(costs, rate, high, batch, wait_ms, overhead, seconds, seed)
+        low, high = (low, middle) if kept(middle) else (middle, high)
+    found = simulated(costs, rate, service._replace(replicas=high), overhead, seconds, seed)
     p50, p90, last = np.quantile(found.latency_ms, (0.5, 0.9, 0.99)).tolist()
     print(
         f"{name}: {high} replicas of one thread for {rate:g} requests a second, {found.busy:.0%} busy; "
@@ -297,21 +206,21 @@ def planned(
 def compared(
     name: str,
     costs: Costs,
-    mine: Sequence[dict[str, Any]],
-    tested: dict[str, Any],
+    tested: Sequence[dict[str, Any]],
+    service: Service,
+    seconds: float,
     overhead: np.ndarray,
     seed: int,
 ) -> list[dict[str, Any]]:
     """What is simulated for the rates of a load test, beside what was measured there."""
-    options, rows = tested["options"], []
-    for one in mine:
-        found = simulated(
-            costs, one["rate"], 1, options["batch"], options["wait_ms"], overhead, float(tested["seconds"]), seed
-        )
+    rows = []
+    for one in tested:
+        found = simulated(costs, one["rate"], service, overhead, seconds, seed)
         p50, p99 = np.quantile(found.latency_ms, (0.5, 0.99)).tolist()
         print(
             f"{name} at {one['rate']:g} a second: p50 {p50:.1f} ms (measured {one['p50_ms']:.1f}), p99 {p99:.1f} "
-            f"({one['p99_ms']:.1f}), {p99 / one['p99_ms'] - 1:+.0%}; replica {found.busy:.0%} busy",
+            f"({one['p99_ms']:.1f}), {p99 / one['p99_ms'] - 1:+.0%}; refused {found.refused} ({one['refused']}); "
+            f"replica {found.busy:.0%} busy",
             flush=True,
         )
         rows.append({"model": name, "rate": one["rate"], "p50_ms": p50, "p99_ms": p99, "measured": one["p99_ms"]})

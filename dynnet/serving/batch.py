@@ -172,7 +172,8 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    temporary = path.with_name(f".{path.name}.tmp")
+    # By process: one whose job was killed may still be at work.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
     temporary.replace(path)
 

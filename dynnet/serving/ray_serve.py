@@ -108,8 +108,9 @@ def application(
     model = serve.deployment(
         Replica,
         num_replicas=replicas,
-        max_ongoing_requests=2 * batch,
-        max_queued_requests=queue,
+        # They wait in the replica: Ray's router tries again after pauses where a replica is full, which grow to seconds.
+        max_ongoing_requests=queue + batch,
+        max_queued_requests=batch,
         health_check_period_s=1,
         ray_actor_options={"num_cpus": 0},  # how many fit on a machine is for who starts them to know
     ).bind(place, threads, batch, wait_ms)

@@ -46,7 +46,7 @@ def test_a_job_that_is_killed_goes_on(place: Path) -> None:
                 break
         os.killpg(first.pid, signal.SIGKILL)
     assert len(list((place / "answers").glob("part-*.parquet"))) >= 1
-    (place / "answers" / "part-000000.parquet").rename(place / "answers" / ".part-000000.parquet.tmp")  # half written
+    (place / "answers" / "part-000000.parquet").rename(place / "answers" / ".part-000000.parquet.1.tmp")  # half written
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "120 images are answered" in done.stdout
