@@ -1,6 +1,6 @@
 # make demo   train and evaluate on the embedded digits, write a report, export
 # make test   the test suite
-# make lint   ruff and mypy
+# make lint   ruff, mypy, and the guide built without warnings
 # make docs   the guide as a site, in docs/_build/html
 # make app    a page on this machine: drop an image, and watch where it leaves
 # make sweep  slow checks over all of timm's architectures, and tables written to runs/
@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
+SITE := $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
 
 # A worker that dies names its test, and another takes the rest. (--dist loadfile loses the tests of that file.)
 SURVIVE := --dist worksteal --max-worker-restart 1000
@@ -32,9 +33,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(SITE)
 
 docs: $(READY)
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	$(SITE)
 	@echo "guide: docs/_build/html/index.html"
 
 app: $(READY)

@@ -25,6 +25,7 @@ from dynnet.deploy.manifest import read_manifest
 from dynnet.errors import RequestError
 from dynnet.serving.door import LARGEST, Door, full
 
+_AT_THE_FRONT = 10_000  # requests; it only waits for replicas, which refuse by themselves
 _ATTEMPTS = 5  # to have an image answered, where replicas die on it
 
 
@@ -108,11 +109,11 @@ def application(
     model = serve.deployment(
         Replica,
         num_replicas=replicas,
-        # They wait in the replica: Ray's router tries again after pauses where a replica is full, which grow to seconds.
+        # They wait in the replica: where all are full, Ray's router tries again after pauses that grow to seconds.
         max_ongoing_requests=queue + batch,
-        max_queued_requests=batch,
+        max_queued_requests=max(16, 2 * batch),
         health_check_period_s=1,
         ray_actor_options={"num_cpus": 0},  # how many fit on a machine is for who starts them to know
     ).bind(place, threads, batch, wait_ms)
-    front = serve.deployment(Front, max_ongoing_requests=10 * queue, ray_actor_options={"num_cpus": 0})
+    front = serve.deployment(Front, max_ongoing_requests=_AT_THE_FRONT, ray_actor_options={"num_cpus": 0})
     return front.bind(model, place, largest)

@@ -30,7 +30,8 @@ LAST = torch.channels_last
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.sweep), 2])
+@pytest.mark.sweep
+@pytest.mark.parametrize("threads", [1, 2])
 def test_gradients_of_narrow_networks_are_right_without_avx512(threads: int) -> None:
     # oneDNN then takes its kernels for AVX2, also on processors that could do more.
     command = [sys.executable, "-m", "tests.gradients", str(threads), "1"]

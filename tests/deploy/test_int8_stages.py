@@ -209,6 +209,7 @@ def test_what_ranges_cannot_be_measured_on_is_told(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sweep
 def test_answers_of_another_model_are_refused(
     model: dynnet.DynamicModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

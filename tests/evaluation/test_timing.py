@@ -42,6 +42,7 @@ def test_both_sides_run_in_the_engine(model: dynnet.DynamicModel) -> None:
     assert "engine onnxruntime" in str(timed)
 
 
+@pytest.mark.sweep
 def test_folders_that_are_there_are_timed(model: dynnet.DynamicModel, tmp_path: Path) -> None:
     exported = Exported(model, "onnxruntime", tmp_path)
     dynamic, dense = exported.dynamic(), exported.dense()

@@ -14,6 +14,16 @@ NUMBER = re.compile(r"\d+(?:\.\d+)*(?:e[+-]\d+)?")
 VOLATILE = re.compile(r"\bms\b|times as fast|engine onnxruntime|differ from PyTorch|\.png +\d")
 
 
+REPLAY = """
+import sys
+from dynnet.command.program import main
+
+for command in sys.argv[1:]:
+    print("$", command, flush=True)
+    assert main(command.split()[1:]) == 0
+"""
+
+
 def commands() -> list[tuple[str, list[str]]]:
     """Of the page: a command, and the lines that it prints."""
     found: list[tuple[str, list[str]]] = []
@@ -28,7 +38,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 def comparable(line: str) -> str:
     """Without times, and without how columns are filled up for them."""
-    if ".png" in line:  # the last column is a time
+    if ".png" in line and not line.startswith("$"):  # the last column is a time
         line = line.rpartition(" ")[0]
     elif VOLATILE.search(line):
         line = NUMBER.sub("#", line)
@@ -46,7 +56,15 @@ def test_a_fresh_environment_prints_the_transcript(installed: Path, tmp_path: Pa
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     shown = commands()
     assert {command.split()[1] for command, _ in shown} == {"list", "info", "predict", "export", "bench"}
-    for command, expected in shown:
-        done = subprocess.run(command.split(), cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    def run(*argv: str) -> list[str]:
+        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert [comparable(line) for line in done.stdout.splitlines()] == [comparable(line) for line in expected]
+        return done.stdout.splitlines()
+
+    assert "bench" in " ".join(run("dynnet", "--help"))
+    # All in one process: most of a command is the import of torch.
+    (tmp_path / "replay.py").write_text(REPLAY)
+    said = run("python", "replay.py", *(command for command, _ in shown))
+    expected = [line for command, lines in shown for line in (f"$ {command}", *lines)]
+    assert [comparable(line) for line in said] == [comparable(line) for line in expected]

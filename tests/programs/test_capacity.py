@@ -78,6 +78,7 @@ def test_the_handling_is_what_answers_take_beyond_their_stages_where_a_replica_i
     assert handling_of(takes, {"fixed": [below]}, 4) == 0.0
 
 
+@pytest.mark.sweep
 def test_a_load_test_feeds_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("litserve")
     dynnet.export(dynnet.create_model("digits"), tmp_path / "stages")

@@ -39,6 +39,7 @@ def test_readme_and_guide_say_what_the_results_say(path: Path, linked: bool) -> 
     assert written.strip() == cards.shelf(found, linked)
 
 
+@pytest.mark.sweep
 def test_what_is_measured_is_what_a_card_needs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelf, "_SINGLE", 40)
     monkeypatch.setattr(shelf, "_BATCHES", 3)

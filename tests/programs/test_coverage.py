@@ -16,6 +16,7 @@ from eval.exportable import exported
 from eval.isolated import CutShortError, isolated
 
 
+@pytest.mark.sweep
 def test_coverage_examines_and_summarises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "coverage.csv"
     coverage.main(out, names="test_vit3", real_params=60)

@@ -50,6 +50,7 @@ def test_a_run_is_exported_verified_and_timed(run: Path, tmp_path: Path, capsys:
     assert "is there already; remove it, or choose another folder" in capsys.readouterr().err
 
 
+@pytest.mark.sweep
 def test_untrained_models_run_scenarios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = tmp_path / "figures.json"
     deploy.main(model="test_resnet", exits=1, batch=[2], calls=1, eager=False, json=figures)
@@ -109,6 +110,7 @@ def test_a_report_tells_why_there_are_no_times_in_an_engine(monkeypatch: pytest.
     assert found == {"engine": None, "engine_reason": "engine 'onnxruntime' is not installed"}
 
 
+@pytest.mark.sweep
 def test_leaving_is_timed_at_every_exit_and_pruned_models_beside(tmp_path: Path) -> None:
     model = wrapped()
     model.thresholds = [float("inf")]

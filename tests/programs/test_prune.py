@@ -151,6 +151,7 @@ def test_tickets_go_back_to_early_weights(dense: tuple[Path, str], tmp_path: Pat
     assert not torch.equal(early[f"{name}.weight"], last[f"{name}.weight"])
 
 
+@pytest.mark.sweep
 def test_a_ticket_of_another_runs_dense_stage(
     dense: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +210,7 @@ def test_the_dense_model_teaches(dense: tuple[Path, str], tmp_path: Path) -> Non
     assert distance(taught) < distance(alone)
 
 
+@pytest.mark.sweep
 def test_an_int8_copy_comes_along(dense: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, seen, export = tmp_path / "run", list[int](), pipeline.export
 
@@ -227,6 +229,7 @@ def test_an_int8_copy_comes_along(dense: tuple[Path, str], tmp_path: Path, monke
     assert results["int8"]["size_bytes"] < results["pruned"]["size_bytes"]
 
 
+@pytest.mark.sweep
 def test_a_target_in_time(dense: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def share(model: Any, other: Any, size: tuple[int, int, int]) -> float:
         return trace(model, size, 1).macs / trace(other, size, 1).macs
@@ -281,6 +284,7 @@ class Killed(BaseException):
     """A process dies here."""
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", [["--method=taylor", "--macs=0.4"], ["--method=magnitude", "--sparsity=0.9"]])
 def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
     method: list[str], dense: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -176,6 +176,7 @@ def test_a_run_that_dies_anywhere_ends_as_if_it_had_not(
     assert lines(out) == lines(run)
 
 
+@pytest.mark.sweep
 def test_two_processes_give_the_losses_of_one(recipe: Path, tmp_path: Path) -> None:
     few = ["--recipe", str(recipe), "--mixup=0", "--dense.epochs=1", "--joint.epochs=1", "--log_steps=1"]
     # Training amplifies rounding, the more the larger its steps; test_distributed.py looks at one step in double.

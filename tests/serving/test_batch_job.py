@@ -36,6 +36,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_part_has_a_row_for_each_image(place: Path, tmp_path: Path) -> None:
+    """What a process does, without Ray."""
+    files = sorted(str(path.relative_to(place / "images")) for path in (place / "images").rglob("*.png"))
+    answering = batch.Answering(place / "images", place / "stages", tmp_path, batch=8, threads=1)
+    done = answering({"number": np.array([3]), "names": np.array([files], dtype=object)})
+    assert done["answered"].tolist() == [120]
+    check(parquet.read_table(tmp_path / "part-000003.parquet").to_pydict(), files, place)
+
+
+@pytest.mark.sweep
 def test_a_job_that_is_killed_goes_on(place: Path) -> None:
     command = [sys.executable, "-m", "dynnet.serving.batch", str(place / "images"), str(place / "stages")]
     command += ["--out", str(place / "answers"), "--part", "30", "--batch", "8"]
@@ -52,6 +62,11 @@ def test_a_job_that_is_killed_goes_on(place: Path) -> None:
     assert "120 images are answered" in done.stdout
     table = parquet.read_table(place / "answers").to_pydict()
     files = sorted(str(path.relative_to(place / "images")) for path in (place / "images").rglob("*.png"))
+    check(table, files, place)
+
+
+def check(table: dict[str, list], files: list[str], place: Path) -> None:
+    """Rows are what the runner answers, and words for what is no image."""
     assert table["file"] == files
     runner = Runner(place / "stages", threads=1)
     readable = [i for i, error in enumerate(table["error"]) if not error]

@@ -114,7 +114,7 @@ def check_full(address: str, bodies: list[bytes]) -> None:
 
 def test_ray_answers_as_the_runner_does_and_loses_nothing_with_a_replica(folder: Path, bodies: list[bytes]) -> None:
     wanted = expected(folder, bodies)
-    more = ("--replicas", "2", "--queue", "10", "--batch", "2")
+    more = ("--replicas", "2", "--queue", "1", "--batch", "1")
     with served(folder, *more) as (address, process), ThreadPoolExecutor(8) as clients:
         answers = clients.map(lambda body: ask(address, body), bodies * 2)
         first = [next(answers) for _ in range(20)]
