@@ -75,6 +75,7 @@ def test_a_plain_model_is_one_stage(tmp_path: Path) -> None:
     assert (found.exit == 0).all()
 
 
+@pytest.mark.sweep
 def test_thresholds_can_be_changed(model: dynnet.DynamicModel, folder: Path, tmp_path: Path) -> None:
     runner, other = Runner(folder, threads=1), dynnet.wrap(tiny(), ["0", "1"], input_size=SIZE)
     for thresholds in ([-np.inf, np.inf], [np.inf, np.inf], [0.3, 0.3]):
@@ -280,6 +281,7 @@ def test_threads_are_a_runners_own(model: dynnet.DynamicModel, folder: Path) -> 
         agree(Runner(folder, threads=threads), model, images())
 
 
+@pytest.mark.sweep
 def test_residual_sums_stay_in_blocks_of_channels(tmp_path: Path) -> None:
     import onnx
 

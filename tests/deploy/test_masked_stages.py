@@ -42,6 +42,7 @@ def spread(logits: Tensor) -> Tensor:
     return torch.tensor([float(row.max() - row.min()) for row in logits])
 
 
+@pytest.mark.sweep
 def test_a_measure_in_python_is_asked_by_the_runner(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = dynnet.wrap(tiny(), ["0", "1"], input_size=SIZE, confidence=spread).eval()

@@ -16,7 +16,6 @@ from dynnet.files.bundles import read_bundle
 from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe
 from dynnet.pruning import choosing, sparsity
-from dynnet.pruning.norms import shrink_scales_
 from training import cuts, pipeline, prune, train
 
 RECIPE = """\
@@ -74,13 +73,7 @@ def test_channels_go_and_the_rest_learns(method: str, dense: tuple[Path, str], t
         assert [r["stage"] for r in records(tmp_path / "run", "epoch")] == ["slimming"] * 2 + ["finetune"] * 2
 
 
-def test_scales_shrink_to_zero_and_stop_there() -> None:
-    norm = torch.nn.BatchNorm2d(4)
-    norm.weight.data = torch.tensor([0.5, -0.5, 0.05, 0.0])
-    shrink_scales_(torch.nn.Sequential(norm), 0.1)
-    assert torch.allclose(norm.weight, torch.tensor([0.4, -0.4, 0.0, 0.0]))
-
-
+@pytest.mark.sweep
 def test_the_norm_scales_shrink_while_slimming(dense: tuple[Path, str], tmp_path: Path) -> None:
     def scales(name: str, *more: str) -> float:
         out = tmp_path / name
@@ -195,6 +188,7 @@ def test_new_weights_do_not_depend_on_how_the_run_got_there(
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.sweep
 def test_the_dense_model_teaches(dense: tuple[Path, str], tmp_path: Path) -> None:
     alone, taught = (tmp_path / name for name in ("alone", "taught"))
     pruned(dense, alone, "--method=l1")

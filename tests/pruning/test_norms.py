@@ -10,6 +10,7 @@ import dynnet
 from dynnet.backbone.hooks import reading
 from dynnet.errors import DataError, NonFiniteError, PruneError
 from dynnet.pruning import prune_layers, recalibrate_, sparsify_, sparsify_n_m_
+from dynnet.pruning.norms import shrink_scales_
 from tests.cases import CASES, CHAIN, Case, chain, enliven
 
 
@@ -120,3 +121,10 @@ def test_batch_norms_of_a_wrapped_model_see_every_sample_and_channel() -> None:
     recalibrate_(gated, images)
     norms = [norm for norm in gated.modules() if isinstance(norm, nn.BatchNorm2d)]
     assert all(norm.num_batches_tracked == 1 for norm in norms)
+
+
+def test_scales_shrink_to_zero_and_stop_there() -> None:
+    norm = torch.nn.BatchNorm2d(4)
+    norm.weight.data = torch.tensor([0.5, -0.5, 0.05, 0.0])
+    shrink_scales_(torch.nn.Sequential(norm), 0.1)
+    assert torch.allclose(norm.weight, torch.tensor([0.4, -0.4, 0.0, 0.0]))

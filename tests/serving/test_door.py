@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import dynnet
 from dynnet.deploy import Runner
 from dynnet.errors import InputError, RequestError
 from dynnet.serving import __main__ as program
@@ -20,13 +19,6 @@ from dynnet.serving.door import Door, check_free
 from dynnet.serving.images import prepared
 
 DIGITS = Path(__file__).parents[2] / "docs" / "images" / "digits"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    stages = tmp_path_factory.mktemp("served") / "stages"
-    dynnet.export(dynnet.create_model("digits"), stages)
-    return stages
 
 
 def test_a_body_is_what_its_file_is_and_is_answered_as_the_runner_answers(folder: Path) -> None:

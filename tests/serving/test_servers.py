@@ -19,20 +19,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import dynnet
 from dynnet.deploy import Runner
 from dynnet.learning.sources import digits
 from dynnet.serving.door import Door
 
 pytest.importorskip("ray")
 pytest.importorskip("litserve")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    stages = tmp_path_factory.mktemp("served") / "stages"
-    dynnet.export(dynnet.create_model("digits"), stages)
-    return stages
 
 
 @pytest.fixture(scope="module")
