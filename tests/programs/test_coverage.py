@@ -80,6 +80,7 @@ def test_shards_and_samples_are_parts() -> None:
     assert small < large < set(every)
 
 
+@pytest.mark.sweep
 def test_a_call_may_fail_in_its_own_process() -> None:
     assert isolated(max, (1, 2), seconds=60, gigabytes=16) == 2
     with pytest.raises(CutShortError, match="took more than 0.5 s"):

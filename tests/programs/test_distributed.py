@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import dynnet
 from dynnet.errors import DataError
 from dynnet.gates.plan import GateConfig
+from dynnet.learning import processes
 from dynnet.learning.data import load_data
 from dynnet.learning.losses import BudgetConfig, budget_loss, expected_macs
 from dynnet.learning.processes import World, world
@@ -97,6 +99,7 @@ def test_alone_nothing_is_asked_of_anybody() -> None:
         here.wait()
 
 
+@pytest.mark.sweep
 def test_processes_that_share_the_images_write_the_same_table(run: Path, tmp_path: Path) -> None:
     """Byte for byte but for times, with a last batch that is not full, and one process more than batches is told."""
     for name in ("one", "two"):
@@ -115,8 +118,18 @@ def test_processes_that_share_the_images_write_the_same_table(run: Path, tmp_pat
         written.append([[row[i] for i in kept] for row in [header, *rows]])
     assert len(written[0]) == 1 + 359
     assert written[0] == written[1]
-    data = load_data(read_recipe(run / "recipe.yaml").data)
-    with pytest.raises(
-        DataError, match="2 batches of 'digits' for 3 processes; start fewer, or choose a smaller batch"
-    ):
+
+
+def test_parts_of_whole_batches_are_joined_in_order(run: Path) -> None:
+    """What three processes find, one after the other here, is what one finds, to the last digit."""
+    model, data = dynnet.load(run / "model.safetensors"), load_data(read_recipe(run / "recipe.yaml").data)
+    whole = dynnet.measure(model, data.loader("test", 100))
+    loaders = [data.loader("test", 100, rank=rank, world=3, whole=True) for rank in range(3)]
+    rows = np.concatenate([torch.cat(loader.rows()).numpy() for loader in loaders])
+    assert sorted(rows.tolist()) == list(range(359))
+    joined = processes._joined([dynnet.measure(model, loader) for loader in loaders], np.argsort(rows))
+    assert joined.ledger == whole.ledger
+    assert joined.table().keys() == whole.table().keys()
+    assert all(np.array_equal(column, joined.table()[name]) for name, column in whole.table().items())
+    with pytest.raises(DataError, match="2 batches of 'digits' for 3 processes; start fewer, or choose a smaller"):
         data.loader("test", 200, rank=0, world=3, whole=True)

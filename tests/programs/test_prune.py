@@ -52,7 +52,10 @@ def records(out: Path, kind: str) -> list[dict[str, Any]]:
     return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
 
 
-@pytest.mark.parametrize("method", ["l1", "fpgm", "taylor", "hessian", "activation", "slimming", "random", "scratch"])
+SLOW = [pytest.param(method, marks=pytest.mark.sweep) for method in ("fpgm", "hessian", "random")]
+
+
+@pytest.mark.parametrize("method", ["l1", "taylor", "activation", "slimming", "scratch", *SLOW])
 def test_channels_go_and_the_rest_learns(method: str, dense: tuple[Path, str], tmp_path: Path) -> None:
     # Half of them before the cut; and new weights have more to learn.
     more = ["--finetune.epochs=4"] if method in ("slimming", "scratch") else []
@@ -233,6 +236,7 @@ def test_a_target_in_time(dense: tuple[Path, str], tmp_path: Path, monkeypatch: 
     assert 0.4 < results["pruned"]["macs"] / results["dense"]["macs"] <= 0.5
 
 
+@pytest.mark.sweep
 def test_exits_are_trained_on_what_is_left(
     dense: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
