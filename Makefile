@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMOABLE := $(VENV)/.demo
 READY := $(VENV)/.ready
 DEMO := runs/demo
 SITE := $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
@@ -20,7 +21,7 @@ export PYTHONUNBUFFERED := 1
 
 .PHONY: demo test lint docs app sweep clean
 
-demo: $(READY)
+demo: $(DEMOABLE)
 	rm -rf $(DEMO)
 	$(BIN)/python -m training.train --recipe models/digits/recipe.yaml --out $(DEMO)
 	$(BIN)/python -m eval.report $(DEMO)
@@ -46,12 +47,22 @@ sweep: $(READY)
 	$(BIN)/python -m eval.coverage --out runs/coverage.csv
 	$(BIN)/python -m pytest -q -m sweep
 
+# What the demo needs; all that tests, checks and the guide need besides.
+$(DEMOABLE): pyproject.toml
+	$(call install,train$(comma)report$(comma)deploy)
+	touch $@
+
 $(READY): pyproject.toml
+	$(call install,dev)
+	touch $(DEMOABLE) $@
+
+comma := ,
+define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch and all else that is needed: about 6 GB, some minutes"
 	@(s=0; while sleep 10 >/dev/null 2>&1; do s=$$((s + 10)); echo "... installing, $$s s"; done) & beat=$$!; \
-	$(BIN)/python -m pip install --progress-bar off --editable '.[dev]'; failed=$$?; kill $$beat; exit $$failed
-	touch $@
+	$(BIN)/python -m pip install --progress-bar off --editable '.[$(1)]'; failed=$$?; kill $$beat; exit $$failed
+endef
 
 clean:
 	rm -rf $(VENV) dist build docs/_build
