@@ -26,9 +26,9 @@ from dynnet import DynamicModel
 from dynnet.command.subjects import find
 from dynnet.errors import DynnetError, InputError
 from dynnet.evaluation.threads import fit_threads
-from dynnet.learning.pictures import is_picture
 from dynnet.learning.sources import digits
 from dynnet.serving.door import check_free
+from dynnet.serving.images import pictures_in
 from eval.one_image import Observer, Seen
 from eval.programs import errors_told
 
@@ -75,7 +75,7 @@ def sheet(model: str, images: Path | None, folder: Path) -> list[Path]:
         folder: to which those are written.
 
     Raises:
-        InputError: there are none.
+        DataError: there are none.
     """
     if images is None:
         if model != "digits":
@@ -84,9 +84,7 @@ def sheet(model: str, images: Path | None, folder: Path) -> list[Path]:
         for row in range(0, _SHEET * 37, 37):
             Image.fromarray(source.pixels(row)[:, :, 0]).save(folder / f"{row:04}.png")
         images = folder
-    found = sorted(path for path in images.rglob("*") if is_picture(path.name))
-    if not found:
-        raise InputError(f"no images in {str(images)!r}; name a folder of some with --images")
+    found = pictures_in(images)
     return found[:: max(1, len(found) // _SHEET)][:_SHEET]
 
 

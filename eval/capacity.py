@@ -27,8 +27,8 @@ from jsonargparse import ArgumentParser
 
 from dynnet.deploy import Runner
 from dynnet.errors import InputError
-from dynnet.learning.pictures import is_picture
 from dynnet.serving.door import Door
+from dynnet.serving.images import pictures_in
 from eval.load import named
 from eval.programs import errors_told, write_json
 from eval.queueing import Costs, Service, simulated
@@ -68,10 +68,7 @@ def main(
     with errors_told():
         if rate is None and load is None:
             raise InputError("nothing to do; give --rate of a service to be planned, --load of a load test, or both")
-        paths = [path for path in sorted(images.rglob("*")) if is_picture(path.name)][:sample]
-        if not paths:
-            raise InputError(f"no images in {str(images)!r}; name a folder of some")
-        bodies = [path.read_bytes() for path in paths]
+        bodies = [path.read_bytes() for path in pictures_in(images)[:sample]]
         tested = None if load is None else read_load(load)
         if tested:
             batch, wait_ms, queue = (tested["options"][key] for key in ("batch", "wait_ms", "queue"))

@@ -6,7 +6,6 @@ N samples, E exits, P operating points
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-Table = Mapping[str, np.ndarray]
+from dynnet.evaluation.tables import Table, classifiers, operating_line, operating_points
 
 INK, MUTED, GRID = "#1c2430", "#6b7684", "#e4e8ed"
 DYNAMIC, DENSE, WRONG, ACCENT = "#0f7b8a", "#c2410c", "#d9a28c", "#7a5195"
@@ -47,11 +46,6 @@ STYLE = {
 
 
 OPEN = "open:"  # begins the names of the columns that tell what a gated region leaves open
-
-
-def classifiers(table: Table) -> int:
-    """E + 1, as the table's columns tell."""
-    return sum(re.fullmatch(r"correct_\d+", name) is not None for name in table)
 
 
 def exit_name(table: Table, exit: int) -> str:
@@ -162,12 +156,6 @@ def joined(static: Sequence[Mapping[str, Any]], by: str) -> Iterator[tuple[list[
         yield sorted(rows, key=lambda row: row[by]), {**look, "label": f"{method}, {epochs} epochs"}
 
 
-def operating_line(table: Table) -> np.ndarray:
-    """(2, P) mean MACs and accuracies in [0, 1] of the operating points, from cheap to dear."""
-    points = [(table[f"point{k}_macs"].mean(), table[f"point{k}_correct"].mean()) for k in operating_points(table)]
-    return np.array(sorted(points)).reshape(-1, 2).T
-
-
 def exits_taken(table: Table) -> Figure:
     """How many samples left where, by right and wrong."""
     figure, axes = plt.subplots(figsize=(7.2, 3.6))
@@ -239,11 +227,6 @@ def compute_by_class(table: Table) -> Figure:
     axes.set(xlabel="mean MACs (% of the bare backbone)", title="Compute by class")
     axes.grid(axis="y", visible=False)
     return figure
-
-
-def operating_points(table: Table) -> list[int]:
-    """Numbers of the fitted operating points in the table."""
-    return sorted(int(m[1]) for name in table if (m := re.fullmatch(r"point(\d+)_macs", name)))
 
 
 def gate_map(table: Table) -> Figure:

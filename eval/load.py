@@ -29,8 +29,8 @@ from jsonargparse import ArgumentParser
 
 from dynnet.deploy import Runner
 from dynnet.errors import InputError, VerificationError
-from dynnet.learning.pictures import is_picture
 from dynnet.serving.door import Door, check_free
+from dynnet.serving.images import pictures_in
 from eval.programs import errors_told, write_json
 
 _READY = "answers; Ctrl-C"  # what a server prints
@@ -92,9 +92,7 @@ def main(
         json: file for the figures.
     """
     with errors_told():
-        bodies = [path.read_bytes() for path in sorted(images.rglob("*")) if is_picture(path.name)]
-        if not bodies:
-            raise InputError(f"no images in {str(images)!r}; name a folder of some")
+        bodies = [path.read_bytes() for path in pictures_in(images)]
         options = {"server": server, "batch": batch, "wait_ms": wait_ms, "queue": queue}
         found: list[Loaded] = []
         print("model          rate/s  sent  answered  503  answers/s   p50 ms   p90 ms   p99 ms")

@@ -6,9 +6,9 @@ E exits, K classes
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ import dynnet
 from dynnet import DynamicModel
 from dynnet.backbone.chain import bare_of
 from dynnet.backbone.host import preparation_of
-from dynnet.deploy import Runner
 from dynnet.deploy.turns import take_turns
+from dynnet.evaluation.timing import in_engine
 from dynnet.serving.images import prepared
 from dynnet.thresholds.answers import ask
 
@@ -82,15 +82,13 @@ class Observer:
         names = self._preparation.get("label_names")
         self.classes = tuple(names) if names else tuple(map(str, range(model.num_classes)))
         self.told = "PyTorch, folded" if engine is None else engine
-        self._runs: dict[str, nn.Module | Runner] = {"dynamic": self.model, "dense": bare_of(model)}
+        models: dict[str, nn.Module] = {"dynamic": self.model, "dense": bare_of(model)}
+        self._runs: dict[str, Any] = {}
         if engine is None:
-            self._runs = {name: dynnet.fold(run) for name, run in self._runs.items() if isinstance(run, nn.Module)}
+            self._runs = {name: dynnet.fold(each) for name, each in models.items()}
             return
-        with tempfile.TemporaryDirectory() as folder:
-            for name, run in self._runs.items():
-                assert isinstance(run, nn.Module)
-                dynnet.export(run, f"{folder}/{name}", engine=engine, exits="all", input_size=model.input_size)
-                self._runs[name] = Runner(f"{folder}/{name}", torch.get_num_threads())
+        with in_engine(models, engine, model.input_size, exits="all") as runners:  # which have read their files
+            self._runs = runners
 
     def look(self, path: Path, thresholds: list[float], calls: int = 15) -> Seen:
         """Show an image to the model.
@@ -122,7 +120,8 @@ class Observer:
             for number in range(len(model.exits) + 1)
         )
         regions = model.gates.plan.regions if model.gates is not None else ()
-        took = take_turns(self._timed(thresholds), [image] * calls)
+        self._runs["dynamic"].thresholds = thresholds
+        took = take_turns(self._runs, [image] * calls)
         return Seen(
             exits,
             taken,
@@ -136,11 +135,3 @@ class Observer:
                 if region.segment <= taken
             },
         )
-
-    def _timed(self, thresholds: list[float]) -> dict[str, nn.Module | Runner]:
-        dynamic = self._runs["dynamic"]
-        if isinstance(dynamic, Runner):
-            return {**self._runs, "dynamic": dynamic.at(thresholds)}
-        assert isinstance(dynamic, DynamicModel)
-        dynamic.thresholds = thresholds
-        return self._runs

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dynnet.evaluation.tables import Table, classifiers
 from dynnet.learning.data import Data
-from eval.figures import Table, classifiers
 
 MOST = 10_000  # inputs in a page; of more, as many are drawn at random
 _PICTURES = 30  # of each kind

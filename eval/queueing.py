@@ -91,11 +91,12 @@ def simulated(
     generation = [0] * replicas
     done: list[tuple[float, int]] = []  # when how many are answered
 
-    def close_at(replica: int) -> None:
-        """The batch that the first request in the queue has begun, or will when the replica is free."""
-        begins = max(free[replica], arrivals[waiting[replica][0]])
+    def schedule(replica: int, now: float) -> None:
+        """When the next batch closes: full, as soon as the replica is free; else a wait after it was begun."""
         generation[replica] += 1
-        heapq.heappush(events, (begins + (wait_ms if batch > 1 else 0.0), replica, generation[replica]))
+        first, full = arrivals[waiting[replica][0]], len(waiting[replica]) >= batch
+        closes = max(free[replica], now) if full else max(free[replica], first) + wait_ms
+        heapq.heappush(events, (closes, replica, generation[replica]))
 
     def run(replica: int, now: float) -> None:
         nonlocal busy, under_way
@@ -105,13 +106,8 @@ def simulated(
         free[replica] = now + took
         finish[taken] = now + took
         heapq.heappush(done, (now + took, len(taken)))
-        generation[replica] += 1
         if waiting[replica]:
-            if len(waiting[replica]) >= batch:
-                generation[replica] += 1
-                heapq.heappush(events, (free[replica], replica, generation[replica]))
-            else:
-                close_at(replica)
+            schedule(replica, now)
 
     arrived = 0
     while arrived < count or events:
@@ -131,14 +127,8 @@ def simulated(
         replica = int(one if _burden(waiting, free, one, now) <= _burden(waiting, free, other, now) else other)
         waiting[replica].append(arrived)
         arrived += 1
-        if len(waiting[replica]) == batch:  # it is full: it runs at once, or as soon as it can
-            if free[replica] <= now:
-                run(replica, now)
-            else:
-                generation[replica] += 1
-                heapq.heappush(events, (free[replica], replica, generation[replica]))
-        elif len(waiting[replica]) == 1:
-            close_at(replica)
+        if len(waiting[replica]) in (1, batch):  # it begins a batch, or fills it
+            schedule(replica, now)
     latency = finish - arrivals + generator.choice(overhead_ms, count)
     answered = ~np.isnan(finish)
     return Simulated(latency[answered], int((~answered).sum()), busy / (replicas * float(np.nanmax(finish))))

@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 
 from dynnet.errors import CheckpointError, DynnetError
 from dynnet.evaluation.allocator import keep_freed_memory
-from dynnet.evaluation.tables import read_table, write_table
+from dynnet.evaluation.tables import Table, classifiers, read_table, write_table
 from dynnet.evaluation.threads import fit_threads
 from dynnet.files.bundles import write_atomically
 from dynnet.learning.data import Data
@@ -124,7 +124,7 @@ def _engine_told(results: dict[str, Any]) -> str:
     return f"  {found['ms']:.3f} ms an image, the bare backbone {found['dense_ms']:.3f}: {faster:.2f} times as fast"
 
 
-def _draw(table: figures.Table, results: dict[str, Any], out: Path) -> None:
+def _draw(table: Table, results: dict[str, Any], out: Path) -> None:
     """Write the figures, and the page with them and the galleries."""
     shown = figures.drawable(table, results)
     play = playground(table, results, read_pictures(out / PICTURES))
@@ -137,7 +137,7 @@ def _draw(table: figures.Table, results: dict[str, Any], out: Path) -> None:
 
 def _galleries(table: dict[str, np.ndarray], data: Data, out: Path) -> None:
     """The inputs that took the least and the most compute, and those on which early was right and late was wrong."""
-    last = figures.classifiers(table) - 1
+    last = classifiers(table) - 1
     confidence, exit, correct = table["confidence"], table["exit"], table["correct"] == 1
     easiest = np.lexsort((-confidence, table["macs"]))[:20]
     hardest = np.lexsort((confidence, -table["macs"]))[:20]

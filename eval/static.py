@@ -13,10 +13,9 @@ from dynnet import DynamicModel, fold, load
 from dynnet.backbone.chain import bare_of
 from dynnet.backbone.modes import device_of
 from dynnet.errors import CheckpointError
-from dynnet.evaluation.tables import read_table
+from dynnet.evaluation.tables import Table, operating_line, read_table
 from dynnet.evaluation.timing import one_at_a_time
 from dynnet.learning.recipes import read_recipe
-from eval.figures import Table, operating_line
 from eval.saved import Epochs, Hybrid, Pruned, Subject, checked, read_json
 
 _PRUNED = "model.safetensors"  # of a pruning run,

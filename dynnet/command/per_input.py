@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from dynnet.errors import CheckpointError
-from dynnet.evaluation.tables import read_table
+from dynnet.evaluation.tables import Table, classifiers, operating_line, read_table
 
-Table = dict[str, np.ndarray]
 _NEEDED = ("exit", "confidence", "macs", "correct")
 
 
@@ -57,14 +56,9 @@ def summed_up(path: Path) -> dict[str, Any]:
         "macs": _quantiles(table["macs"]),
         **({"dense_macs": int(table["dense_macs"][0])} if "dense_macs" in table else {}),
         **{name: found for name, found in timed.items() if found is not None},
-        "exits": [_of_exit(table, number) for number in range(_classifiers(table))],
-        "points": _points(table),
+        "exits": [_of_exit(table, number) for number in range(max(classifiers(table), int(table["exit"].max()) + 1))],
+        "points": [{"mean_macs": float(m), "accuracy": float(a)} for m, a in operating_line(table).T],
     }
-
-
-def _classifiers(table: Table) -> int:
-    asked = sum(f"correct_{number}" in table for number in range(len(table)))
-    return max(asked, int(table["exit"].max()) + 1)
 
 
 def _of_exit(table: Table, number: int) -> dict[str, Any]:
@@ -77,16 +71,6 @@ def _of_exit(table: Table, number: int) -> dict[str, Any]:
         "right_of_all": None if asked is None else float(asked.mean()),
         "mean_macs": float(table["macs"][here].mean()) if here.any() else None,
     }
-
-
-def _points(table: Table) -> list[dict[str, float]]:
-    """Of the curve, from the cheapest on."""
-    numbers = [number for number in range(len(table)) if f"point{number}_correct" in table]
-    found = [
-        {"mean_macs": float(table[f"point{n}_macs"].mean()), "accuracy": float(table[f"point{n}_correct"].mean())}
-        for n in numbers
-    ]
-    return sorted(found, key=lambda point: point["mean_macs"])
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float] | None:

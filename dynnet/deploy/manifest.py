@@ -124,6 +124,12 @@ class Manifest:
     precision: Literal["float32", "int8"] = "float32"
     quantized: Quantized | None = None
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """K names, where the model knows them."""
+        names = self.preparation.get("label_names")
+        return tuple(str(name) for name in names) if isinstance(names, tuple) else None
+
     def voided(self, why: str) -> Manifest:
         """The same without the certificate of its thresholds, if it has one, and with the reason in words."""
         said = self.calibration

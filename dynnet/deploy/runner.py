@@ -88,8 +88,7 @@ class Runner:
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """K names, where the model knows them."""
-        names = self.manifest.preparation.get("label_names")
-        return tuple(str(name) for name in names) if isinstance(names, tuple) else None
+        return self.manifest.class_names
 
     @property
     def void(self) -> str | None:

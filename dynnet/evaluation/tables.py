@@ -1,11 +1,15 @@
-"""Tables as CSV files."""
+"""Per-input tables: as CSV files, and what their columns tell."""
 
 from __future__ import annotations
 
 import csv
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+Table = Mapping[str, np.ndarray]  # columns by name, each (N,)
 
 
 def write_table(columns: dict[str, np.ndarray], path: Path) -> None:
@@ -30,3 +34,19 @@ def _column(texts: list[str]) -> np.ndarray:
         except ValueError:
             continue
     return np.array(texts)
+
+
+def classifiers(table: Table) -> int:
+    """E + 1, as the table's columns tell."""
+    return sum(re.fullmatch(r"correct_\d+", name) is not None for name in table)
+
+
+def operating_line(table: Table) -> np.ndarray:
+    """(2, P) mean MACs and accuracies in [0, 1] of the operating points, from cheap to dear."""
+    points = [(table[f"point{k}_macs"].mean(), table[f"point{k}_correct"].mean()) for k in operating_points(table)]
+    return np.array(sorted(points)).reshape(-1, 2).T
+
+
+def operating_points(table: Table) -> list[int]:
+    """Numbers of the fitted operating points in the table."""
+    return sorted(int(m[1]) for name in table if (m := re.fullmatch(r"point(\d+)_macs", name)))

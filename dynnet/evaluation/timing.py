@@ -14,7 +14,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -171,13 +171,19 @@ def latency(
 
 
 @contextlib.contextmanager
-def in_engine(models: Mapping[str, Timed], engine: str, input_size: tuple[int, int, int]) -> Iterator[dict[str, Timed]]:
+def in_engine(
+    models: Mapping[str, Timed],
+    engine: str,
+    input_size: tuple[int, int, int],
+    exits: Literal["running", "all"] = "running",
+) -> Iterator[dict[str, Timed]]:
     """Runners of models, exported into a folder for the time, in as many threads as PyTorch has.
 
     Args:
         models: by name; those that are runners already stay.
         engine: as for `dynnet.export`.
         input_size: (C, H, W) of plain models' images.
+        exits: as for `dynnet.export`.
 
     Raises:
         ExportError: one of them cannot be exported, or the engine is not installed.
@@ -186,7 +192,7 @@ def in_engine(models: Mapping[str, Timed], engine: str, input_size: tuple[int, i
         found: dict[str, Timed] = {}
         for number, (name, model) in enumerate(models.items()):
             if isinstance(model, nn.Module):
-                export(model, f"{folder}/{number}", engine=engine, input_size=input_size)
+                export(model, f"{folder}/{number}", engine=engine, exits=exits, input_size=input_size)
                 model = Runner(f"{folder}/{number}", torch.get_num_threads())
             found[name] = model
         yield found

@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynnet.errors import DynnetError, InputError
-from dynnet.serving.door import check_free
+from dynnet.errors import DynnetError
+from dynnet.serving.door import check_free, missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def _by_ray(given: dict[str, object], host: str, port: int) -> None:
 
         from dynnet.serving.ray_serve import application
     except ImportError as error:
-        raise _missing(error) from None
+        raise missing(error) from None
     made = application(**given)  # type: ignore[arg-type]
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -76,14 +76,10 @@ def _by_litserve(given: dict[str, object], host: str, port: int) -> None:
     try:
         from dynnet.serving.lit_serve import server
     except ImportError as error:
-        raise _missing(error) from None
+        raise missing(error) from None
     made = server(**given)  # type: ignore[arg-type]
     print(f"http://{host}:{port}/predict answers; Ctrl-C ends it", flush=True)
     made.run(host=host, port=port, generate_client_file=False, log_level="warning")
-
-
-def _missing(error: ImportError) -> InputError:
-    return InputError(f"{error.name} is not installed; `pip install dynnet[serve]` brings it")
 
 
 if __name__ == "__main__":

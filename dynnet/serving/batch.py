@@ -27,9 +27,10 @@ import numpy as np
 from dynnet.deploy import Runner
 from dynnet.deploy.manifest import NAME as MANIFEST
 from dynnet.deploy.manifest import digest_of_file
-from dynnet.errors import CheckpointError, DataError, DynnetError, InputError
-from dynnet.learning.pictures import is_picture, printable
-from dynnet.serving.images import prepared
+from dynnet.errors import CheckpointError, DataError, DynnetError
+from dynnet.learning.pictures import printable
+from dynnet.serving.door import missing
+from dynnet.serving.images import pictures_in, prepared
 
 _JOB = "_job.json"  # readers of Parquet folders pass over such names
 
@@ -73,23 +74,21 @@ def answer_folder(
     try:
         import ray
     except ImportError as error:
-        raise InputError(f"{error.name} is not installed; `pip install dynnet[serve]` brings it") from None
-    names = sorted(str(path.relative_to(images)) for path in images.rglob("*") if is_picture(path.name))
-    if not names:
-        raise DataError(f"no images in {str(images)!r}; name a folder of some")
+        raise missing(error) from None
+    names = [str(path.relative_to(images)) for path in pictures_in(images)]
     Runner(model, threads)  # what is wrong is told here, and not by every process
     _begin(out, {"model": digest_of_file(model / MANIFEST), "images": _digest_of(names), "part": part})
     parts = [names[first : first + part] for first in range(0, len(names), part)]
-    missing = [(number, inside) for number, inside in enumerate(parts) if not _file(out, number).is_file()]
-    print(f"{len(names):,} images in {len(parts)} parts, of which {len(parts) - len(missing)} are there", flush=True)
-    if missing:
+    todo = [(number, inside) for number, inside in enumerate(parts) if not _file(out, number).is_file()]
+    print(f"{len(names):,} images in {len(parts)} parts, of which {len(parts) - len(todo)} are there", flush=True)
+    if todo:
         if not ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of it
             # One more than actors hold: what hands them their work needs one, too.
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=processes + 1)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         ray.data.DataContext.get_current().enable_progress_bars = False  # parts are told as they are done
-        items = [{"number": number, "names": inside} for number, inside in missing]
+        items = [{"number": number, "names": inside} for number, inside in todo]
         work = ray.data.from_items(items, override_num_blocks=len(items))
         where = {"images": images.resolve(), "model": model.resolve(), "out": out.resolve()}
         answered = work.map_batches(

@@ -35,8 +35,7 @@ class Door:
 
     def __init__(self, manifest: Manifest, folder: Path, largest: int = LARGEST) -> None:
         self._manifest, self._largest = manifest, largest
-        names = manifest.preparation.get("label_names")
-        self._names = names if isinstance(names, tuple) else tuple(range(manifest.classes))
+        self._names: tuple[str | int, ...] = manifest.class_names or tuple(range(manifest.classes))
         self.version = digest_of_file(folder / MANIFEST)[:12]
 
     def check(self, kind: str, length: int | None) -> None:
@@ -85,6 +84,11 @@ class Door:
                 strict=True,
             )
         ]
+
+
+def missing(error: ImportError) -> InputError:
+    """To be raised where a server's library is not there."""
+    return InputError(f"{error.name} is not installed; `pip install dynnet[serve]` brings it")
 
 
 def full() -> RequestError:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dynnet.errors import DataError
-from dynnet.learning.pictures import Stored, decode
+from dynnet.learning.pictures import Stored, decode, is_picture
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -22,6 +22,18 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The image files of a folder, to the bottom, in order.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = sorted((path for path in folder.rglob("*") if is_picture(path.name)), key=str)
+    if not found:
+        raise DataError(f"no images in {str(folder)!r}; name a folder of some")
+    return found
 
 
 def prepared(image: Path | bytes, input_size: Sequence[int], preparation: Mapping[str, Any]) -> np.ndarray:

@@ -16,12 +16,12 @@ import litserve
 import numpy as np
 from fastapi import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynnet.deploy import Runner
 from dynnet.errors import RequestError
 from dynnet.serving.door import LARGEST, Door, full
+from dynnet.serving.http import received, refusal, response
 
 
 class Answering(litserve.LitAPI):
@@ -67,16 +67,12 @@ class Entrance:
         request = Request(scope, receive)
         try:
             if request.method == "GET":
-                return await JSONResponse({"model": self._door.version})(scope, receive, send)
-            length = request.headers.get("content-length", "")
-            self._door.check(request.headers.get("content-type", ""), int(length) if length.isdecimal() else None)
-            body = await request.body()
-            self._door.check("", len(body))
+                return await response({"model": self._door.version})(scope, receive, send)
+            body = await received(request, self._door)
             if not self._free:
                 raise full()
         except RequestError as error:
-            headers = {"Retry-After": "1"} if error.status == 503 else None
-            return await JSONResponse({"detail": str(error)}, error.status, headers)(scope, receive, send)
+            return await refusal(error)(scope, receive, send)
         self._free -= 1
         try:
             await self._app({**scope, "headers": _JSON}, _once(body), send)

@@ -18,12 +18,13 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from dynnet.deploy import Runner
 from dynnet.deploy.manifest import read_manifest
 from dynnet.errors import RequestError
 from dynnet.serving.door import LARGEST, Door, full
+from dynnet.serving.http import received, refusal, response
 
 _AT_THE_FRONT = 10_000  # requests; it only waits for replicas, which refuse by themselves
 _ATTEMPTS = 5  # to have an image answered, where replicas die on it
@@ -58,16 +59,12 @@ class Front:
 
     async def __call__(self, request: Request) -> Response:
         if request.method == "GET":
-            return JSONResponse({"model": self._door.version})
+            return response({"model": self._door.version})
         try:
-            length = request.headers.get("content-length", "")
-            self._door.check(request.headers.get("content-type", ""), int(length) if length.isdecimal() else None)
-            body = await request.body()
-            self._door.check("", len(body))
-            status, answer = await self._asked(body)
+            status, answer = await self._asked(await received(request, self._door))
         except RequestError as error:
-            status, answer = error.status, {"detail": str(error)}
-        return JSONResponse(answer, status, {"Retry-After": "1"} if status == 503 else None)
+            return refusal(error)
+        return response(answer, status)
 
     async def _asked(self, body: bytes) -> tuple[int, dict[str, Any]]:
         for _ in range(_ATTEMPTS):

@@ -14,13 +14,12 @@ from playwright.sync_api import Browser
 
 import dynnet
 from dynnet.errors import InputError
-from dynnet.evaluation.tables import read_table
+from dynnet.evaluation.tables import classifiers, operating_line, read_table
 from dynnet.files import bundles as bundle
 from dynnet.gates.plan import GatePlan, Region
 from dynnet.learning.data import load_data
 from dynnet.learning.recipes import read_recipe, recipe_to_yaml
 from eval import play, report, speed
-from eval.figures import classifiers, operating_line
 from eval.results import gate_use
 from eval.static import beside
 from tests.cases import FEW, leave_one_by_one, tiny
