@@ -3,6 +3,7 @@
 # make lint   ruff, mypy, and the guide built without warnings
 # make docs   the guide as a site, in docs/_build/html
 # make app    a page on this machine: drop an image, and watch where it leaves
+# make gpu    on a machine with a GPU: the tests that need one, and what is saved in time there
 # make sweep  slow checks over all of timm's architectures, and tables written to runs/
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ SURVIVE := --dist worksteal --max-worker-restart 1000
 # Progress is seen as it happens, also where stdout is no terminal.
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test lint docs app sweep clean
+.PHONY: demo test lint docs app gpu sweep clean
 
 demo: $(DEMOABLE)
 	rm -rf $(DEMO)
@@ -42,6 +43,10 @@ docs: $(READY)
 
 app: $(READY)
 	$(BIN)/python -m eval.app
+
+gpu: $(READY)
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m eval.gpu --out runs/gpu.json
 
 sweep: $(READY)
 	$(BIN)/python -m eval.coverage --out runs/coverage.csv

@@ -52,7 +52,7 @@ def exit_name(table: Table, exit: int) -> str:
     return "end" if exit == classifiers(table) - 1 else f"exit {exit}"
 
 
-def trade_off(table: Table) -> Figure:
+def trade_off(table: Table, controls: Sequence[Mapping[str, Any]] = ()) -> Figure:
     """Accuracy against mean MACs: exits for everybody, thresholds for many budgets, the bare backbone."""
     figure, axes = plt.subplots(figsize=(7.2, 4.6))
     last = classifiers(table) - 1
@@ -77,6 +77,9 @@ def trade_off(table: Table) -> Figure:
         frozen = table["frozen_macs"].mean() / 1e6, 100 * table["frozen_correct"].mean()
         axes.plot(*frozen, "D", color=ACCENT, ms=8, label="its gates frozen at their mean decision", zorder=4)
     dense_macs = table["dense_macs"].mean() / 1e6
+    for control, mark in zip(controls, "x" + "v^<>sph8", strict=False):
+        shown = control["macs_share"] * dense_macs, 100 * control["accuracy"]
+        axes.plot(*shown, mark, color=ACCENT, ms=7, label=control["name"], zorder=4)
     dense = 100 * table["dense_correct"].mean()
     axes.plot(dense_macs, dense, "*", color=DENSE, ms=15, label="bare backbone", zorder=4)
     axes.axhline(dense, color=DENSE, lw=0.8, ls=":")
@@ -264,7 +267,7 @@ def _regions(table: Table) -> list[str]:
 def drawable(table: Table, results: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
     """Figures that need nothing but the table and the results, by file name."""
     figures: dict[str, Callable[[], Figure]] = {
-        "trade_off": lambda: trade_off(table),
+        "trade_off": lambda: trade_off(table, (results.get("gates") or {}).get("controls", ())),
         "latency_by_exit": lambda: latency_by_exit(table),
         "compute_by_class": lambda: compute_by_class(table),
     }

@@ -16,7 +16,6 @@ from dynnet.evaluation.measurement import Measurement
 from dynnet.evaluation.threads import fit_threads
 from dynnet.evaluation.timing import Latency
 from dynnet.exits.threshold import to_json
-from dynnet.gates.freezing import mean_masks
 from dynnet.gates.networks import Gates
 from dynnet.gates.plan import GatePlan
 from dynnet.learning.data import Data, Loader
@@ -24,6 +23,7 @@ from dynnet.learning.processes import ALONE, Found, World
 from dynnet.thresholds.answers import Answers, collect, named_right
 from dynnet.thresholds.search import trade_off
 from dynnet.thresholds.table import OperatingPoint, Table
+from eval.controls import MEAN, controls
 from eval.runs import Run, test_images
 
 Columns = dict[str, np.ndarray]  # of the table, each (N,)
@@ -124,7 +124,7 @@ def _operating_points(
 def _gates(
     model: DynamicModel, gates: Gates, measured: Measurement, held_out: Answers, splits: Splits
 ) -> tuple[Columns, dict[str, Any]]:
-    """What the gates did, and what the control does in their place: the same gates, frozen at their mean decision."""
+    """What the gates did, and what controls do in their place."""
     regions = gates.plan.regions
     # Gates behind the exit of an image have nothing to decide on it.
     decided = [measured.exit >= region.segment for region in regions]
@@ -133,26 +133,20 @@ def _gates(
         f"open:{region.layer}": np.where(got_there, mask.mean(1), np.nan)
         for mask, got_there, region in zip(masks, decided, regions, strict=True)
     }
-    frozen = splits.all(frozen_gates(model, gates, held_out, splits.test), splits.test)
+    found = controls(model, gates, held_out, splits.test)
+    known = {name: splits.all(measured, splits.test) for name, measured in found.items()}
+    frozen = known.pop(MEAN)
     columns |= {"frozen_macs": frozen.macs, "frozen_correct": frozen.correct.astype(int)}
     return columns, {
         "macs_share": gates.plan.macs_share,
         "regions": gate_use([mask[got_there] for mask, got_there in zip(masks, decided, strict=True)], gates.plan),
         "frozen_accuracy": frozen.accuracy,
         "frozen_macs_share": frozen.macs_share,
+        "controls": [
+            {"name": name, "accuracy": control.accuracy, "macs_share": control.macs_share}
+            for name, control in known.items()
+        ],
     }
-
-
-def frozen_gates(model: DynamicModel, gates: Gates, held_out: Answers, test: Loader) -> Measurement:
-    """The model with its gates frozen at their mean decision on held-out images."""
-    exits = held_out.route(model.thresholds)
-    arrived = [exits >= region.segment for region in gates.plan.regions]
-    masks = [mask[rows] if rows.any() else mask for mask, rows in zip(held_out.masks, arrived, strict=True)]
-    gates.freeze(mean_masks(masks, gates.plan))
-    try:
-        return measure(model, test)
-    finally:
-        gates.thaw()
 
 
 def gate_use(masks: Sequence[np.ndarray], plan: GatePlan) -> list[dict[str, Any]]:

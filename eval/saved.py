@@ -124,11 +124,20 @@ class GatedRegion(TypedDict):
     masks: int
 
 
+class Control(TypedDict):
+    """The same gates, where they decide without looking."""
+
+    name: str
+    accuracy: float
+    macs_share: float
+
+
 class Gated(TypedDict):
     macs_share: float
     regions: list[GatedRegion]
     frozen_accuracy: float
     frozen_macs_share: float
+    controls: NotRequired[list[Control]]
 
 
 class Row(TypedDict):

@@ -30,9 +30,10 @@ from dynnet.learning.recipes import Recipe, read_recipe
 from dynnet.thresholds.answers import collect
 from dynnet.thresholds.search import trade_off
 from dynnet.thresholds.table import Table
+from eval.controls import frozen_gates
 from eval.exported import Exported
 from eval.in_engine import typical_ms
-from eval.results import frozen_gates, spread
+from eval.results import spread
 from eval.runs import test_images
 
 POINTS = 12  # of the trade-off

@@ -68,6 +68,7 @@ class Routers(Gates):
     Attributes:
         norms: one for each of the plan's batch norms.
         chosen: for each region the width that all samples have; None where routers choose.
+        drawn: (R, K) how often each width is drawn at random, whatever routers say; None where they choose.
         copies: for each container a narrow copy for each width, to be run in its place; none where the container runs
             on slices of its weights.
     """
@@ -80,6 +81,7 @@ class Routers(Gates):
         self.place = {container.name: place for place, container in enumerate(plan.containers)}
         self._subsets: dict[tuple[Side, int, torch.device], Subset | None] = {}
         self.chosen: tuple[int, ...] | None = None
+        self.drawn: Tensor | None = None
         self.copies = nn.ModuleList()
 
     @staticmethod
@@ -126,9 +128,18 @@ class Routers(Gates):
             chosen.append(int(same[-1]))
         self.chosen = tuple(chosen)
 
+    def draw(self, weights: Tensor) -> None:
+        """Draw the width of every sample at random from now on, until `thaw`: what routers are worth is what is lost by
+        it. They still run.
+
+        Args:
+            weights: (R, K) of the K widths in each of R regions, from 0.
+        """
+        self.drawn = weights
+
     def thaw(self) -> None:
         super().thaw()
-        self.chosen = None
+        self.chosen = self.drawn = None
 
     def narrow(self, side: Side | None, width: int) -> Subset | None:
         """The channels of one side of a layer that a width leaves open; None for all."""
@@ -169,6 +180,8 @@ class Routers(Gates):
             noise = -torch.empty_like(logits).exponential_().clamp_min(1e-20).log()
             noisy = logits + self.noise * noise
         picked = noisy.argmax(1).masked_fill(logits.isnan().any(1), last)
+        if self.drawn is not None:
+            picked = self.drawn[number].multinomial(len(logits), replacement=True).to(logits.device)
         hard = F.one_hot(picked, last + 1).to(logits.dtype)
         if not self.training:
             return logits, hard

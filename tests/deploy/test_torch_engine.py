@@ -16,7 +16,7 @@ from dynnet.deploy import Runner
 from dynnet.deploy.engines import torch_engine
 from dynnet.deploy.engines.torch_graphs import read_graph, write_graph
 from dynnet.errors import ExportError
-from tests.cases import leave_one_by_one, tiny
+from tests.cases import FEW, leave_one_by_one, tiny
 
 CPU = torch.device("cpu")
 RELU: dict[str, Any] = {"operator": "aten.relu.default", "args": [{"value": 0}], "kwargs": {}}
@@ -123,6 +123,14 @@ def test_without_a_compiler_stages_run_as_they_are(
         found = runner.predict(x.numpy())
     assert (found.exit == model.predict(x).exit.numpy()).all()
     assert np.array_equal(runner.predict(x.numpy()).logits, found.logits)  # told once a stage
+
+
+@pytest.mark.filterwarnings("ignore:gates close other channels")
+def test_gates_on_channels_are_exported_too(tmp_path: Path) -> None:
+    model, x = FEW[0].wrapped(gates=dynnet.GateConfig(unit=2)), FEW[0].images(5)
+    dynnet.export(model, tmp_path / "stages", engine="torch")
+    found = Runner(tmp_path / "stages", threads=1).predict(x.numpy())
+    np.testing.assert_allclose(found.logits, model.predict(x).logits.numpy(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.sweep

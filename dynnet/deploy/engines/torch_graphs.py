@@ -31,8 +31,8 @@ _MORE = """
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d addcmul avg_pool1d avg_pool2d
     avg_pool3d baddbmm batch_norm chunk contiguous conv1d conv2d conv3d dropout einsum expand_as flatten floor_divide
     glu group_norm hardsigmoid hardswish hardtanh im2col instance_norm layer_norm linalg_vector_norm linear linspace
-    log_softmax logsumexp masked_fill matmul max_pool1d max_pool2d max_pool3d meshgrid mish movedim narrow new_ones
-    new_zeros ones ones_like pad pixel_shuffle pixel_unshuffle prelu reshape rms_norm roll rsub
+    log_softmax logsumexp masked_fill matmul max_pool1d max_pool2d max_pool3d meshgrid mish movedim narrow new_full
+    new_ones new_zeros ones ones_like pad pixel_shuffle pixel_unshuffle prelu reshape rms_norm roll rsub
     scaled_dot_product_attention selu silu softmax softplus split square squeeze stack std swapaxes tile to transpose
     tril triu type_as unbind unflatten unfold upsample_bicubic2d upsample_bilinear2d upsample_nearest2d
     upsample_trilinear3d var var_mean view_as zeros zeros_like _upsample_bicubic2d_aa _upsample_bilinear2d_aa
