@@ -30,7 +30,7 @@ from dynnet.model import DynamicModel
 Running = tuple[bool, ...]  # which exits do
 
 _SECONDS = 10.0  # of taking turns at a number of rows,
-_FEWEST, _MOST, _WARMUP = 12, 400, 5  # and how many turns
+_FEWEST, _MOST, WARMUP = 12, 400, 5  # and how many turns
 _STEP = 4  # from one number of rows to the next
 _NANOSECONDS = 1e6  # in a millisecond: prices are whole numbers
 
@@ -81,7 +81,7 @@ def measure_times(
         found = {running: Times(np.zeros(len(rows)), np.full((count + 1, len(rows)), np.nan)) for running in sets}
         for column, size in enumerate(rows):
             images = torch.randn(size, *model.input_size, generator=torch.Generator().manual_seed(0))
-            times = take_turns(runs, [images] * (_turns(runs, images) + _WARMUP), _WARMUP)
+            times = take_turns(runs, [images] * (turns(runs, images) + WARMUP), WARMUP)
             for number, running in enumerate(sets):
                 found[running].dense[column] = np.median(times["dense"])
                 for exit in _ends(running):
@@ -101,7 +101,7 @@ def _ends(running: Running) -> list[int]:
     return [*(exit for exit, on in enumerate(running) if on), len(running)]
 
 
-def _turns(runs: Mapping[str, Runner], images: Tensor) -> int:
+def turns(runs: Mapping[str, Runner], images: Tensor) -> int:
     """How many there is time for."""
     given = as_array(images)
     for runner in runs.values():

@@ -15,36 +15,9 @@ from dynnet.exits.threshold import to_json
 from dynnet.gates.routers import Routers
 from dynnet.model import DynamicModel
 from dynnet.thresholds.answers import collect
-from dynnet.thresholds.goals import AccuracyDrop, Budget, Choice, Goal, Latency, Risk
+from dynnet.thresholds.goals import AccuracyDrop, Budget, Choice, Clocked, Goal, Latency, Risk
+from dynnet.thresholds.leaning import leaning
 from dynnet.thresholds.table import Table
-
-_LEANINGS = (0.0, -4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0)  # of routers, in their logits
-
-
-@dataclass(frozen=True)
-class Clocked:
-    """Time that thresholds were fitted for.
-
-    Attributes:
-        engine: and its version.
-        threads: of the engine.
-        batch_size: B.
-        dense_ms: milliseconds of a batch through the bare backbone,
-        ms: and through the model, in the mean.
-    """
-
-    engine: str
-    threads: int
-    batch_size: int
-    dense_ms: float
-    ms: float
-
-    def __str__(self) -> str:
-        several = f" a batch of {self.batch_size}" if self.batch_size > 1 else ""
-        return (
-            f"{self.ms:.3g} of {self.dense_ms:.3g} ms{several} ({self.ms / self.dense_ms:.1%}; {self.engine}, "
-            f"{self.threads} thread{'s' * (self.threads > 1)})"
-        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +39,7 @@ class Calibration:
         certificate: what was shown of a risk, with its condition; None for a budget, and where nothing was.
         needed: samples that may certify the risk where these did not; 0 where no number will.
         clocked: the time in the engine, where that was asked for.
-        lean: how far routers prefer narrow widths, where there are any and a budget was asked for.
+        lean: how far routers prefer narrow widths, where there are any and a budget or a time was asked for.
     """
 
     goal: str
@@ -148,7 +121,8 @@ def calibrate(
         latency: the same for the mean time of a batch in an engine, as a share of the bare backbone's there. Both are
             exported for the time and measured, on this machine, in as many threads as PyTorch has, with one exit on
             after the other and at last with those that are chosen, which takes from half a minute on. An exit whose
-            head takes more time than it saves is switched off.
+            head takes more time than it saves is switched off. Of a model of several widths, budgets of MACs are tried
+            instead, and timed on some of the images, until the time is met.
         accuracy_drop: how far accuracy may fall below never exiting on new samples, 0.005 for half a point: as `risk`
             with of="lost", for accuracy falls by no more than right answers are lost.
         risk: the share of new samples that may be harmed, with a confidence of 1 - delta. Thresholds are tried from
@@ -176,9 +150,9 @@ def calibrate(
     if not model.exits:
         raise CalibrationError("the model has no exits, there are no thresholds to fit")
     goal.check(model)
-    if isinstance(goal, Budget) and isinstance(model.gates, Routers):
+    if isinstance(goal, Budget | Latency) and isinstance(model.gates, Routers):
         once = isinstance(loader, Iterator)
-        lean, table, choice = _leaning(goal, model, model.gates, list(loader) if once else loader)
+        lean, table, choice = leaning(goal, model, model.gates, list(loader) if once else loader)
     else:
         lean, table = None, _asked(model, loader)
         with evaluating(model):
@@ -193,35 +167,6 @@ def calibrate(
 def _asked(model: DynamicModel, loader: Iterable[Tensor | Sequence[Tensor]]) -> Table:
     answers = collect(model, loader)
     return Table(answers, model.ledger(answers.input_size), model.measure)
-
-
-def _leaning(
-    goal: Goal, model: DynamicModel, routers: Routers, loader: Iterable[Tensor | Sequence[Tensor]]
-) -> tuple[float, Table, Choice]:
-    """The best of several preferences of routers, which they have afterwards.
-
-    Raises:
-        CalibrationError: none reaches the goal.
-    """
-    before = {name: tensor.clone() for name, tensor in routers.state_dict().items()}
-    found: list[tuple[float, Table, Choice]] = []
-    failed: list[CalibrationError] = []
-    try:
-        for lean in _LEANINGS:
-            routers.lean_(lean)
-            table = _asked(model, loader)
-            try:
-                found.append((lean, table, goal.choose(table)))
-            except CalibrationError as error:
-                failed.append(error)
-        if not found:
-            raise failed[0]
-    except BaseException:
-        routers.load_state_dict(before)
-        raise
-    best = max(found, key=lambda one: (one[2].point.accuracy, -one[2].point.macs))
-    routers.lean_(best[0])
-    return best
 
 
 def make_goal(
@@ -256,17 +201,13 @@ def make_goal(
 
 
 def _record(goal: Goal, table: Table, choice: Choice, model: DynamicModel) -> Calibration:
-    point, drop, verdict, ms = choice
+    point, drop, verdict, clocked = choice
     answers = table.answers
     taken = answers.route(point.thresholds)
     certificate = None
     if isinstance(goal, Risk) and verdict is not None and verdict.needed is None:
         shown = (goal.of, goal.value, goal.delta, verdict.failures, verdict.samples)
         certificate = Certificate(*shown, *subject_of(model))
-    clocked = None
-    if isinstance(goal, Latency) and goal.times is not None and ms is not None:
-        times = goal.times
-        clocked = Clocked(times.engine, times.threads, times.batch_size, float(times.dense[-1]), ms)
     return Calibration(
         goal=goal.name,
         value=goal.value,

@@ -21,7 +21,6 @@ from dynnet.deploy import engines
 from dynnet.deploy.stage_times import StageTimes
 from dynnet.deploy.whole import fits_a_graph
 from dynnet.errors import CalibrationError
-from dynnet.gates.routers import Routers
 from dynnet.model import DynamicModel
 from dynnet.thresholds.certified import safe_steps, samples_needed
 from dynnet.thresholds.search import explore, frontier, trade_off
@@ -51,6 +50,32 @@ class Verdict(NamedTuple):
     needed: int | None
 
 
+@dataclass(frozen=True)
+class Clocked:
+    """Time that thresholds were fitted for.
+
+    Attributes:
+        engine: and its version.
+        threads: of the engine.
+        batch_size: B.
+        dense_ms: milliseconds of a batch through the bare backbone,
+        ms: and through the model, in the mean.
+    """
+
+    engine: str
+    threads: int
+    batch_size: int
+    dense_ms: float
+    ms: float
+
+    def __str__(self) -> str:
+        several = f" a batch of {self.batch_size}" if self.batch_size > 1 else ""
+        return (
+            f"{self.ms:.3g} of {self.dense_ms:.3g} ms{several} ({self.ms / self.dense_ms:.1%}; {self.engine}, "
+            f"{self.threads} thread{'s' * (self.threads > 1)})"
+        )
+
+
 class Choice(NamedTuple):
     """What a goal has picked.
 
@@ -58,13 +83,13 @@ class Choice(NamedTuple):
         point: the thresholds, and what they give.
         drop: what they will lose on new samples; None where samples are too few to tell.
         verdict: that a risk rests on.
-        ms: milliseconds of a batch in the mean, where the goal is one of time.
+        clocked: where the goal is one of time.
     """
 
     point: OperatingPoint
     drop: Drop | None
     verdict: Verdict | None = None
-    ms: float | None = None
+    clocked: Clocked | None = None
 
 
 @dataclass(frozen=True)
@@ -145,11 +170,6 @@ class Latency(Goal):
                 f"as 0.5, and at least one image"
             )
         engines.engine(self.engine)
-        if isinstance(model.gates, Routers):
-            raise CalibrationError(
-                "stages of several widths are not timed one by one: fit a budget= of the MACs, and time what comes "
-                "out, with dynnet.latency(model, images, engine=...)"
-            )
         if not fits_a_graph(model.measure, model.num_classes):
             raise CalibrationError(
                 f"the measure {model.measure.name!r} is Python code, which no engine runs, and its time is not told; "
@@ -171,7 +191,10 @@ class Latency(Goal):
                 break
             self.times.learn(running)  # what is chosen was measured
         drop = _expected_drop(timed, point.macs)
-        return Choice(table.point(point.thresholds), drop, ms=self._ms(timed, point.thresholds))
+        times = self.times
+        about = times.engine, times.threads, times.batch_size, float(times.dense[-1])
+        clocked = Clocked(*about, self._ms(timed, point.thresholds))
+        return Choice(table.point(point.thresholds), drop, clocked=clocked)
 
     def _best(self, timed: Table, found: Sequence[tuple[float, ...]]) -> OperatingPoint:
         """Of some thresholds those for this goal, with nanoseconds of a sample in place of MACs."""

@@ -15,7 +15,7 @@ import dynnet
 from dynnet.deploy.stage_times import Running, StageTimes, Times
 from dynnet.errors import CalibrationError, ExportError
 from dynnet.exits.confidence import make_measure
-from dynnet.thresholds.calibration import Clocked
+from dynnet.thresholds.goals import Clocked
 from dynnet.thresholds.goals import Latency
 from tests.cases import tiny
 from tests.exported import two_exits
@@ -53,12 +53,12 @@ def mean_ms(world: World, thresholds: Sequence[float]) -> float:
 @pytest.mark.parametrize("share", [0.55, 0.7, 0.85])
 def test_the_best_accuracy_within_the_time_is_taken(share: float) -> None:
     world = World()
-    point, drop, verdict, ms = world.goal(share).choose(table(answers()))
-    assert ms is not None
+    point, drop, verdict, clocked = world.goal(share).choose(table(answers()))
+    assert clocked is not None
     assert drop is not None
     assert verdict is None
-    assert ms == pytest.approx(mean_ms(world, point.thresholds))
-    assert ms <= share * 10.0
+    assert clocked.ms == pytest.approx(mean_ms(world, point.thresholds))
+    assert clocked.ms <= share * 10.0
     assert point.macs == table(answers()).point(point.thresholds).macs  # told in MACs, as of any other goal
     assert world.asked[: len(ALONE)] == ALONE
     assert tuple(t != math.inf for t in point.thresholds) in world.asked  # what is chosen was measured
