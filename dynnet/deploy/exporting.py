@@ -87,8 +87,6 @@ def export(
     whole = _ready(model, exits, input_size)
     if int8 and isinstance(whole.measure, Nowhere):
         raise ExportError("thresholds are fitted again in int8, by a confidence that is Python code; export in float")
-    if int8 and isinstance(whole.gates, Routers):
-        raise ExportError("stages of several widths run in float; leave out int8=True, or export one width in int8")
     calibrating = Calibrating(whole, loader) if int8 else None
     ways = list(in_widths(whole))
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -100,8 +98,7 @@ def export(
             chosen.lower(way.stage, way.fed, files[-1])
             differences.append(checked_stage(chosen, files[-1], way.stage, way.fed, way.made))
         in_float = [float(t) for t in (model if isinstance(model, DynamicModel) else whole).thresholds]
-        stages = [way.stage for way in ways]
-        found = quantize_(chosen, files, stages, in_float, calibrating) if calibrating else None
+        found = quantize_(chosen, files, ways, in_float, calibrating) if calibrating else None
         manifest = _manifest(model, whole, ways, files, differences, engine)
         if void := void_certificate(model) if isinstance(model, DynamicModel) else None:
             warnings.warn(f"the model's certificate is void: {void}; call dynnet.calibrate again", stacklevel=3)

@@ -3,23 +3,25 @@
 A byte is coarser than a float, so an exit is a little less or more sure than it was. What a threshold meant is the
 share of samples that leaves: each exit gets the one at which the same share of those that reach it leaves.
 
-    N images, S stages, K classes, E exits; exit number E is the backbone's own head
+    N images, S stages in a row, K classes, E exits; exit number E is the backbone's own head
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from dynnet.deploy.engines import Engine, Session
-from dynnet.deploy.manifest import Manifest, Quantized
-from dynnet.deploy.stages import Stage
+from dynnet.deploy.engines import Engine
+from dynnet.deploy.manifest import Manifest, Port, Quantized
+from dynnet.deploy.runner import Opened, through, wanted
+from dynnet.deploy.ways import Way
 from dynnet.errors import DataError, ExportError
 from dynnet.exits.rows import leaves, route
 from dynnet.exits.threshold import to_json
@@ -28,7 +30,7 @@ from dynnet.model import DynamicModel
 Images = Iterable[Tensor | Sequence[Tensor]]
 
 _RANGES = 256  # images on which ranges are measured, drawn from all of them
-_FEW = 64  # a stage that fewer of them reach is shown the others too
+_FEW = 64  # a stage, or a width, that fewer of them reach is shown the others too
 _AT_ONCE = 32  # images
 _NONSENSE = 0.5  # of the answers are others than the float stages': no rounding
 
@@ -39,10 +41,12 @@ class Said(NamedTuple):
     Attributes:
         predictions: (N, S) int64.
         confidences: (N, S) float64.
+        widths: (N, S) int64, in which each ran; 0 where there is one.
     """
 
     predictions: np.ndarray
     confidences: np.ndarray
+    widths: np.ndarray
 
 
 class Calibrating:
@@ -100,7 +104,7 @@ class Calibrating:
 def quantize_(
     engine: Engine,
     files: Sequence[Path],
-    stages: Sequence[Stage],
+    ways: Sequence[Way],
     thresholds: Sequence[float],
     calibrating: Calibrating,
 ) -> tuple[tuple[float, ...], Quantized]:
@@ -108,8 +112,8 @@ def quantize_(
 
     Args:
         engine: whose files they are.
-        files: one for each stage; they are written anew.
-        stages: what is in them.
+        files: one for each way; they are written anew.
+        ways: what is in them.
         thresholds: E, with which the float stages run.
         calibrating: ranges are measured on its sample, thresholds are fitted on all of its images.
 
@@ -119,15 +123,20 @@ def quantize_(
     Raises:
         ExportError: the engine cannot quantize a stage, or the answers have little to do with those in float.
     """
-    exact = _Chain(engine, files, stages)
+    exact = _Chain(engine, files, ways)
+    exits = [row[0].part.exit for row in exact.steps[:-1]]
+    on = [thresholds[exit] for exit in exits]
     sample = calibrating.sample
-    reached = _reached(exact.say(sample).confidences, _on(stages, thresholds))
-    for number, (file, rows) in enumerate(zip(files, reached, strict=True)):
-        engine.quantize(file, _Fed(exact, number, sample[rows]), first=number == 0)
-    coarse = _Chain(engine, files, stages)
+    said = exact.say(sample)
+    step = -1
+    for file, way in zip(files, ways, strict=True):
+        step += not way.width  # the narrowest is the first of a step
+        rows = _reached(said, on, step, way.width)
+        fed = _Fed(exact, step, way.stage.takes, sample[rows])
+        engine.quantize(file, fed, way.stage, first=step == 0)
+    coarse = _Chain(engine, files, ways)
     pairs = [(exact.say(images), coarse.say(images)) for images in calibrating.batches()]
     before, after = (Said(*map(np.concatenate, zip(*part, strict=True))) for part in zip(*pairs, strict=True))
-    on = _on(stages, thresholds)
     # Where votes are counted, there is nothing between one vote and the next: the thresholds stay.
     fitted = on if calibrating.votes else same_shares(before.confidences, after.confidences, on)
     agreement = float((_answers(before, on) == _answers(after, fitted)).mean())
@@ -137,8 +146,8 @@ def quantize_(
             f"give a loader of images like those to come, prepared as the model expects them, or export it in float32"
         )
     found = list(thresholds)
-    for stage, threshold in zip(stages, fitted, strict=False):
-        found[stage.exit] = threshold
+    for exit, threshold in zip(exits, fitted, strict=True):
+        found[exit] = threshold
     told = Quantized(len(sample), len(before.predictions), agreement, tuple(to_json(t) for t in thresholds))
     return tuple(found), told
 
@@ -199,29 +208,38 @@ def _threshold_for(confidences: np.ndarray, wanted: int, threshold: float) -> fl
 
 
 class _Chain:
-    """Stages, one behind the other, for images that run through all of them."""
+    """Stages, one behind the other, for images that run through all of them, each in the width that its routers want.
 
-    def __init__(self, engine: Engine, files: Sequence[Path], stages: Sequence[Stage]) -> None:
-        self.stages = stages
-        self.sessions: list[Session] = [
-            engine.open_stage(file, None, stage) for file, stage in zip(files, stages, strict=True)
+    Attributes:
+        steps: S, each with all of its widths.
+    """
+
+    def __init__(self, engine: Engine, files: Sequence[Path], ways: Sequence[Way]) -> None:
+        opened = [
+            Opened(way.stage, engine.open_stage(file, None, way.stage), 0)
+            for file, way in zip(files, ways, strict=True)
         ]
+        self.steps = [list(row) for _, row in itertools.groupby(opened, key=lambda one: one.part.exit)]
 
-    def run(self, images: np.ndarray) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
-        """What each stage is fed with some images, and what it makes of it."""
-        live = {self.stages[0].takes[0].name: np.ascontiguousarray(images)}
-        for stage, session in zip(self.stages, self.sessions, strict=True):
-            fed = [live[value.name] for value in stage.takes]
-            made = session.run(fed)
-            yield fed, made
-            live.update(zip((value.name for value in stage.gives), made[2:], strict=True))
+    def run(self, images: np.ndarray) -> Iterator[tuple[Mapping[str, np.ndarray], np.ndarray | None, list[np.ndarray]]]:
+        """Of each step the tensors that are there with some images, the widths that they want, and what it makes."""
+        live = {self.steps[0][0].part.takes[0].name: np.ascontiguousarray(images)}
+        route = None
+        for row in self.steps:
+            widths = None if len(row) == 1 or route is None else wanted(live[route])
+            made, _ = through(row, widths, live)
+            yield live, widths, made
+            live = live | dict(zip((port.name for port in row[0].part.gives), made[2:], strict=True))
+            route = row[0].part.route
 
     def say(self, images: np.ndarray) -> Said:
         found = []
         for part in _parts(images):
-            answers = [made[:2] for _, made in self.run(part)]
-            predictions = np.stack([logits.argmax(1) for logits, _ in answers], 1)
-            found.append((predictions, np.stack([said.astype(np.float64) for _, said in answers], 1)))
+            columns = [
+                (logits.argmax(1), said.astype(np.float64), np.zeros(len(part), np.int64) if widths is None else widths)
+                for _, widths, (logits, said, *_) in self.run(part)
+            ]
+            found.append([np.stack(column, 1) for column in zip(*columns, strict=True)])
         return Said(*map(np.concatenate, zip(*found, strict=True)))
 
 
@@ -230,15 +248,14 @@ class _Fed:
     """What a stage is fed with some images, a part of them at a time, as often as one likes."""
 
     chain: _Chain
-    number: int
+    step: int
+    takes: Sequence[Port]
     images: np.ndarray
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
         for part in _parts(self.images):
-            for number, (fed, _) in enumerate(self.chain.run(part)):
-                if number == self.number:
-                    yield fed
-                    break
+            live, *_ = next(itertools.islice(self.chain.run(part), self.step, None))
+            yield [live[port.name] for port in self.takes]
 
 
 def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
@@ -246,16 +263,20 @@ def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
         yield images[start : start + _AT_ONCE]
 
 
-def _on(stages: Sequence[Stage], thresholds: Sequence[float]) -> list[float]:
-    """The thresholds of the exits that have a stage, in order."""
-    return [thresholds[stage.exit] for stage in stages[:-1]]
+def _reached(said: Said, thresholds: Sequence[float], step: int, width: int | None) -> np.ndarray:
+    """The images with which the ranges of a stage are measured: those that reach it and want its width, if they are not
+    too few; else all that reach the step, or all.
 
-
-def _reached(confidences: np.ndarray, thresholds: Sequence[float]) -> list[np.ndarray]:
-    """For each stage the images with which its ranges are measured: those that reach it, if they are not too few."""
-    left = route(confidences, thresholds)
-    reached = [np.flatnonzero(left >= number) for number in range(confidences.shape[1])]
-    return [rows if len(rows) >= _FEW else np.arange(len(left)) for rows in reached]
+    Args:
+        said: of N images.
+        thresholds: S - 1.
+        step: of the S.
+        width: of those that it has; None where there is one.
+    """
+    here = np.flatnonzero(route(said.confidences, thresholds) >= step)
+    here = here if len(here) >= _FEW else np.arange(len(said.widths))
+    mine = here if width is None else here[said.widths[here, step] == width]
+    return mine if len(mine) >= _FEW else here
 
 
 def _answers(said: Said, thresholds: Sequence[float]) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -35,10 +35,25 @@ class Prediction(NamedTuple):
     macs: np.ndarray
 
 
-class Way(NamedTuple):
+class Ported(Protocol):
+    """What says what it takes and gives: a Part of a manifest, or a Stage that is not in one yet."""
+
+    @property
+    def takes(self) -> tuple[Port, ...]: ...
+    @property
+    def gives(self) -> tuple[Port, ...]: ...
+    @property
+    def exit(self) -> int: ...
+    @property
+    def answers(self) -> bool: ...
+    @property
+    def route(self) -> str | None: ...
+
+
+class Opened(NamedTuple):
     """A stage of one width, ready to run, and what it adds to the bill of a sample."""
 
-    part: Part
+    part: Ported
     session: Session
     adds: int
 
@@ -73,7 +88,7 @@ class Runner:
         self.threads = threads
         chosen = engine(self.manifest.engine)
         self._steps = [
-            [Way(part, chosen.open_stage(Path(folder) / part.file, threads, part), adds) for part, adds in row]
+            [Opened(part, chosen.open_stage(Path(folder) / part.file, threads, part), adds) for part, adds in row]
             for row in _priced(self.manifest.stages)
         ]
         self._later = later_use(self.manifest.stages)
@@ -171,7 +186,7 @@ class Runner:
         route: str | None = None
         for ways, later in zip(self._steps, self._later, strict=True):
             widths = None if len(ways) == 1 or route is None else wanted(live[route])
-            (logits, confidence, *given), adds = _through(ways, widths, live)
+            (logits, confidence, *given), adds = through(ways, widths, live)
             spent = spent + adds
             part = ways[0].part
             exit, route = part.exit, part.route
@@ -245,8 +260,8 @@ def wanted(route: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(route).any(1), route.shape[1] - 1, route.argmax(1))
 
 
-def _through(
-    ways: Sequence[Way], widths: np.ndarray | None, live: Mapping[str, np.ndarray]
+def through(
+    ways: Sequence[Opened], widths: np.ndarray | None, live: Mapping[str, np.ndarray]
 ) -> tuple[list[np.ndarray], Any]:
     """What a step makes of what is there, and what it adds to bills: one number, or one a sample.
 

@@ -227,12 +227,17 @@ def test_ranges_are_measured_on_images_from_all_over_the_loader(model: dynnet.Dy
     assert counts.min() > 10
 
 
-def test_a_stage_is_shown_those_that_reach_it() -> None:
-    confidences = np.zeros((200, 3))
+def test_a_stage_is_shown_those_that_reach_it_and_want_its_width() -> None:
+    confidences, widths = np.zeros((200, 3)), np.zeros((200, 3), int)
     confidences[:100, 0] = confidences[100:150, 1] = 1
-    reached = quantizing._reached(confidences, [0.5, 0.5])
+    widths[:180, 1], widths[:, 2] = 1, 2
+    said = quantizing.Said(np.zeros((200, 3), int), confidences, widths)
+    reached = [quantizing._reached(said, [0.5, 0.5], step, None) for step in range(3)]
     assert [len(rows) for rows in reached] == [200, 100, 200]  # 50 are too few
     assert reached[1].tolist() == list(range(100, 200))
+    assert quantizing._reached(said, [0.5, 0.5], 1, 1).tolist() == list(range(100, 180))
+    assert quantizing._reached(said, [0.5, 0.5], 1, 0).tolist() == list(range(100, 200))  # 20 are too few
+    assert len(quantizing._reached(said, [0.5, 0.5], 2, 2)) == 200
 
 
 def test_means_of_one_pixel_are_left_out() -> None:

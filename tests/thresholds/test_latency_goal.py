@@ -15,8 +15,7 @@ import dynnet
 from dynnet.deploy.stage_times import Running, StageTimes, Times
 from dynnet.errors import CalibrationError, ExportError
 from dynnet.exits.confidence import make_measure
-from dynnet.thresholds.goals import Clocked
-from dynnet.thresholds.goals import Latency
+from dynnet.thresholds.goals import Clocked, Latency
 from tests.cases import tiny
 from tests.exported import two_exits
 from tests.thresholds.test_calibration import answers, table

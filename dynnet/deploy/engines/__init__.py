@@ -32,9 +32,9 @@ class Engine(Protocol):
     def lower(self, stage: Any, tensors: Sequence[Any], path: Path) -> None:
         """Write a `dynnet.deploy.stages.Stage` to a file; `tensors` are what it takes, of a few samples."""
 
-    def quantize(self, path: Path, batches: Iterable[Sequence[Any]], first: bool) -> None:
+    def quantize(self, path: Path, batches: Iterable[Sequence[Any]], stage: Any, first: bool) -> None:
         """Write the file of a stage anew, in int8; `batches` are what it takes, numpy arrays, images if it is the first
-        stage."""
+        stage. `stage` is that Stage."""
 
     def open_stage(self, path: Path, threads: int | None, stage: Any) -> Session:
         """Read a stage back, with so many threads, or one a processor. `stage` is that Stage, or its Part of a

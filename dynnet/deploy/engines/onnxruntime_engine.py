@@ -97,7 +97,7 @@ def _take_in_blocks(graph: Any) -> None:
         graph.insert_before(next(iter(graph)), mean)
 
 
-def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], first: bool) -> None:
+def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], stage: Any, first: bool) -> None:
     """Write the file of a stage anew, in int8; see `onnxruntime_int8`.
 
     Raises:
@@ -107,7 +107,7 @@ def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], first: bool) -
         from dynnet.deploy.engines import onnxruntime_int8
     except ImportError as error:
         raise ExportError(f"int8 wants more packages ({error}); `pip install dynnet[deploy]`") from error
-    onnxruntime_int8.quantize(path, batches, first)
+    onnxruntime_int8.quantize(path, batches, stage, first)
 
 
 class OnnxSession:

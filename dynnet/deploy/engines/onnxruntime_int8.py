@@ -5,8 +5,8 @@ x86 without VNNI add products of bytes in pairs, in 16 bits, and cut off what is
 usual remedy is weights of 7 bits. But it is neighbours that are added, and few of them are both large and of one sign:
 a step as coarse as they ask for is finer than 7 bits nearly everywhere. So a file is right wherever it runs.
 
-What reads the images stays in float, and so does what makes the logits, and the confidence behind it: a few of the
-multiply-adds, and what is lost in them is lost for good.
+What reads the images stays in float, and so do what makes the logits, and the confidence behind it, and routers: a few
+of the multiply-adds, and what is lost in them is lost for good.
 
     O outputs of a layer, W weights of each
 """
@@ -31,12 +31,13 @@ _BETWEEN = (
 )  # fmt: skip
 
 
-def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], first: bool) -> None:
+def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], stage: Any, first: bool) -> None:
     """Write the file of a stage anew, in int8.
 
     Args:
         path: of a stage in float.
         batches: what it takes.
+        stage: what is in the file.
         first: it takes images.
 
     Raises:
@@ -45,13 +46,14 @@ def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], first: bool) -
     model = onnx.load(path)
     _without_means_of_one_pixel(model.graph)
     _name_nodes(model.graph)
-    kept = {*_behind_weights(model.graph), *(_before_weights(model.graph) if first else ())}
+    router = _of_router(model.graph) if stage.route is not None else set()
+    kept = {*router, *_behind_weights(model.graph), *(_before_weights(model.graph) if first else ())}
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     names = [given.name for given in model.graph.input]
     onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})  # or it asks for it
     # Norms of layers want floats: where they stand between all that is multiplied, sums that went through bytes on the
     # way to them are slower and less exact.
-    normed = any(node.op_type == "LayerNormalization" for node in model.graph.node)
+    normed = any(node.op_type == "LayerNormalization" and node.name not in router for node in model.graph.node)
     written = path.with_name(f"{path.name}.int8")
     try:
         quantize_static(
@@ -170,6 +172,18 @@ def _behind_weights(graph: Any) -> set[str]:
             found.add(node.name)
             wanted += [] if node.op_type in _WEIGHED else node.input
     return found
+
+
+def _of_router(graph: Any) -> set[str]:
+    """Names of the nodes that only serve the last output, of which the largest number says how a sample goes on."""
+    makers = {name: node for node in graph.node for name in node.output}
+    wanted, others = [value.name for value in graph.output[:-1]], set()
+    while wanted:
+        node = makers.get(wanted.pop())
+        if node is not None and node.name not in others:
+            others.add(node.name)
+            wanted += node.input
+    return {node.name for node in graph.node} - others
 
 
 def _before_weights(graph: Any) -> set[str]:

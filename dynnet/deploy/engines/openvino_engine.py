@@ -37,14 +37,14 @@ def lower(stage: Any, tensors: Sequence[Any], path: Path) -> None:
     _writer().lower(stage, tensors, path)
 
 
-def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], first: bool) -> None:
+def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], stage: Any, first: bool) -> None:
     """Write the file of a stage anew, in int8. OpenVINO reads what ONNX Runtime's tools write, and answered nearer to
     float with it than with what NNCF writes (tf_efficientnet_lite0).
 
     Raises:
         ExportError: it cannot be quantized, or packages are not installed.
     """
-    _writer().quantize(path, batches, first)
+    _writer().quantize(path, batches, stage, first)
 
 
 def _writer() -> Any:

@@ -30,7 +30,7 @@ def lower(stage: Any, tensors: Sequence[Any], path: Path) -> None:
     write_graph(stage.graph, path)
 
 
-def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], first: bool) -> None:
+def quantize(path: Path, batches: Iterable[Sequence[np.ndarray]], stage: Any, first: bool) -> None:
     """
     Raises:
         ExportError: always.
