@@ -25,9 +25,10 @@ from dynnet.backbone.twin import copy_of
 from dynnet.config import WrapConfig
 from dynnet.errors import CascadeError
 from dynnet.exits.boundaries import Places
-from dynnet.exits.confidence import MEASURES
+from dynnet.exits.confidence import MEASURES, Measure
 from dynnet.exits.heads import heads_by_name
 from dynnet.gates.plan import GateConfig
+from dynnet.gates.routers import Routers
 from dynnet.model import DynamicModel
 from dynnet.wrapping import is_wrapped, wrap
 
@@ -83,11 +84,14 @@ def cascade(
     chain = Chain([one.backbone for one in taken], entries, combine, preparation, sizes, wraps)
     thresholds: dict[str, float] = {}
     heads: dict[str, nn.Module] = {}
+    own: dict[str, Measure] = {}  # by which thresholds of members were chosen
     for number, one in enumerate(taken):
         before = len(heads) - 1  # where the member before has answered
         for name, head, threshold in one.exits:
             joined = head if combine == "last" or number == 0 else JoinedHead(head, before, number)
             heads[f"members.{number}.{name}"], thresholds[f"members.{number}.{name}"] = joined, threshold
+            assert one.wrapped is not None
+            own[f"members.{number}.{name}"] = one.wrapped.measure
         if one is not last:
             heads[chain.end(number)], thresholds[chain.end(number)] = Said(), float("inf")
 
@@ -95,7 +99,10 @@ def cascade(
     config = WrapConfig(exits=tuple(heads), gates=_gates(taken), confidence=measure, input_size=size)
     model = wrap(chain, config, heads=heads_by_name(heads))
     _carry_gates(model, taken)
-    model.thresholds = list(thresholds.values())
+    model.thresholds = [
+        own[name].rescaled(threshold, len(heads)) if name in own else threshold
+        for name, threshold in thresholds.items()
+    ]
     return model
 
 
@@ -104,7 +111,7 @@ def members_of(model: DynamicModel) -> list[nn.Module]:
     twin = copy_of(model)
     chain = twin.unwrap()
     assert isinstance(chain, Chain)
-    networks = _networks(twin)
+    deciding = _deciding(twin)
     found: list[nn.Module] = []
     for number, (member, config) in enumerate(zip(chain.members, chain.wraps, strict=True)):
         prefix = f"members.{number}."
@@ -117,8 +124,8 @@ def members_of(model: DynamicModel) -> list[nn.Module]:
             plain = replace(config, confidence=WrapConfig().confidence)  # which is the cascade's to say
             again = wrap(member, plain, heads=heads_by_name({name: head for name, (head, _) in inside.items()}))
             again.thresholds = [threshold for _, threshold in inside.values()]
-            for (layer, groups), network in _networks(again).items():
-                network.load_state_dict(networks[f"{prefix}{layer}", groups].state_dict())
+            for (layer, groups), network in _deciding(again).items():
+                network.load_state_dict(deciding[f"{prefix}{layer}", groups].state_dict())
             member = again
         found.append(member)
     return found
@@ -175,6 +182,8 @@ def _taken(members: Sequence[nn.Module], sizes: Sequence[Size] | None) -> list[_
     for what, values in (
         ("classes", [one.classes for one in found]),
         ("channels", [one.size[0] for one in found]),
+        ("types", [str(_weight(one.backbone).dtype).removeprefix("torch.") for one in found]),
+        ("devices", [str(_weight(one.backbone).device) for one in found]),
     ):
         if len(set(values)) > 1:
             raise CascadeError(f"members have {values} {what}; they must have the same")
@@ -192,6 +201,8 @@ def _take(member: nn.Module, number: int, size: Size | None) -> _Taken:
             raise CascadeError(f"member {number} is the backbone of a wrapped model; give that model, or unwrap() it")
         size = size or input_size_of(member)
         return _Taken(copy_of(member), size, Places(member, size).num_classes)
+    if member.gates is not None and member.gates.frozen is not None:
+        raise CascadeError(f"the gates of member {number} are frozen, which a cascade cannot keep; call .gates.thaw()")
     twin = copy_of(member)
     exits = tuple(zip(member.exits, twin.heads, member.thresholds, strict=True))
     return _Taken(twin.unwrap(), size or member.input_size, member.num_classes, exits, twin)
@@ -214,7 +225,14 @@ def _between(one: _Taken, last: _Taken, size: Size) -> Entry:
     if None in given or (given[:2] == given[2:]):
         return Entry(resized)
     mean, std, mean_there, std_there = (torch.tensor(values).view(1, -1, 1, 1) for values in given)
-    return Entry(resized, std_there / std, (mean_there - mean) / std)
+    weight = _weight(one.backbone)
+    scale, shift = (values.to(weight.device, weight.dtype) for values in (std_there / std, (mean_there - mean) / std))
+    return Entry(resized, scale, shift)
+
+
+def _weight(model: nn.Module) -> Tensor:
+    """One that tells the device and the type of a model."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
 
 
 def _measure(taken: Sequence[_Taken], confidence: Any) -> Any:
@@ -253,12 +271,12 @@ def _carry_gates(model: DynamicModel, taken: Sequence[_Taken]) -> None:
     Raises:
         CascadeError: their regions are others.
     """
-    mine = _networks(model)
+    mine = _deciding(model)
     theirs = {
         (f"members.{number}.{layer}", groups): network
         for number, one in enumerate(taken)
         if one.wrapped is not None
-        for (layer, groups), network in _networks(one.wrapped).items()
+        for (layer, groups), network in _deciding(one.wrapped).items()
     }
     if mine.keys() != theirs.keys():
         model.unwrap()
@@ -269,9 +287,14 @@ def _carry_gates(model: DynamicModel, taken: Sequence[_Taken]) -> None:
         network.load_state_dict(theirs[region].state_dict())
 
 
-def _networks(model: DynamicModel) -> dict[tuple[str, tuple[int, ...]], nn.Module]:
-    """Gate networks by their regions: the layer at whose entry they decide, and how many units of each group."""
-    if model.gates is None:
+def _deciding(model: DynamicModel) -> dict[tuple[str, tuple[int, ...]], nn.Module]:
+    """All that gates have learnt: networks by their regions (the layer at whose entry they decide, and how many units
+    of each group), and what batch norms remember of each width, by their names."""
+    gates = model.gates
+    if gates is None:
         return {}
-    regions = [(region.layer, region.groups) for region in model.gates.plan.regions]
-    return dict(zip(regions, model.gates.networks, strict=True))
+    regions = [(region.layer, region.groups) for region in gates.plan.regions]
+    found = dict(zip(regions, gates.networks, strict=True))
+    if isinstance(gates, Routers):
+        found |= {(name, ()): gates.norms[number] for name, number in gates.number.items()}
+    return found

@@ -64,9 +64,12 @@ class Subject(NamedTuple):
 def subject_of(model: DynamicModel) -> Subject:
     """A model as it is now."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != STATE}
+    if model.gates is not None and model.gates.frozen is not None:
+        tensors |= {f"frozen.{number}": mask for number, mask in enumerate(model.gates.frozen)}
     prepared = json.dumps([model.config.input_size, preparation_of(model.backbone)])
     return Subject(
-        digest_of({name: tensor for name, tensor in model.state_dict().items() if name != STATE}),
+        digest_of(tensors),
         digest_of({}, prepared),
         "none" if weight is None else str(weight.dtype).removeprefix("torch."),
         "pytorch",

@@ -8,7 +8,7 @@ one of them. (Nested widths: Yu et al., "Slimmable Neural Networks", https://arx
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from dynnet.channels.groups import Group, Member
 from dynnet.config import WrapConfig
 from dynnet.deploy.one_width import at_widths
 from dynnet.errors import GateError
+from dynnet.exits.confidence import MEASURES
 from dynnet.gates.plan import GatePlan
 from dynnet.gates.routers import Routers, WidthNorm
 from dynnet.model import DynamicModel
@@ -70,21 +71,21 @@ def consolidate(
     gates, config = model.gates, model.config.gates
     if gates is None or config is None or isinstance(gates, Routers):
         raise GateError("there are no gates on channels to consolidate; wrap with gates='channel', and train them")
+    loader = list(loader) if isinstance(loader, Iterator) else loader  # it is gone through several times
     twin = copy_of(model).eval()
     masks = collect(twin, loader).masks
     of_widths = replace(config, unit=unit, widths=_shares(widths, masks))
     heads = {name: (head, t) for name, head, t in zip(twin.exits, twin.heads, twin.thresholds, strict=True)}
     names = twin.exits if exits is None else tuple(exits)
     measure = twin.measure
-    plain = replace(model.config, exits=names, gates=of_widths, confidence=WrapConfig().confidence)
-    found = wrap(twin.unwrap(), plain)
-    found.measure = measure  # which may be somebody's own
-    found.config = replace(found.config, confidence=measure.name)
+    known = measure.name if measure.name in MEASURES else WrapConfig().confidence
+    config_of_widths = replace(model.config, exits=names, gates=of_widths, confidence=known)
+    found = wrap(twin.unwrap(), config_of_widths, heads=lambda boundary, _: heads.get(boundary.name, (None,))[0])
+    if measure.name not in MEASURES:  # somebody's own
+        found.measure, found.config = measure, replace(found.config, confidence=measure.name)
     _sort_(found, _openness(gates.plan, masks))
-    for number, name in enumerate(found.exits):
-        if name in heads:
-            found.heads[number] = heads[name][0]
-    found.thresholds = [heads[name][1] if name in heads else float("inf") for name in found.exits]
+    before = [heads.get(name, (None, float("inf")))[1] for name in found.exits]
+    found.thresholds = [measure.rescaled(threshold, len(found.exits)) for threshold in before]
     _measure_norms_(found, loader)
     return found.eval()
 

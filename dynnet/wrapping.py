@@ -52,7 +52,7 @@ def wrap(
         backbone: any timm classifier, or module from (B, C, H, W) images to (B, K) logits.
         exits: as in `WrapConfig`; or the whole configuration.
         heads: builds a head of your own: called with a `Boundary` and K, gives a module from the boundary's output to
-            (B, K) logits. By default heads are fitted to the features.
+            (B, K) logits, or None where one shall be fitted to the features, as by default all are.
         fields: the fields of `WrapConfig`, in place of the configuration's. `gates="channel"` stands for a `GateConfig`
             with its defaults; `confidence` may be a callable from (B, K) logits to (B,) numbers.
 
@@ -74,8 +74,7 @@ def wrap(
     placement = _placed(places, config)
     config = replace(config, exits=tuple(boundary.name for boundary in placement.exits))
     plan = None if config.gates is None else _plan(places, placement.exits, config.gates)
-    factory = heads or _fitted(places, config)
-    modules = [_checked(factory(boundary, places.num_classes), backbone, boundary) for boundary in placement.exits]
+    modules = [_head(boundary, places, config, heads) for boundary in placement.exits]
     measure = make_measure(confidence, len(placement.exits))
     model = DynamicModel(backbone, modules, placement, config, places.num_classes, measure, plan)
     _attach(model, placement)
@@ -173,13 +172,14 @@ def is_wrapped(model: nn.Module) -> bool:
     return isinstance(model, DynamicModel) or flow.is_attached(model) or attaching.is_attached(model)
 
 
-def _fitted(places: Places, config: WrapConfig) -> HeadFactory:
+def _head(boundary: Boundary, places: Places, config: WrapConfig, heads: HeadFactory | None) -> nn.Module:
+    """Somebody's own, or one that is fitted."""
+    own = None if heads is None else heads(boundary, places.num_classes)
+    if own is not None:
+        return _checked(own, places.backbone, boundary)
     budget = config.head_share * places.trace.macs
-
-    def build(boundary: Boundary, num_classes: int) -> nn.Module:
-        return ExitHead(boundary, num_classes, places.last_grid, budget, config.head_blocks)
-
-    return build
+    head = ExitHead(boundary, places.num_classes, places.last_grid, budget, config.head_blocks)
+    return _beside(head, places.backbone)
 
 
 def _plan(places: Places, boundaries: Sequence[Boundary], config: GateConfig) -> GatePlan:

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import dynnet
 from dynnet import GateConfig
 from dynnet.channels.finding import find_groups
 from dynnet.consolidating import _shares
 from dynnet.errors import GateError
+from dynnet.exits.boundaries import Boundary
 from dynnet.gates.routers import Routers
 from dynnet.pruning.ordering import reorder_
 from tests.cases import CASES, FEW, Case, enliven, open_at_random
@@ -41,6 +43,27 @@ def test_units_in_another_order_make_the_same_network(case: Case) -> None:
     reorder_(backbone, groups, [generator.permutation(group.units) for group in groups])
     after = backbone(images)
     assert (after - before).abs().max() < 1e-4 * before.abs().max() + 1e-6
+
+
+def test_heads_of_ones_own_go_along_and_are_on_the_bill() -> None:
+    case = FEW[0]
+
+    def own(boundary: Boundary, classes: int) -> nn.Module:
+        pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        channels = boundary.features[0].channels
+        return nn.Sequential(nn.Conv2d(channels, 48, 3, padding=1), pooled, nn.Linear(48, classes))
+
+    gated = dynnet.wrap(
+        case.backbone(), ["layer1", "layer2"], gates=GateConfig(unit=2), input_size=case.size, heads=own,
+        confidence="patience",
+    ).eval()  # fmt: skip
+    gated.thresholds = [1 / 3, 2 / 3]
+    assert dynnet.consolidate(gated, iter(loader(case)), [0.5, 1.0]).ledger().heads == gated.ledger().heads
+    model = dynnet.consolidate(gated, loader(case), [0.5, 1.0], exits=["layer1"])
+    assert model.ledger().heads == gated.ledger().heads[:1]
+    # One classifier in agreement is one of two now, and leaves as before.
+    assert model.thresholds == (0.5,)
+    assert model.predict(case.images(3)).exit.tolist() == gated.predict(case.images(3)).exit.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("case", SORTED, ids=str)

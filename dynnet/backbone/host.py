@@ -45,7 +45,8 @@ class Preparation:
 def preparation_of(model: nn.Module) -> dict[str, Any]:
     """How a model's images are prepared and its classes are called, as far as its `pretrained_cfg` says."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    return {field.name: config[field.name] for field in fields(Preparation) if config.get(field.name) is not None}
+    said = {field.name: config[field.name] for field in fields(Preparation) if config.get(field.name) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
 
 
 def prepare_(model: nn.Module, preparation: dict[str, Any]) -> None:

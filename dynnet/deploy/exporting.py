@@ -23,6 +23,7 @@ from dynnet.deploy import engines
 from dynnet.deploy.checks import checked_stage
 from dynnet.deploy.folding import fold
 from dynnet.deploy.manifest import Manifest, Part, digest_of_file
+from dynnet.deploy.one_width import at_widths
 from dynnet.deploy.quantizing import Calibrating, Images, in_int8, quantize_
 from dynnet.deploy.ways import Way, in_widths
 from dynnet.deploy.whole import Nowhere, fits_a_graph
@@ -124,6 +125,8 @@ def _ready(model: nn.Module, exits: str, size: tuple[int, int, int] | None) -> D
         raise ExportError(f"the model is in {weight.dtype}; export it in single precision, with .float()")
     if isinstance(model, DynamicModel):
         copy = copy_of(model)
+        if isinstance(model.gates, Routers) and model.gates.chosen is not None:
+            copy = at_widths(model, model.gates.chosen)
         if exits == "all":
             copy.thresholds = [0.0 if t == float("inf") else t for t in model.thresholds]
         if copy.gates is not None and not isinstance(copy.gates, Routers):

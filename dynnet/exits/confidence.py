@@ -49,6 +49,10 @@ class Measure(ABC):
         """Which heads run: one at inf is switched off, unless every vote counts."""
         return [self.every_vote or threshold < math.inf for threshold in thresholds]
 
+    def rescaled(self, threshold: float, exits: int) -> float:
+        """What a threshold of this measure is worth in a model of so many exits, some of which may be others."""
+        return threshold
+
 
 MEASURES: dict[str, Callable[[int], Measure]] = {}  # by name: from the number of exits to the measure
 
@@ -124,6 +128,10 @@ class Patience(Measure):
         confidence = streak.double() / self.classifiers
         confidence = torch.where(broken, float("nan"), confidence)
         return confidence, torch.stack([prediction, streak], 1)
+
+    def rescaled(self, threshold: float, exits: int) -> float:
+        """So many classifiers in agreement are another share of the classifiers."""
+        return threshold * self.classifiers / (exits + 1)
 
 
 MEASURES["patience"] = Patience

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dynnet.exits.boundaries import Boundary, Feature, grid_of
 from dynnet.exits.flow import features, image_size
 
-HeadFactory = Callable[[Boundary, int], nn.Module]
+HeadFactory = Callable[[Boundary, int], nn.Module | None]
 
 _NARROWEST = 16  # channels of a head's convolutions, and features of a factored classifier, at least
 _MANY = 128  # more channels than these get a lean head

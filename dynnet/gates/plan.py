@@ -15,7 +15,7 @@ and each width is the first units of every group: a dense, narrow network, which
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,7 +58,11 @@ def check_gates(gates: str | GateConfig | None) -> GateConfig | None:
         GateError: something else.
     """
     if gates is None or isinstance(gates, GateConfig):
-        if gates is not None and gates.widths:
+        if gates is None:
+            return None
+        if isinstance(gates.widths, list):  # such a configuration could not be hashed
+            gates = replace(gates, widths=tuple(gates.widths))
+        if gates.widths:
             _check_widths(gates.widths)
         return gates
     if gates == "channel":

@@ -79,7 +79,8 @@ class Routed(Decisions):
         assert isinstance(network, Router)
         self._choices[number] = choice
         # A product would be on the bill.
-        opened = choice @ network.masks if self.gates.training else network.masks[choice.argmax(1)]
+        masks = network.masks.float()  # which are counted: half precision would round
+        opened = choice @ masks if self.gates.training else masks[choice.argmax(1)]
         self.taken[number] = Taken(rows.here, logits, opened)
 
     def contain(self, container: Container, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ N samples, K classes, E exits; exit number E is the backbone's own head
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -127,6 +127,8 @@ def ask(model: DynamicModel, images: Tensor, labels: Tensor | None, seen: int = 
     known = labels is not None
     labels = torch.full((len(images),), -1) if labels is None else labels.cpu()
     low = 0 if known else -1
+    if labels.ndim == 1 and len(labels) != len(images):
+        raise DataError(f"{len(labels)} labels for the {len(images)} images of {which}; give one for each")
     if labels.ndim != 1 or (len(labels) and not low <= int(labels.min()) <= int(labels.max()) < model.num_classes):
         raise DataError(
             f"labels of {which} are no classes 0 .. {model.num_classes - 1} (shape {tuple(labels.shape)}, from "
@@ -196,6 +198,8 @@ def collect(model: DynamicModel, loader: Iterable[Tensor | Sequence[Tensor]]) ->
     parts: list[BatchAnswers] = []
     with evaluating(model):
         for batch in loader:
+            if isinstance(batch, Mapping):
+                raise DataError(f"batch {len(parts)} is a dictionary with {list(batch)}; give (images, labels)")
             images, *labels = (batch,) if isinstance(batch, Tensor) else batch
             parts.append(ask(model, images.to(device), next(iter(labels), None), sum(len(p.labels) for p in parts)))
     return join(parts, model.exits)

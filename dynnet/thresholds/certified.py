@@ -15,18 +15,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+_NOTHING = 1e-18  # of a sum
+_MOST = 10**9
+
 
 def p_value(failures: int, samples: int, risk: float) -> float:
     """P[Bin(n, risk) <= k]: how likely so few failures were, were the risk as large as that."""
     if failures >= samples:
         return 1.0
-    # In logarithms: the first terms are far below the smallest float where n is large.
-    log = [
-        math.lgamma(samples + 1) - math.lgamma(k + 1) - math.lgamma(samples - k + 1)
-        + k * math.log(risk) + (samples - k) * math.log1p(-risk)
-        for k in range(failures + 1)
-    ]  # fmt: skip
-    return min(1.0, math.fsum(math.exp(term) for term in log))
+    total = 0.0
+    for k in range(failures, -1, -1):
+        # In logarithms: the first terms are far below the smallest float where n is large.
+        term = math.exp(
+            math.lgamma(samples + 1) - math.lgamma(k + 1) - math.lgamma(samples - k + 1)
+            + k * math.log(risk) + (samples - k) * math.log1p(-risk)
+        )  # fmt: skip
+        total += term
+        if k < samples * risk and term < total * _NOTHING:  # below the mean they only fall
+            break
+    return min(1.0, total)
 
 
 def safe_steps(failures: Sequence[int], samples: int, risk: float, delta: float) -> int:
@@ -44,13 +51,16 @@ def safe_steps(failures: Sequence[int], samples: int, risk: float, delta: float)
 
 
 def samples_needed(risk: float, delta: float, rate: float = 0.0) -> int:
-    """So many samples certify a risk if this share of them fails, below the risk; hardly fewer do."""
+    """So many samples certify a risk if this share of them fails, below the risk; hardly fewer do. 0 where it would
+    take more than a billion."""
 
     def passes(samples: int) -> bool:
         return p_value(math.ceil(rate * samples), samples, risk) <= delta
 
     enough = 1
     while not passes(enough):
+        if enough > _MOST:
+            return 0
         enough *= 2
     fails = enough // 2
     while enough - fails > 1:

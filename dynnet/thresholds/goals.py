@@ -142,6 +142,7 @@ class Budget(Goal):
             )
 
     def choose(self, table: Table) -> Choice:
+        _check_labels(table, self.name)
         what = f"a budget of {self.value} of the dense MACs"
         point = _best_within(table, explore(table), self.value, table.ledger.dense, what, "are exits giving NaN?")
         return Choice(point, _expected_drop(table, point.macs))
@@ -181,6 +182,7 @@ class Latency(Goal):
 
     def choose(self, table: Table) -> Choice:
         assert self.times is not None
+        _check_labels(table, self.name)
         # Gates close channels in PyTorch; in an engine they only cost what stands in the stages' times.
         timed = replace(table, ledger=self.times.ledger(), answers=replace(table.answers, gated=None))
         found = [point.thresholds for point in explore(timed)]
@@ -236,11 +238,8 @@ class Risk(Goal):
             raise CalibrationError(f"of={self.of!r}: choose from {', '.join(get_args(Harm))}")
 
     def choose(self, table: Table) -> Choice:
-        if self.of == "lost" and not table.answers.labelled:
-            raise CalibrationError(
-                f"{self.name} counts right answers that are lost, but the loader gave images without labels; give "
-                f"labels, or risk= with of='disagreement', which needs none"
-            )
+        if self.of == "lost":
+            _check_labels(table, self.name)
         if table.samples < 2:
             raise CalibrationError(f"{table.samples} samples cannot be halved, to learn from one half; give more")
         learn, judge = np.array_split(np.random.default_rng(0).permutation(table.samples), 2)
@@ -278,6 +277,14 @@ def sequence(table: Table) -> list[OperatingPoint]:
     """
     never = table.point((np.inf,) * table.exits)
     return [never, *(point for point in reversed(frontier(explore(table), ties=True)) if point.macs < never.macs)]
+
+
+def _check_labels(table: Table, name: str) -> None:
+    if not table.answers.labelled:
+        raise CalibrationError(
+            f"{name} counts right answers, but the loader gave images without labels; give labels, or risk= with "
+            f"of='disagreement', which needs none"
+        )
 
 
 def _best_within(

@@ -44,13 +44,14 @@ def explore(table: Table) -> list[OperatingPoint]:
     found = {point.thresholds: point for point in _corners(table)}
     # A price finds corners of the convex hull only; between two of them, walk from the dearer one downhill.
     hull = frontier(found.values())
-    # Also from where all heads run and nobody leaves, for what lies above the corner of the best accuracy: with its
-    # head paid for, the first sample that leaves at an exit is a gain.
+    walks = [(right, left.macs) for left, right in itertools.pairwise(hull)]
+    # Also from where all heads run and nobody leaves, all the way: with its head paid for, the first sample that leaves
+    # at an exit is a gain, where the same step from a corner at which the head is off is a loss, and ends the walk.
     above = np.nan_to_num(table.answers.confidences[:, :-1]).max(0) + 1e-9
-    hull.append(table.point(above.tolist()))
-    for left, right in itertools.pairwise(hull):
-        if right.macs - left.macs > table.ledger.dense / _PARTS:
-            found |= {point.thresholds: point for point in _downhill(table, right, left.macs)}
+    walks.append((table.point(above.tolist()), hull[0].macs))
+    for start, floor in walks:
+        if start.macs - floor > table.ledger.dense / _PARTS:
+            found |= {point.thresholds: point for point in _downhill(table, start, floor)}
     tidied = {_tidied(table, thresholds) for thresholds in found}
     return [found.get(thresholds) or table.point(thresholds) for thresholds in sorted(tidied)]
 

@@ -50,6 +50,18 @@ def test_graphs_are_bounded_whatever_sizes_come(session: OpenVinoSession) -> Non
     assert set(session._requests) == set(SIZES)
 
 
+def test_rows_of_nan_answer_nan_and_the_others_what_they_would(session: OpenVinoSession) -> None:
+    """Left to itself it takes a maximum of NaN and numbers for a number, and is confident."""
+    a, rows, columns = (np.ones(s, np.float32) for s in ((6, 4), (12, 3), (5, 6)))
+    a[1, 2] = rows[7, 0] = columns[4, 5] = np.nan  # of samples 1, 3 and 5
+    logits, confidence, r, c = session.run([a, rows, columns])
+    broken = np.array([False, True, False, True, False, True])
+    for found, value in ((logits, 1), (confidence, 1), (r.reshape(6, -1), 2), (c.T, 2)):
+        of_rows = found.reshape(6, -1)
+        assert np.isnan(of_rows[broken]).all()
+        assert (of_rows[~broken] == value).all()
+
+
 def test_parts_are_the_whole_batch() -> None:
     for rows in range(1, 70):
         assert [i for start, size in parts(rows) for i in range(start, start + size)] == list(range(rows))

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import dynnet
-from dynnet import GateConfig
+from dynnet import GateConfig, loss
+from dynnet.certificate import subject_of
+from dynnet.deploy import Runner
 from dynnet.deploy.one_width import at_widths
 from dynnet.errors import CalibrationError, CascadeError, CheckpointError, ExitError, GateError
 from dynnet.gates.freezing import mean_masks, widths_of
@@ -167,6 +169,29 @@ def test_routers_are_asked_for_widths_that_there_are() -> None:
         gates.freeze(masks)
     assert gates.chosen is None
     assert model.gates is gates
+
+
+def test_widths_learn_in_half_precision() -> None:
+    model, _, images = routed(FEW[0])
+    model.bfloat16().train()
+    outputs = model(images.bfloat16())
+    loss(outputs, torch.zeros(6, dtype=torch.long)).backward()
+    assert outputs.decisions is not None
+    assert bool(torch.stack([x.isfinite().all() for x in outputs.logits]).all())
+
+
+def test_a_chosen_width_is_what_is_exported_and_certified(tmp_path: Path) -> None:
+    model, gates, images = routed(FEW[0])
+    subject = subject_of(model)
+    gates.choose([1] * len(gates.plan.regions))
+    assert subject_of(model) != subject
+    expected = model.predict(images)
+    dynnet.export(model, tmp_path / "stages", engine="torch")
+    found = Runner(tmp_path / "stages", threads=1).predict(images.numpy())
+    assert found.macs.tolist() == expected.macs.tolist()
+    assert torch.allclose(torch.from_numpy(found.logits), expected.logits, atol=1e-4)
+    gates.thaw()
+    assert subject_of(model) == subject
 
 
 def test_the_mean_of_what_routers_choose_is_a_width() -> None:

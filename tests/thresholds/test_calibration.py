@@ -57,6 +57,21 @@ def test_the_trade_off_is_as_good_as_trying_everything() -> None:
         assert ours >= best - 0.01
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+def test_an_exit_of_which_confidence_says_little_is_searched_too(slope: float) -> None:
+    """One step from where its head is off costs more than it saves; many do not."""
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.1, 1, 2000)
+    right = np.stack([rng.uniform(size=2000) < 0.6 + slope * confidence, rng.uniform(size=2000) < 0.92], 1)
+    said = Answers(np.zeros(2000, int), 1 - right, np.stack([confidence, np.ones(2000)], 1), ("a",), SIZE)
+    one = table(said, Ledger((Segment(40, 3), Segment(60)), {}))
+    every = [one.point((t,)) for t in np.quantile(confidence, np.linspace(0, 1, 200))]
+    points = trade_off(one)
+    for budget in (0.5, 0.7, 0.9):
+        best = max(p.accuracy for p in every if p.macs <= 100 * budget)
+        assert max(p.accuracy for p in points if p.macs <= 100 * budget) >= best - 0.006
+
+
 def test_of_equally_good_points_the_one_that_spends_more_is_taken() -> None:
     # 200 samples; early is right for all but 2, late for all but 1: a difference of 1 is no difference.
     early, late = np.ones(200, dtype=np.int64), np.ones(200, dtype=np.int64)
@@ -174,6 +189,19 @@ def test_measuring_reads_a_loader_once() -> None:
     assert (once.exit == again.exit).all()
     # What the table says each exit would have done is what the running model did.
     assert (once.answers.route(model.thresholds) == once.exit).all()
+
+
+def test_batches_that_are_none_are_told_and_a_budget_wants_labels() -> None:
+    model = dynnet.wrap(tiny(), ["0"], input_size=SIZE).eval()
+    ((x, y), _) = images()
+    for batch, error, match in (
+        ({"image": x, "label": y}, DataError, r"batch 0 is a dictionary with \['image', 'label'\]"),
+        ((x, y[:7]), DataError, "7 labels for the 40 images of samples 0 to 39"),
+        (x, CalibrationError, "budget counts right answers, but the loader gave images without labels"),
+    ):
+        with pytest.raises(error, match=match):
+            dynnet.calibrate(model, [batch], budget=0.9)  # type: ignore[list-item]
+    assert model.thresholds == (math.inf,)
 
 
 def test_collecting_leaves_the_mode_alone() -> None:

@@ -40,6 +40,13 @@ def test_no_failure_in_299_samples_shows_one_in_a_hundred() -> None:
         assert p_value(math.ceil(rate * needed / 2), needed // 2, 0.02) > DELTA
 
 
+def test_where_a_billion_samples_are_too_few_it_is_told_at_once() -> None:
+    needed = samples_needed(0.05, DELTA, 0.0499)
+    assert p_value(math.ceil(0.0499 * needed), needed, 0.05) <= DELTA
+    assert needed > 10_000_000
+    assert samples_needed(0.05, DELTA, 0.049999) == 0
+
+
 def test_steps_are_those_that_mapie_takes() -> None:
     # Bauer's fixed sequence in the order given; its p-value is the smaller of Hoeffding's and the binomial one.
     rng = np.random.default_rng(0)

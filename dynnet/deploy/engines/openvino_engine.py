@@ -76,7 +76,7 @@ class OpenVinoSession:
 
     def __init__(self, path: Path, threads: int | None, stage: Any) -> None:
         self._name = path.name
-        self._takes = tuple(stage.takes)
+        self._takes, self._gives = tuple(stage.takes), tuple(stage.gives)
         self._dims = (0, 0, *(port.dim for port in stage.gives))  # of the batch, in what it makes
         # Left to itself, it computes in half precision where the processor does.
         self._config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
@@ -96,9 +96,26 @@ class OpenVinoSession:
         rows = tensors[0].shape[self._takes[0].dim] // self._takes[0].per_sample
         with self._lock:
             made = [self._run(tensors, start, size) for start, size in parts(rows)]
-        if len(made) == 1:
-            return made[0]
-        return [np.concatenate(pieces, dim) for pieces, dim in zip(zip(*made, strict=True), self._dims, strict=True)]
+        whole = made[0]
+        if len(made) > 1:
+            pieces = zip(zip(*made, strict=True), self._dims, strict=True)
+            whole = [np.concatenate(piece, dim) for piece, dim in pieces]
+        return self._honest(tensors, whole, rows)
+
+    def _honest(self, tensors: Sequence[np.ndarray], made: list[np.ndarray], rows: int) -> list[np.ndarray]:
+        """What was made, NaN for rows that were fed NaN: OpenVINO's activations make numbers of it, and confidence."""
+        broken = np.zeros(rows, bool)
+        for tensor, port in zip(tensors, self._takes, strict=True):
+            # A sum is quickly told, and NaN if anything in it is.
+            if tensor.dtype.kind == "f" and np.isnan(tensor.sum()):
+                of_rows = np.moveaxis(np.isnan(tensor), port.dim, 0).reshape(rows, -1)
+                broken |= of_rows.any(1)
+        if broken.any():
+            entries = (1, 1, *(port.per_sample for port in self._gives))
+            for out, dim, each in zip(made, self._dims, entries, strict=True):
+                if out.dtype.kind == "f":
+                    np.moveaxis(out, dim, 0)[broken.repeat(each)] = np.nan
+        return made
 
     def _run(self, tensors: Sequence[np.ndarray], start: int, size: int) -> list[np.ndarray]:
         """What it makes of some rows."""

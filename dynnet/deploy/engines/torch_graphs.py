@@ -29,7 +29,8 @@ _ON_NUMBERS = {"getitem": operator.getitem, "mul": operator.mul, "floordiv": ope
 # PyTorch says of some operators that they are its core, from which all others are made. These are for speed:
 _MORE = """
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d addcmul avg_pool1d avg_pool2d
-    avg_pool3d baddbmm batch_norm chunk contiguous conv1d conv2d conv3d dropout einsum expand_as flatten floor_divide
+    avg_pool3d baddbmm batch_norm chunk clamp_min contiguous conv1d conv2d conv3d dropout einsum expand_as flatten
+    floor_divide
     glu group_norm hardsigmoid hardswish hardtanh im2col instance_norm layer_norm linalg_vector_norm linear linspace
     log_softmax logsumexp masked_fill matmul max_pool1d max_pool2d max_pool3d meshgrid mish movedim narrow new_full
     new_ones new_zeros ones ones_like pad pixel_shuffle pixel_unshuffle prelu reshape rms_norm roll rsub
