@@ -12,8 +12,9 @@ from typing import Any
 import timm
 from torch import nn
 
-from dynnet.errors import DynnetError, InputError, did_you_mean
+from dynnet.errors import DynnetError, InputError
 from dynnet.files.bundles import write_atomically
+from dynnet.files.creation import unknown_to_timm
 
 
 @contextlib.contextmanager
@@ -33,8 +34,8 @@ def timm_model(name: str) -> nn.Module:
     Raises:
         InputError: timm has no model of this name.
     """
-    if not timm.is_model(name):
-        raise InputError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    if told := unknown_to_timm(name):
+        raise InputError(told)
     return timm.create_model(name, num_classes=1000).eval()
 
 

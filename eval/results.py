@@ -157,22 +157,22 @@ def gate_use(masks: Sequence[np.ndarray], plan: GatePlan) -> list[dict[str, Any]
         plan: of the gates.
 
     Returns:
-        For each region "layer", "units" and "images": n; and, NaN where n is 0, "open": the mean share of open units,
+        For each region "layer", "units" and "images": n; and, None where n is 0, "open": the mean share of open units,
         "dead" and "always": shares of the units that are open for no image and for all, "differ": the mean share of the
         units on which two images differ, and "masks": how many different masks there are.
     """
     found = []
     for mask, region in zip(masks, plan.regions, strict=True):
-        rates = mask.mean(0) if len(mask) else np.full(region.units, np.nan)
+        rates = mask.mean(0) if len(mask) else None
         found.append(
             {
                 "layer": region.layer,
                 "units": region.units,
                 "images": len(mask),
-                "open": float(rates.mean()),
-                "dead": float((rates == 0).mean()),
-                "always": float((rates == 1).mean()),
-                "differ": float((2 * rates * (1 - rates)).mean()),
+                "open": None if rates is None else float(rates.mean()),
+                "dead": None if rates is None else float((rates == 0).mean()),
+                "always": None if rates is None else float((rates == 1).mean()),
+                "differ": None if rates is None else float((2 * rates * (1 - rates)).mean()),
                 "masks": len(np.unique(np.packbits(mask, axis=1), axis=0)),
             }
         )

@@ -100,11 +100,23 @@ class Clocked(TypedDict):
     batch_size: int
 
 
+class Shown(TypedDict):
+    """What was shown of a risk: k of n samples failed."""
+
+    of: str
+    risk: float
+    delta: float
+    failures: int
+    samples: int
+
+
 class Calibrated(TypedDict):
     goal: str
     value: float
     samples: int
     clocked: NotRequired[Clocked | None]
+    needed: NotRequired[int | None]
+    certificate: NotRequired[Shown | None]
 
 
 class Prices(TypedDict):
@@ -117,10 +129,10 @@ class GatedRegion(TypedDict):
     layer: str
     units: int
     images: int
-    open: float
-    dead: float
-    always: float
-    differ: float
+    open: float | None
+    dead: float | None
+    always: float | None
+    differ: float | None
     masks: int
 
 

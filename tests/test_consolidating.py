@@ -155,6 +155,7 @@ def test_what_cannot_be_consolidated_is_told(tmp_path: Path, recipe: Path, gated
 def test_a_run_consolidates_trains_and_resumes(gated_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "widths"
     argv = ["--recipe", str(gated_run / "recipe.yaml"), "--out", str(out), f"--consolidate.gated={gated_run}"]
+    argv += ["--backbone.name", "cifar_resnet56"]  # which the gated model's takes the place of
     stages = ["--dense.epochs=0", "--heads.epochs=0", "--joint.epochs=1"]
     widths = ["--wrap.exits", "[layer1.0, layer2.0]", "--wrap.gates", "{unit: 2, widths: [0.5, 1.0]}"]
     assert train.main([*argv, *stages, *widths]) == 0
@@ -162,5 +163,7 @@ def test_a_run_consolidates_trains_and_resumes(gated_run: Path, tmp_path: Path) 
     assert isinstance(model.gates, Routers)
     assert model.exits == ("layer1.0", "layer2.0")
     assert train.main(["--out", str(out), "--resume"]) == 0
+    others = [*argv[:3], str(tmp_path / "y"), *argv[4:], *stages, *widths, "--data.mean", "[0.1]"]
+    assert train.main(others) == 2
     plain = [*argv[:3], str(tmp_path / "x"), argv[4], *stages]
     assert train.main([*plain, "--wrap.exits", "[layer1.0]", "--wrap.gates", "{unit: 2}"]) == 2

@@ -64,6 +64,7 @@ def put_in_a_row(recipe: Recipe, out: Path, resume: bool, here: World) -> Dynami
         [load(path / "model.safetensors") for path in members],
         combine=config.combine,
         input_sizes=config.input_sizes or None,
+        confidence=config.confidence,
     )
     _check_images(model, data)
     print(f"{' then '.join(config.members)} on {data.label}: exits {', '.join(model.exits)}", flush=True)

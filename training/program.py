@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dynnet.deploy.folding import folded_norms
-from dynnet.errors import CheckpointError, DynnetError, RecipeError, did_you_mean
+from dynnet.errors import CheckpointError, DynnetError, RecipeError
 from dynnet.files.bundles import is_bundle
 from dynnet.files.checkpoints import load
-from dynnet.files.creation import not_architecture
+from dynnet.files.creation import not_architecture, unknown_to_timm
 from dynnet.files.weights import load_weights_
 from dynnet.learning.data import Data, load_data
 from dynnet.learning.overrides import pairs
+from dynnet.learning.plain_yaml import read_yaml
 from dynnet.learning.processes import World, world
 from dynnet.learning.recipes import BackboneConfig, Recipe, read_recipe, recipe_keys
 from dynnet.model import DynamicModel
@@ -157,8 +158,8 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
     Raises:
         RecipeError: timm has no model of that name.
     """
-    if not timm.is_model(name):
-        raise RecipeError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    if told := unknown_to_timm(name):
+        raise RecipeError(told)
     config = timm.get_pretrained_cfg(name)
     return config.to_dict() if config is not None else {}
 
@@ -201,7 +202,8 @@ def _command_line(
 def _template(overrides: Sequence[str]) -> Path:
     """The recipe for images of one's own, where none is named."""
     given = dict(pairs(overrides))
-    fine = given.get("backbone.pretrained") == "true" or bool(given.get("backbone.weights"))
+    pretrained = read_yaml(given.get("backbone.pretrained", "false"), "--backbone.pretrained")
+    fine = pretrained is True or bool(given.get("backbone.weights"))
     path = Path(__file__).parent / ("finetune.yaml" if fine else "scratch.yaml")
     new = "" if fine else "; from new weights, for neither --backbone.pretrained true nor --backbone.weights was given"
     print(f"no --recipe given: as training/{path.name} says{new}", flush=True)

@@ -53,6 +53,10 @@ def make_tools(trained: nn.Module, config: StageConfig, name: str, recipe: Recip
             warmup_epochs=config.warmup * config.epochs,
             warmup_lr=config.lr / 100,
             min_lr=config.lr * config.final_lr,
+            # Else timm's: decays at epochs 90, 180 ..., and of a polynomial the tenth root.
+            decay_epochs=config.epochs / 3,
+            decay_milestones=(config.epochs / 2, 3 * config.epochs / 4),
+            decay_rate=1.0 if config.sched == "poly" else 0.1,
             step_on_epochs=False,
             updates_per_epoch=len(loader),
         )

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dynnet import DynamicModel, calibrate, consolidate, wrap
-from dynnet.backbone.host import prepare_
+from dynnet.backbone.host import preparation_of, prepare_
 from dynnet.errors import CalibrationError, RecipeError
 from dynnet.evaluation.allocator import keep_freed_memory
 from dynnet.files.bundles import write_atomically
@@ -35,10 +35,10 @@ from dynnet.gates.routers import Routers
 from dynnet.learning.data import Data
 from dynnet.learning.losses import budget_loss, exit_losses, exit_weights, expected_macs, gate_noise, joint_loss
 from dynnet.learning.processes import World
-from dynnet.learning.recipes import Recipe, StageConfig, recipe_to_yaml
+from dynnet.learning.recipes import Recipe, StageConfig, read_recipe, recipe_to_yaml
 from dynnet.outputs import ExitOutputs
 from dynnet.thresholds.calibration import make_goal
-from dynnet.thresholds.goals import Budget
+from dynnet.thresholds.goals import Budget, Risk
 from training.identity import identity_of
 from training.log import Log
 from training.loop import Desk, Objective, Stage, run_stage
@@ -58,6 +58,9 @@ def train(recipe: Recipe, out: Path, resume: bool, here: World) -> DynamicModel:
     """Run a recipe to its end, from the beginning or from the last checkpoint in `out`."""
     keep_freed_memory()
     torch.manual_seed(recipe.seed)
+    if recipe.consolidate.gated is not None and not resume:
+        gated = read_recipe(folder_of(recipe.consolidate.gated) / "recipe.yaml").backbone
+        recipe = dataclasses.replace(recipe, backbone=dataclasses.replace(gated, pretrained=False, weights=None))
     data, create = open_data(recipe, here)
     identity = identity_of("training.train", recipe, data)
     state = State.read(out / "state.safetensors") if resume else None
@@ -240,6 +243,14 @@ def _consolidated(recipe: Recipe, data: Data) -> DynamicModel:
         raise RecipeError("consolidate.gated wants wrap.gates.widths, such as [0.25, 0.5, 0.75, 1.0]")
     if not isinstance(gated, DynamicModel):
         raise RecipeError(f"consolidate.gated: {str(path)!r} holds a plain model; give one with gates on channels")
+    said = {"classes": gated.class_names, **preparation_of(gated.backbone), "input_size": gated.input_size}
+    here = {"classes": data.classes, **data.preparation}
+    for key in ("classes", "input_size", "mean", "std"):
+        if said.get(key) is not None and tuple(said[key]) != tuple(here[key]):
+            raise RecipeError(
+                f"consolidate.gated: {str(path)!r} was trained with {key} {list(said[key])}, and these data have "
+                f"{list(here[key])}; they must be the same"
+            )
     if isinstance(recipe.wrap.exits, int):
         raise RecipeError(f"consolidate.gated wants names in wrap.exits, where routers stand, not {recipe.wrap.exits}")
     seen = itertools.islice(data.sample_loader(128, seed=recipe.seed), recipe.consolidate.batches)
@@ -262,7 +273,10 @@ def _check(recipe: Recipe, model: DynamicModel, data: Data, here: World) -> None
             make_tools(_trained(stage, model), getattr(recipe, stage), stage, recipe, data, here)
     exit_weights(recipe.loss, [boundary.macs_share for boundary in model.boundaries], 1.0)
     if model.exits:
-        make_goal(**recipe.calibration.goal()).check(model)
+        goal = make_goal(**recipe.calibration.goal())
+        goal.check(model)
+        if isinstance(goal, Risk) and here.first and (told := goal.hopeless(len(data.calibration))):
+            print(f"calibration: {told}", flush=True)
     if model.gates is not None and not _runs(model, "joint", recipe.joint):
         raise RecipeError(
             "joint.epochs=0: gates learn in the joint stage and decide at random without it; give 1 or more"

@@ -11,6 +11,7 @@ from pathlib import Path
 from dynnet.command import verbs
 from dynnet.deploy.engines import ENGINES
 from dynnet.errors import DynnetError, did_you_mean
+from dynnet.serving.arguments import count
 
 EXAMPLES = """examples:
   dynnet list
@@ -74,7 +75,7 @@ def _predict(verb: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentP
     made = verb("predict", help="answer image files: class, confidence, the exit that was taken, and what it cost")
     made.add_argument("model", help=_MODEL)
     made.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, each answered alone")
-    made.add_argument("--threads", type=int, help="of the engine, or of PyTorch; by default its own number")
+    made.add_argument("--threads", type=count, help="of the engine, or of PyTorch; by default its own number")
     made.set_defaults(run=verbs.predict)
     return made
 
@@ -107,9 +108,9 @@ def _bench(verb: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("model", help="a model of the zoo, or a file")
     made.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="files, taken again and again")
     made.add_argument("--engine", choices=list(ENGINES), help="in which both run; by default PyTorch")
-    made.add_argument("--batch", type=int, default=1, help="images of a call (default: %(default)s)")
-    made.add_argument("--calls", type=int, default=200, help="timed calls (default: %(default)s)")
-    made.add_argument("--threads", type=int, help="by default as many as the model's layers can feed")
+    made.add_argument("--batch", type=count, default=1, help="images of a call (default: %(default)s)")
+    made.add_argument("--calls", type=count, default=200, help="timed calls (default: %(default)s)")
+    made.add_argument("--threads", type=count, help="by default as many as the model's layers can feed")
     made.set_defaults(run=verbs.bench)
 
 

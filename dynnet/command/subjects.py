@@ -54,6 +54,10 @@ def find(name: str, threads: int | None = None, pretrained: bool = False) -> Sub
     import timm
 
     if timm.is_model(name):
+        from dynnet.files.creation import unknown_to_timm
+
+        if told := unknown_to_timm(name):
+            raise CheckpointError(told)
         return Subject(name, "timm", timm.create_model(name, pretrained=pretrained).eval())
     known = [*dynnet.list_models(), *timm.list_models()]
     raise CheckpointError(

@@ -12,6 +12,9 @@ import numpy as np
 Table = Mapping[str, np.ndarray]  # columns by name, each (N,)
 
 
+_NAMES = ("class", "file")  # which may look like numbers
+
+
 def write_table(columns: dict[str, np.ndarray], path: Path) -> None:
     """Columns of equal length as a CSV file."""
     with path.open("w", newline="") as file:
@@ -24,7 +27,8 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
     """A CSV file of numbers and texts, by column; empty fields are NaN."""
     with path.open(newline="") as file:
         header, *rows = list(csv.reader(file))
-    return {name: _column([row[i] for row in rows]) for i, name in enumerate(header)}
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    return {name: np.array(texts) if name in _NAMES else _column(texts) for name, texts in columns.items()}
 
 
 def _column(texts: list[str]) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dynnet.errors import did_you_mean
 from dynnet.pruning.shape import Shape, shape_of
 
 # What timm itself does with an argument: it asks servers, opens files, or makes something that is no classifier.
@@ -51,6 +52,19 @@ class Most(NamedTuple):
         has more than 4 modules for each tensor, or more entries in its tables than twice those in its weights."""
         entries = sum(t.numel() for t in tensors.values())
         return cls(16 * len(tensors) + 4096, 1024 * entries + 2**24, 16 * entries + 2**24)
+
+
+def unknown_to_timm(name: str) -> str | None:
+    """That timm has no model of a name, or no weights of a tag behind its dot, in words; None where it does."""
+    if not timm.is_model(name):
+        return f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}"
+    if "." in name and not timm.is_model_pretrained(name):
+        base = name.partition(".")[0]
+        known = timm.list_pretrained(f"{base}.*")
+        return (
+            f"timm has {base}, but no weights {name!r}{did_you_mean(name, known)}; it has {', '.join(known) or 'none'}"
+        )
+    return None
 
 
 def not_architecture(create: Mapping[str, Any]) -> str | None:

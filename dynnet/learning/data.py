@@ -46,7 +46,7 @@ class Data:
         classes: K names in the order of the labels.
         input_size: (C, H, W) of a batch's images.
         mean, std: (C,) normalisation.
-        crop_pct: of the evaluation's resizing, where images are not held in memory.
+        crop_pct, crop_mode: of the evaluation's resizing, where images are not held in memory.
         interpolation: of all resizing but that of training images that are not.
         config: what it was made from.
     """
@@ -59,6 +59,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float
+    crop_mode: str
     interpolation: str
     config: DataConfig
 
@@ -70,6 +71,7 @@ class Data:
             "mean": self.mean,
             "std": self.std,
             "crop_pct": 1.0 if isinstance(self.train, MemorySource) else self.crop_pct,
+            "crop_mode": "center" if isinstance(self.train, MemorySource) else self.crop_mode,
             "interpolation": self.interpolation,
             "label_names": self.classes,
         }
@@ -195,6 +197,7 @@ class Loader:
             mean=self.data.mean,
             std=self.data.std,
             crop_pct=self.data.crop_pct,
+            crop_mode=self.data.crop_mode,
             interpolation=self.data.interpolation if not self.augment else "random",
         )
         across = max(self.data.input_size[1:]) / self.data.crop_pct
@@ -238,6 +241,7 @@ def load_data(config: DataConfig, model_cfg: dict[str, Any] | None = None) -> Da
         mean,
         std,
         crop_pct=model_cfg.get("crop_pct") or 0.875,
+        crop_mode=str(model_cfg.get("crop_mode") or "center"),
         interpolation=str(model_cfg.get("interpolation") or "bilinear"),
         config=config,
     )

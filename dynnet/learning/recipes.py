@@ -59,9 +59,10 @@ class StageConfig:
         momentum: of the optimiser, where it has one.
         weight_decay: on weights; biases and norms are spared unless `decay_norms`.
         decay_norms: weight decay on biases and norms too.
-        sched: timm's name of the schedule, stepped after every update.
+        sched: timm's name of the schedule, stepped after every update: "cosine", "tanh", "poly" (a straight line);
+            "step", to a tenth after each third of the epochs, "multistep", after a half and three quarters; "none".
         warmup: share of the stage spent raising the learning rate.
-        final_lr: the last learning rate, as a share of `lr`.
+        final_lr: the last learning rate, as a share of `lr`; not for steps, which end where they end.
         clip_grad: largest norm of the gradient; None for no limit.
     """
 
@@ -113,11 +114,13 @@ class CascadeConfig:
         members: models of the zoo, or folders of runs, the cheapest first.
         combine: "last" or "mean".
         input_sizes: of their images (C, H, W), where they are others than those that they were trained on.
+        confidence: name of the measure; by default what wrapped members have.
     """
 
     members: tuple[str, ...] = ()
     combine: Combine = "last"
     input_sizes: tuple[tuple[int, int, int], ...] = ()
+    confidence: str | None = None
 
 
 @dataclass(frozen=True)

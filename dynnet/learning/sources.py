@@ -193,6 +193,11 @@ def _open_images(name: str, root: str, splits: tuple[str, str], download: bool) 
         return [train, test], train.classes
     if is_undivided(Path(root), splits):
         listing = list_place(Path(root), by_first=name in TORCH_FOLDERS)
+        if listing.barren:
+            raise DataError(
+                f"{root!r} has folders without images: {', '.join(sorted(listing.barren))}; every folder is a class, "
+                f"so put images there, or remove them"
+            )
         return [OnDisk(listing, listing.classes)], listing.classes
     check_apart(Path(root), splits)
     listings = [list_split(Path(root), split, by_first=name in TORCH_FOLDERS) for split in splits]

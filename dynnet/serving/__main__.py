@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynnet.errors import DynnetError
+from dynnet.serving.arguments import count
 from dynnet.serving.door import check_free, missing
 
 
@@ -27,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--server", choices=["ray", "litserve"], default="ray", help="default: %(default)s")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
-    parser.add_argument("--replicas", type=int, default=1, help="processes with the model (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of the engine in each (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images of a call, at most (default: %(default)s)")
+    parser.add_argument("--replicas", type=count, default=1, help="processes with the model (default: %(default)s)")
+    parser.add_argument("--threads", type=count, default=1, help="of the engine in each (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=8, help="images of a call, at most (default: %(default)s)")
     parser.add_argument("--wait_ms", type=float, default=2.0, help="for others to come (default: %(default)s)")
     parser.add_argument(
-        "--queue", type=int, default=100, help="requests that wait; more get 503 (default: %(default)s)"
+        "--queue", type=count, default=100, help="requests that wait; more get 503 (default: %(default)s)"
     )
     given = vars(parser.parse_args(argv))
     server, host, port = given.pop("server"), given.pop("host"), given.pop("port")

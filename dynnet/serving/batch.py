@@ -29,6 +29,7 @@ from dynnet.deploy.manifest import NAME as MANIFEST
 from dynnet.deploy.manifest import digest_of_file
 from dynnet.errors import CheckpointError, DataError, DynnetError
 from dynnet.learning.pictures import printable
+from dynnet.serving.arguments import count
 from dynnet.serving.door import missing
 from dynnet.serving.images import pictures_in, prepared
 
@@ -43,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("images", type=Path, help="folder, looked through to the bottom")
     parser.add_argument("model", type=Path, help="folder that `dynnet export` wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the answers; made, or gone on with")
-    parser.add_argument("--part", type=int, default=1000, help="images of a file (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="images of a call (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=1, help="of the engine in each (default: %(default)s)")
+    parser.add_argument("--part", type=count, default=1000, help="images of a file (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=32, help="images of a call (default: %(default)s)")
+    parser.add_argument("--processes", type=count, default=1, help="default: %(default)s")
+    parser.add_argument("--threads", type=count, default=1, help="of the engine in each (default: %(default)s)")
     given = vars(parser.parse_args(argv))
     try:
         done = answer_folder(**given)

@@ -237,6 +237,16 @@ class Risk(Goal):
         if self.of not in get_args(Harm):
             raise CalibrationError(f"of={self.of!r}: choose from {', '.join(get_args(Harm))}")
 
+    def hopeless(self, samples: int) -> str | None:
+        """Why so many samples cannot show it, whatever they are, in words; None where they can."""
+        needed = 2 * samples_needed(self.value, self.delta)  # one half learns the order in which thresholds are tried
+        if samples >= needed:
+            return None
+        return (
+            f"{self.name}={self.value:g} cannot be certified on {samples} held-out images, of which it takes {needed} "
+            f"even if none is harmed: nobody will exit. Hold out more, ask for less, or give a budget"
+        )
+
     def choose(self, table: Table) -> Choice:
         if self.of == "lost":
             _check_labels(table, self.name)

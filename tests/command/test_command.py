@@ -88,12 +88,14 @@ def test_images_are_answered_as_the_model_does_in_pytorch_and_in_an_engine(
     assert said(capsys, "predict", str(stages), argv[0]).splitlines()[0].split()[:2] == ["file", "class"]
 
 
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(50, 80), (300, 200), (64, 64)])
-def test_pictures_are_prepared_as_timm_does(size: tuple[int, int], tmp_path: Path) -> None:
+def test_pictures_are_prepared_as_timm_does(size: tuple[int, int], mode: str, tmp_path: Path) -> None:
     rough = np.random.default_rng(0).integers(0, 255, (5, 5, 3)).astype(np.uint8)
     picture = Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC)
     picture.save(tmp_path / "x.png")
     said = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "crop_pct": 0.875, "interpolation": "bilinear"}
+    said["crop_mode"] = mode  # type: ignore[assignment]
     transform = create_transform((3, 64, 64), **said)
     found = prepared(tmp_path / "x.png", (3, 64, 64), said)
     assert np.abs(found - transform(picture).numpy()).max() < 0.03

@@ -11,10 +11,17 @@ from PIL import Image
 
 import dynnet
 from dynnet.learning.recipes import Recipe, read_recipe
-from training import train
+from training import program, train
 
 SMALL = ["--backbone.name", "cifar_resnet20", "--backbone.kwargs", "{width: 0.125}", "--wrap.exits", "[layer2]"]
-SHORT = ["--dense.epochs=1", "--heads.epochs=1", "--joint.epochs=1", "--dense.batch_size=8", "--heads.batch_size=8"]
+SHORT = [
+    "--calibration.budget=0.9",
+    "--dense.epochs=1",
+    "--heads.epochs=1",
+    "--joint.epochs=1",
+    "--dense.batch_size=8",
+    "--heads.batch_size=8",
+]
 
 
 def put(root: Path, count: int) -> Path:
@@ -56,6 +63,20 @@ def test_a_misspelt_split_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixt
     put(tmp_path / "images" / "Train", 5), put(tmp_path / "images" / "tests", 5)
     assert run(tmp_path / "images", tmp_path / "run") == 2
     assert "has no 'train' folder or train.tar; it holds ['Train', 'tests']" in capsys.readouterr().err
+
+
+def test_a_folder_without_images_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("cat", "dog", "bird"):
+        (tmp_path / "own" / kind).mkdir(parents=True)
+    for kind in ("cat", "dog"):
+        Image.new("RGB", (16, 16)).save(tmp_path / "own" / kind / "0.png")
+    assert train.main(["--data", str(tmp_path / "own"), "--out", str(tmp_path / "run"), *SMALL]) == 2
+    assert "has folders without images: bird; every folder is a class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["true", "True", "yes"])
+def test_pretrained_weights_are_finetuned_however_it_is_said(text: str) -> None:
+    assert program._template(["--backbone.pretrained", text]).name == "finetune.yaml"
 
 
 def test_templates_are_recipes_that_differ_in_what_they_begin_with() -> None:

@@ -87,6 +87,10 @@ def test_another_job_is_told(place: Path, tmp_path: Path, capsys: pytest.Capture
         assert batch.main([str(a) for a in argv]) == 2
         return capsys.readouterr().err
 
+    for option in ("--batch", "--part", "--processes", "--threads"):
+        with pytest.raises(SystemExit, match="2"):
+            batch.main([str(place / "images"), str(place / "stages"), "--out", str(tmp_path / "no"), option, "0"])
+        assert f"argument {option}: '0': give a whole number of 1 or more" in capsys.readouterr().err
     (tmp_path / "none").mkdir()
     assert "no images in" in told(tmp_path / "none", place / "stages", "--out", tmp_path / "out")
     assert "holds no exported model" in told(place / "images", tmp_path, "--out", tmp_path / "out")
