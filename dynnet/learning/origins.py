@@ -62,6 +62,10 @@ def check_root(name: str, root: Any) -> None:
     text = _text(root, "data.root")
     if _SCHEME.match(text):
         raise DataError(f"data.root is {text!r}, an address; give a folder of this machine")
+    if text and name == DIGITS:
+        raise DataError(
+            f"data.root is {text!r}, but data.name is {name!r}, which needs no folder; for yours set data.name ''"
+        )
     if not text and name != DIGITS and not name.startswith(HUGGING_FACE):
         raise DataError("data.root is empty; give the folder of the dataset with --data")
 

@@ -23,7 +23,15 @@ def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "check_apart", opened)
 
 
-@pytest.mark.parametrize("name", ["", "digits", *TORCH, *TORCH_FOLDERS])
+def test_digits_are_in_no_folder() -> None:
+    DataConfig(name="digits").check()
+    with pytest.raises(
+        DataError, match="data.root is 'mine', but data.name is 'digits', which needs no folder; for yours"
+    ):
+        DataConfig(name="digits", root="mine").check()
+
+
+@pytest.mark.parametrize("name", ["", *TORCH, *TORCH_FOLDERS])
 def test_known_names_pass(name: str) -> None:
     DataConfig(name=name, root="folder").check()
     DataConfig(name=name, root="C:\\folder", input_size=(1, 32, 32), mean=(0.5,), std=(0.5,)).check()
