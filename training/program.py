@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dynnet.backbone.chain import Chain
 from dynnet.deploy.folding import folded_norms
 from dynnet.errors import CheckpointError, DynnetError, RecipeError
 from dynnet.files.bundles import is_bundle
@@ -131,7 +132,12 @@ def make_backbone(config: BackboneConfig, create: dict[str, Any], state: State |
     elif config.weights and is_bundle(config.weights):
         backbone = load(config.weights, backbone)
         if isinstance(backbone, DynamicModel):
-            raise CheckpointError(f"{config.weights!r} holds a wrapped model; give the backbone that it was made from")
+            if isinstance(backbone.backbone, Chain) or backbone.gates is not None:
+                what = "gates" if backbone.gates is not None else "several backbones"
+                raise CheckpointError(
+                    f"{config.weights!r} holds a model with {what}; give one backbone, or one with exits"
+                )
+            backbone = backbone.unwrap()
         if folded_norms(backbone):
             raise CheckpointError(f"{config.weights!r} is folded, for inference; give what it was made from")
     elif config.weights:

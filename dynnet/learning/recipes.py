@@ -38,7 +38,7 @@ class BackboneConfig:
         name: for `timm.create_model`.
         kwargs: further arguments of the model, such as {"width": 2.0}.
         pretrained: start from timm's weights.
-        weights: start from this safetensors file instead.
+        weights: start from this safetensors file instead; of a model with exits its backbone is taken.
     """
 
     name: str = "cifar_resnet20"
