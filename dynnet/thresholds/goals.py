@@ -27,6 +27,7 @@ from dynnet.thresholds.search import explore, frontier, trade_off
 from dynnet.thresholds.table import OperatingPoint, Table
 
 _FOLDS = 5
+_NEARLY = 0.95  # of what is spent at most
 
 
 class Drop(NamedTuple):
@@ -313,7 +314,8 @@ def _best_within(
 
 
 def _spending(table: Table, points: Sequence[OperatingPoint]) -> OperatingPoint:
-    """Of the points as good as the best, to two standard errors of the difference, the dearest.
+    """Of the points as good as the best, to two standard errors of the difference, the best of those that spend nearly
+    as much as the dearest.
 
     The best of many is lucky on these samples; new ones are better served by more compute, which the budget allows.
     """
@@ -324,7 +326,8 @@ def _spending(table: Table, points: Sequence[OperatingPoint]) -> OperatingPoint:
         lost = best - answers.right(point.thresholds)
         if lost.mean() <= 2 * _error(lost):
             equals.append(point)
-    return max(equals, key=lambda p: (p.macs, p.accuracy))
+    most = max(point.macs for point in equals)
+    return max((p for p in equals if p.macs >= _NEARLY * most), key=lambda p: (p.accuracy, p.macs))
 
 
 def _error(lost: np.ndarray) -> np.ndarray:
