@@ -55,7 +55,7 @@ def test_the_zoo_keeps_what_it_promises() -> None:
         assert model.ledger().dense == results["dense_macs"]
         assert (zoo.folder() / name / "recipe.yaml").is_file()
         assert (zoo.folder() / name / "README.md").is_file()
-        assert (zoo.folder() / name / "model.safetensors").stat().st_size < 4_500_000
+        assert (zoo.folder() / name / "model.safetensors").stat().st_size < 10_000_000
 
 
 def test_the_digits_model_gives_its_published_figures() -> None:

@@ -9,7 +9,6 @@ number of processes sees the same global batches.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from dynnet.errors import DataError
 from dynnet.learning.data_config import DataConfig
 from dynnet.learning.in_memory import crop_and_flip, enlarged
 from dynnet.learning.origins import DIGITS
+from dynnet.learning.processes import processors
 from dynnet.learning.randomness import generator_of, seeded
 from dynnet.learning.sources import MemorySource, Source, StreamSource, digits, enlarges, open_splits, origin
 
@@ -205,7 +205,7 @@ class Loader:
         loader: DataLoader[Any] = DataLoader(
             stream,
             batch_sampler=[b[self._mine].tolist() for b in batches if len(b[self._mine])],
-            num_workers=min(config.workers, _processors()),
+            num_workers=min(config.workers, processors()),
             collate_fn=_collate,
         )
         for batch in loader:
@@ -300,11 +300,6 @@ def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
         raise DataError(f"cannot hold {held_out} out of {count} images; give a share in (0, 1) or a smaller count")
     order = torch.randperm(count, generator=generator_of(seed))
     return order[held:].sort().values, order[:held].sort().values
-
-
-def _processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Stream(Dataset[tuple[Tensor, int, int] | DataError]):

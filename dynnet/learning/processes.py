@@ -22,6 +22,11 @@ from torch import Tensor, nn
 Found = TypeVar("Found")
 
 
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all: its rank, how many there are, and its device."""

@@ -15,7 +15,8 @@ from dynnet.exits.threshold import to_json
 from dynnet.gates.routers import Routers
 from dynnet.model import DynamicModel
 from dynnet.thresholds.answers import collect
-from dynnet.thresholds.goals import AccuracyDrop, Budget, Choice, Clocked, Goal, Latency, Risk
+from dynnet.thresholds.clocked import Clocked
+from dynnet.thresholds.goals import AccuracyDrop, Budget, Choice, Goal, Latency, Risk
 from dynnet.thresholds.leaning import leaning
 from dynnet.thresholds.table import Table
 

@@ -23,6 +23,7 @@ from dynnet.deploy.whole import fits_a_graph
 from dynnet.errors import CalibrationError
 from dynnet.model import DynamicModel
 from dynnet.thresholds.certified import safe_steps, samples_needed
+from dynnet.thresholds.clocked import Clocked
 from dynnet.thresholds.search import explore, frontier, trade_off
 from dynnet.thresholds.table import OperatingPoint, Table
 
@@ -49,32 +50,6 @@ class Verdict(NamedTuple):
     failures: int
     samples: int
     needed: int | None
-
-
-@dataclass(frozen=True)
-class Clocked:
-    """Time that thresholds were fitted for.
-
-    Attributes:
-        engine: and its version.
-        threads: of the engine.
-        batch_size: B.
-        dense_ms: milliseconds of a batch through the bare backbone,
-        ms: and through the model, in the mean.
-    """
-
-    engine: str
-    threads: int
-    batch_size: int
-    dense_ms: float
-    ms: float
-
-    def __str__(self) -> str:
-        several = f" a batch of {self.batch_size}" if self.batch_size > 1 else ""
-        return (
-            f"{self.ms:.3g} of {self.dense_ms:.3g} ms{several} ({self.ms / self.dense_ms:.1%}; {self.engine}, "
-            f"{self.threads} thread{'s' * (self.threads > 1)})"
-        )
 
 
 class Choice(NamedTuple):

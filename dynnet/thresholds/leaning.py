@@ -18,7 +18,8 @@ from dynnet.errors import CalibrationError
 from dynnet.gates.routers import Routers
 from dynnet.model import DynamicModel
 from dynnet.thresholds.answers import collect
-from dynnet.thresholds.goals import Budget, Choice, Clocked, Latency
+from dynnet.thresholds.clocked import Clocked
+from dynnet.thresholds.goals import Budget, Choice, Latency
 from dynnet.thresholds.table import Table
 
 _LEANINGS = (0.0, -4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0)  # of routers, in their logits

@@ -158,25 +158,6 @@ def test_the_page_says_what_thresholds_are_for(goal: str, value: float, told: st
     assert f"Switched off, as its head costs more than it saves: {results['exits'][1]}." in text
 
 
-def test_the_page_says_what_was_certified_and_why_nobody_exits(reported: Path) -> None:
-    results = report.read_report(reported / "results.json")
-    drawn = [path.stem for path in reported.glob("*.png")]
-
-    def said(**calibration: object) -> str:
-        results["calibration"] = {**results["calibration"], "goal": "risk", **calibration}
-        return " ".join(report.page(results, reported, drawn).split())
-
-    results["thresholds"] = ["inf", "inf"]
-    text = said(needed=1196, certificate=None)
-    assert "Nothing could be certified, so nobody exits; some 1,196 held-out images may do." in text
-    assert "more than" not in text.partition("tiles")[0]
-    results["thresholds"] = ["-inf", "inf"]
-    certificate = {"of": "lost", "risk": 0.01, "delta": 0.05, "failures": 3, "samples": 1000}
-    text = said(needed=None, certificate=certificate)
-    assert "with 95% confidence: of 1,000 images that thresholds were not chosen on 3 lost a right answer." in text
-    assert "Switched off" not in text
-
-
 def test_figures_are_redrawn_from_the_table_alone(reported: Path, run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "report"
     copy.mkdir()
