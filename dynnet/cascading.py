@@ -25,7 +25,7 @@ from dynnet.backbone.twin import copy_of
 from dynnet.config import WrapConfig
 from dynnet.errors import CascadeError
 from dynnet.exits.boundaries import Places
-from dynnet.exits.confidence import MEASURES, Measure
+from dynnet.exits.confidence import MEASURES
 from dynnet.exits.heads import heads_by_name
 from dynnet.gates.plan import GateConfig
 from dynnet.gates.routers import Routers
@@ -84,14 +84,14 @@ def cascade(
     chain = Chain([one.backbone for one in taken], entries, combine, preparation, sizes, wraps)
     thresholds: dict[str, float] = {}
     heads: dict[str, nn.Module] = {}
-    own: dict[str, Measure] = {}  # by which thresholds of members were chosen
+    exits = sum(len(one.exits) for one in taken) + len(taken) - 1
     for number, one in enumerate(taken):
         before = len(heads) - 1  # where the member before has answered
         for name, head, threshold in one.exits:
             joined = head if combine == "last" or number == 0 else JoinedHead(head, before, number)
-            heads[f"members.{number}.{name}"], thresholds[f"members.{number}.{name}"] = joined, threshold
             assert one.wrapped is not None
-            own[f"members.{number}.{name}"] = one.wrapped.measure
+            heads[f"members.{number}.{name}"] = joined
+            thresholds[f"members.{number}.{name}"] = one.wrapped.measure.rescaled(threshold, exits)
         if one is not last:
             heads[chain.end(number)], thresholds[chain.end(number)] = Said(), float("inf")
 
@@ -99,10 +99,7 @@ def cascade(
     config = WrapConfig(exits=tuple(heads), gates=_gates(taken), confidence=measure, input_size=size)
     model = wrap(chain, config, heads=heads_by_name(heads))
     _carry_gates(model, taken)
-    model.thresholds = [
-        own[name].rescaled(threshold, len(heads)) if name in own else threshold
-        for name, threshold in thresholds.items()
-    ]
+    model.thresholds = list(thresholds.values())
     return model
 
 

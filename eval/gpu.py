@@ -23,17 +23,18 @@ from torch import Tensor, nn
 
 from dynnet import DynamicModel, GateConfig, export, fold, prune, wrap
 from dynnet.backbone.dry_run import trace
+from dynnet.backbone.input_size import input_size_of
 from dynnet.deploy import Runner
 from dynnet.deploy.turns import take_turns
 from dynnet.errors import InputError
 from dynnet.evaluation.allocator import keep_freed_memory
+from dynnet.gates.plan import WIDTHS
 from dynnet.pruning import make_permanent_, sparsify_n_m_, to_semi_structured_
 from eval.programs import errors_told, timm_model, write_json
 from eval.scenarios import half_at_each, ready, untrained
-from eval.widths import spread_
+from eval.widths import EXITS, spread_
 
 _KEPT, _MULTIPLE = 0.45, 16
-_EXITS = [0.05, 0.3, 0.55, 0.8]  # where routers stand
 
 Row = dict[str, Any]
 
@@ -65,9 +66,10 @@ def main(
         torch.backends.cudnn.benchmark = True
         named = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
         print(f"{named}, PyTorch {torch.__version__}", flush=True)
-        images = torch.randn(max(64, *batch), 3, *_sides_of(model), device=device)
+        images = torch.randn(max(64, *batch), *input_size_of(timm_model(model)), device=device)
         sides = _sides(model, images)
-        shares = {name: _macs_share(side, sides["dense"], images) for name, side in sides.items()}
+        macs = {name: _macs(side, images) for name, side in sides.items()}
+        shares = {name: spent / macs["dense"] for name, spent in macs.items()}
         rows = []
         for where, runs in _places(sides, engine):
             rows += list(_timed(model, where, runs, shares, images, batch, calls))
@@ -77,19 +79,12 @@ def main(
             write_json({"device": named, "torch": torch.__version__, "rows": rows}, out)
 
 
-def _sides_of(model: str) -> tuple[int, int]:
-    height, width = untrained(model, 1).input_size[1:]
-    return height, width
-
-
 def _sides(name: str, images: Tensor) -> dict[str, nn.Module]:
     """What is timed, by name, in eval mode and folded."""
     device = str(images.device)
     exits = ready(untrained(name, 2), device=device)
     exits.thresholds = [half_at_each(exits, images)[0], float("inf")]
-    widths = ready(
-        wrap(timm_model(name), _EXITS, gates=GateConfig(unit=_MULTIPLE, widths=(0.25, 0.5, 0.75, 1.0))), device=device
-    )
+    widths = ready(wrap(timm_model(name), EXITS, gates=GateConfig(unit=_MULTIPLE, widths=WIDTHS)), device=device)
     spread_(widths, images)
     backbone = timm_model(name)
     slim = prune(backbone, macs=_KEPT, criterion="l2", multiple=_MULTIPLE)
@@ -98,12 +93,11 @@ def _sides(name: str, images: Tensor) -> dict[str, nn.Module]:
     return {**bare, "exits, half leave at the first": exits, "four widths": widths}
 
 
-def _macs_share(side: nn.Module, dense: nn.Module, images: Tensor) -> float:
-    size = tuple(images.shape[1:])
-    whole = trace(dense, size, 1).macs
+def _macs(side: nn.Module, images: Tensor) -> float:
+    """Of an image, in the mean."""
     if isinstance(side, DynamicModel):
-        return float(side.predict(images[:64]).macs.double().mean()) / whole
-    return trace(side, size, 1).macs / whole
+        return float(side.predict(images[:64]).macs.double().mean())
+    return trace(side, tuple(images.shape[1:]), 1).macs
 
 
 def _places(sides: Mapping[str, nn.Module], engine: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -151,7 +145,7 @@ def _timed(
 def _two_of_four(name: str, device: str, sizes: Sequence[int], calls: int) -> Iterator[Row]:
     """A model whose linear layers are 2:4, as it is and with the layers converted that sparse cores take."""
     dense = timm_model(name)
-    size = untrained(name, 1).input_size
+    size = input_size_of(dense)
     sparsify_n_m_(dense)
     make_permanent_(dense)
     dense = dense.to(device, torch.half)

@@ -33,6 +33,7 @@ from eval.programs import errors_told, timm_model, write_json
 from eval.scenarios import half_at_each, ready
 
 _IMAGES = 64
+EXITS = (0.05, 0.3, 0.55, 0.8)  # where routers stand by default
 
 
 def main(
@@ -64,7 +65,7 @@ def main(
     keep_freed_memory()
     with errors_told():
         torch.manual_seed(0)
-        routed = _routed(model, list(exits) or [0.05, 0.3, 0.55, 0.8], GateConfig(unit=unit, widths=tuple(widths)))
+        routed = _routed(model, list(exits) or list(EXITS), GateConfig(unit=unit, widths=tuple(widths)))
         images = torch.randn(_IMAGES, *routed.input_size)
         spread_(routed, images)
         if leave is not None:

@@ -1,4 +1,4 @@
-"""What criteria that look at data are shown.
+"""Batches as loaders give them, and what criteria that look at data are shown.
 
 B samples of a batch, K classes
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,21 @@ from dynnet.errors import DataError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Loader = Iterable[Sequence[Tensor]]
+
+
+def taken_apart(batch: Any, number: int) -> tuple[Tensor, Tensor | None]:
+    """The images of a batch, and its labels; None where it has none.
+
+    Args:
+        batch: images, or (images, labels, ...).
+        number: of the batch, for messages.
+
+    Raises:
+        DataError: a dictionary.
+    """
+    if isinstance(batch, Mapping):
+        raise DataError(f"batch {number} is a dictionary with {list(batch)}; give (images, labels)")
+    return (batch, None) if isinstance(batch, Tensor) else (batch[0], (*batch[1:], None)[0])
 
 
 @dataclass
@@ -52,9 +68,7 @@ class Batches:
         device = device_of(model)
         number = -1
         for number, batch in enumerate(islice(self.loader, self.count)):
-            if isinstance(batch, Mapping):
-                raise DataError(f"batch {number} is a dictionary with {list(batch)}; give (images, labels)")
-            images, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], (*batch[1:], None)[0])
+            images, labels = taken_apart(batch, number)
             if not len(images):
                 raise DataError(f"batch {number} has no images; give at least one")
             if labelled:

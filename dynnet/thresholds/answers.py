@@ -5,7 +5,7 @@ N samples, K classes, E exits; exit number E is the backbone's own head
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynnet.backbone.batches import taken_apart
 from dynnet.backbone.modes import device_of, evaluating
 from dynnet.certificate import Harm
 from dynnet.cost.ledger import Ledger
@@ -198,10 +199,8 @@ def collect(model: DynamicModel, loader: Iterable[Tensor | Sequence[Tensor]]) ->
     parts: list[BatchAnswers] = []
     with evaluating(model):
         for batch in loader:
-            if isinstance(batch, Mapping):
-                raise DataError(f"batch {len(parts)} is a dictionary with {list(batch)}; give (images, labels)")
-            images, *labels = (batch,) if isinstance(batch, Tensor) else batch
-            parts.append(ask(model, images.to(device), next(iter(labels), None), sum(len(p.labels) for p in parts)))
+            images, labels = taken_apart(batch, len(parts))
+            parts.append(ask(model, images.to(device), labels, sum(len(p.labels) for p in parts)))
     return join(parts, model.exits)
 
 

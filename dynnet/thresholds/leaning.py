@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dynnet.backbone.batches import taken_apart
 from dynnet.backbone.modes import evaluating
 from dynnet.backbone.twin import copy_of
 from dynnet.deploy.whole_times import WholeTimes
@@ -129,6 +130,6 @@ def _at(model: DynamicModel, tried: Leant) -> DynamicModel:
 
 def _some(loader: Batches, least: int) -> Tensor:
     """The first images."""
-    images = chain.from_iterable(batch if isinstance(batch, Tensor) else batch[0] for batch in loader)
+    images = chain.from_iterable(taken_apart(batch, number)[0] for number, batch in enumerate(loader))
     found = list(islice(images, max(_IMAGES, least)))
     return torch.stack([found[number % len(found)] for number in range(max(len(found), least))])
